@@ -1,0 +1,107 @@
+# The front door. `make help` lists what there is; each target prepares what it needs.
+#
+#   PYTHON=python3.12   interpreter to build the environment from (default: python3)
+#   JOBS=8              parallel jobs (default: one for each core)
+#   CUDA=ON|OFF         CUDA kernels in what `demo`, `test` and `bench` build (default: ON where
+#                       there is both nvcc and a GPU, for that GPU alone)
+
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+CUDA ?= $(shell command -v nvcc >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo ON || echo OFF)
+
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PYTHON
+
+CUDA_OPTIONS := -DFLASH_ATTN_RES_CUDA=$(CUDA)
+ifeq ($(CUDA),ON)
+# "9.0" becomes 90a: what is special to Hopper and to data-centre Blackwell needs the a.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+CUDA_OPTIONS += -DCMAKE_CUDA_ARCHITECTURES=$(patsubst 100,100a,$(patsubst 90,90a,$(GPU)))-real
+endif
+OPTIONS := -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python $(CUDA_OPTIONS)
+
+READY := $(VENV)/bootstrap.stamp
+PACKAGE := build/python/package-$(CUDA).stamp
+CPP_SOURCES := $(shell find include src bindings cmake -type f) CMakeLists.txt
+
+.PHONY: help demo test bench gpu-test lint format wheel install cuda-check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | column -t -s@
+
+# ------------------------------------------------------------------------------- what others need
+
+.PHONY: bootstrap
+bootstrap:
+	@tools/bootstrap
+
+# The package, installed so that changes of the Python sources count at once.
+$(PACKAGE): $(CPP_SOURCES) pyproject.toml | bootstrap
+	@echo "building the package (CUDA $(CUDA))"
+	@$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation \
+	  --config-settings=build-dir=build/python \
+	  $(patsubst -D%,--config-settings=cmake.define.%,$(CUDA_OPTIONS)) --editable '.[cli,test]'
+	@rm -f build/python/package-*.stamp
+	@touch $@
+
+install: bootstrap $(PACKAGE) ## build and install the package into .venv
+
+# The core without PyTorch, optimised, with its tests and benchmarks.
+.PHONY: build-cpp build-asan
+build-cpp: bootstrap
+	@cmake --preset cpu $(OPTIONS) --log-level=WARNING
+	@cmake --build --preset cpu
+
+build-asan: bootstrap
+	@cmake --preset asan --log-level=WARNING
+	@cmake --build --preset asan
+
+# ---------------------------------------------------------------------------------------- targets
+
+demo: install ## train two small language models, plain and with Attention Residuals
+	@$(VENV)/bin/flash-attn-res train
+
+test: install build-cpp build-asan ## run all tests: C++, C++ with sanitizers, Python
+	@rm -rf build/cpu/test-results build/asan/test-results build/python-tests.xml; \
+	results=(C++=build/cpu/test-results C++-with-sanitizers=build/asan/test-results \
+	         Python=build/python-tests.xml); \
+	status=0; \
+	ctest --preset cpu -j $(JOBS) --output-junit test-results/ctest.xml || status=1; \
+	ctest --preset asan -j $(JOBS) --output-junit test-results/ctest.xml || status=1; \
+	$(VENV)/bin/python -m pytest -n $(JOBS) --junit-xml=build/python-tests.xml || status=1; \
+	$(VENV)/bin/python tools/summarize_tests.py "$${results[@]}" || status=1; \
+	exit $$status
+
+bench: install build-cpp ## measure the CPU kernels, alone and against PyTorch
+	@mkdir -p benchmarks/results
+	@build/cpu/benchmarks/cpp/cpu_benchmark \
+	  --benchmark_out=benchmarks/results/cpu-cpp.json --benchmark_out_format=json
+	@$(VENV)/bin/python benchmarks/python/cpu.py
+
+gpu-test: ## run tests/gpu on this machine's GPU and record the outcome
+	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$(PYTHON); fi; \
+	"$$python" tools/gpu_test.py
+
+lint: bootstrap ## check format, layering, C++ (clang-tidy) and Python (ruff, mypy)
+	@cmake --preset cpu -DFLASH_ATTN_RES_CUDA=OFF --log-level=WARNING
+	@JOBS=$(JOBS) tools/lint
+
+format: bootstrap ## format every C++ and Python file
+	@tools/lint --format
+
+wheel: bootstrap ## build a wheel for distribution into dist/, with CUDA where nvcc is found
+	@$(VENV)/bin/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps \
+	  --wheel-dir dist .
+
+cuda-check: bootstrap ## compile the CUDA code for sm_90a; fail when a hot kernel spills registers
+	@JOBS=$(JOBS) tools/cuda_check
+
+clean: ## remove what was built; the environment in .venv stays
+	@rm -rf build dist

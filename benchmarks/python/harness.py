@@ -1,0 +1,100 @@
+"""What every benchmark program shares: timing, bytes, and the result file.
+
+Times are medians over rounds; in a round every contender runs once, so that drift of the machine
+hits all alike. Bytes are the minimum traffic of docs/math.md (each input read once, each output
+written once), and percents are against a copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to compute a case: ``prepare`` runs untimed before each timed ``run``."""
+
+    package: str
+    run: Callable[..., object]
+    prepare: Callable[[], Any] | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
+
+    def time_once(self) -> None:
+        held = () if self.prepare is None else (self.prepare(),)
+        start = time.perf_counter()
+        self.run(*held)
+        self.times.append(time.perf_counter() - start)
+
+    def percentile(self, percent: float) -> float:
+        ordered = sorted(self.times)
+        return ordered[min(len(ordered) - 1, int(percent / 100 * len(ordered)))]
+
+
+def interleave(contenders: list[Contender], rounds: int, warmup: int = 2) -> None:
+    """Runs all contenders ``rounds`` times each, alternating."""
+    for round_index in range(warmup + rounds):
+        for contender in contenders:
+            contender.time_once()
+            if round_index < warmup:
+                contender.times.clear()
+
+
+def copy_bytes_per_second(size_bytes: int = 256 << 20, rounds: int = 9) -> float:
+    """Bytes read plus written a second by a copy on all threads."""
+    source = torch.ones(size_bytes // 4)
+    target = torch.empty_like(source)
+    contender = Contender("copy", lambda: target.copy_(source))
+    interleave([contender], rounds)
+    return 2 * size_bytes / contender.percentile(50)
+
+
+def cpu_name() -> str:
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_results(path: pathlib.Path, device: str, copy: float, rows: list[dict]) -> None:
+    """Writes a result file, whole or not at all."""
+    document = {
+        "device": device,
+        "driver": "none" if not torch.cuda.is_available() else str(torch.version.cuda),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "copy_tb_s": copy / 1e12,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(partial, path)

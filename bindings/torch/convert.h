@@ -1,0 +1,172 @@
+// Between PyTorch tensors and the library's views. Stable ABI only: everything here exists in
+// PyTorch 2.10 and keeps its binary form afterwards.
+
+#ifndef FLASH_ATTN_RES_BINDINGS_TORCH_CONVERT_H_
+#define FLASH_ATTN_RES_BINDINGS_TORCH_CONVERT_H_
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "flash_attn_res/status.h"
+#include "flash_attn_res/types.h"
+
+namespace flash_attn_res::torch_binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "flash_attn_res: dtype ", torch::headeronly::toString(type),
+                      " is not supported, expected float32, bfloat16, float16 or float64");
+  }
+}
+
+/// The dtype of queries and statistics that goes with values of a dtype.
+inline ScalarType statistics_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+/// Kernels read rows of consecutive elements; a tensor whose last dimension is strided or expanded
+/// is copied.
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  const bool dense = last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  return dense ? tensor : torch::stable::contiguous(tensor);
+}
+
+/// Row stride of a matrix view; irrelevant (and made valid) where there are no two rows.
+inline int64_t row_stride(const Tensor& tensor, int64_t dim, int64_t cols) {
+  return tensor.size(dim) > 1 ? tensor.stride(dim) : cols;
+}
+
+/// Keeps the tensors that views point into alive for the length of one call.
+class Views {
+ public:
+  /// [rows, cols], or one row from a vector [cols].
+  ConstMatrix read(const Tensor& given) {
+    const Tensor& tensor = keep(with_dense_rows(given));
+    const int64_t cols = tensor.size(tensor.dim() - 1);
+    if (tensor.dim() == 1) {
+      return {tensor.const_data_ptr(), 1, cols, cols, dtype_of(tensor.scalar_type())};
+    }
+    return {tensor.const_data_ptr(), tensor.size(0), cols, row_stride(tensor, 0, cols),
+            dtype_of(tensor.scalar_type())};
+  }
+
+  ConstMatrix read(const std::optional<Tensor>& given) {
+    return given.has_value() ? read(*given) : ConstMatrix{};
+  }
+
+  /// [T, D] views of a list whose items are [T, D] or packed [n, T, D].
+  std::vector<ConstMatrix> read_list(const std::vector<Tensor>& given) {
+    std::vector<ConstMatrix> views;
+    for (const Tensor& item : given) {
+      append(with_dense_rows(item), views);
+    }
+    return views;
+  }
+
+  /// [T, D] views of the rows of a stack [S, T, D].
+  std::vector<ConstMatrix> read_stack(const std::optional<Tensor>& given) {
+    return given.has_value() ? read_list({*given}) : std::vector<ConstMatrix>{};
+  }
+
+ private:
+  const Tensor& keep(Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
+  }
+
+  void append(Tensor given, std::vector<ConstMatrix>& views) {
+    const Tensor tensor = keep(std::move(given));
+    STD_TORCH_CHECK(tensor.dim() == 2 || tensor.dim() == 3, "flash_attn_res: a value has ",
+                    tensor.dim(), " dimensions, expected [T, D], or packed [n, T, D]");
+    const int64_t lead = tensor.dim() - 2;
+    const int64_t count = lead == 0 ? 1 : tensor.size(0);
+    const int64_t cols = tensor.size(lead + 1);
+    const DType dtype = dtype_of(tensor.scalar_type());
+    const auto* base = static_cast<const char*>(tensor.const_data_ptr());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = lead == 0 ? 0 : i * tensor.stride(0);
+      views.push_back({base + offset * size_of(dtype), tensor.size(lead), cols,
+                       row_stride(tensor, lead, cols), dtype});
+    }
+  }
+
+  std::vector<Tensor> kept_;
+};
+
+/// A result tensor [rows, cols] (or a vector read as one row).
+inline Matrix write_view(const Tensor& tensor) {
+  const int64_t cols = tensor.size(tensor.dim() - 1);
+  const int64_t rows = tensor.dim() == 1 ? 1 : tensor.size(0);
+  return {tensor.mutable_data_ptr(), rows, cols, cols, dtype_of(tensor.scalar_type())};
+}
+
+/// The same as rows of `cols` elements: statistics [T, S, N] are written as [T, S * N].
+inline Matrix write_view(const Tensor& tensor, int64_t rows, int64_t cols) {
+  return {tensor.mutable_data_ptr(), rows, cols, cols, dtype_of(tensor.scalar_type())};
+}
+
+inline ConstMatrix read_view(const Tensor& tensor, int64_t rows, int64_t cols) {
+  return {tensor.const_data_ptr(), rows, cols, cols, dtype_of(tensor.scalar_type())};
+}
+
+/// [T, D] views of contiguous results: each [T, D] or packed [n, T, D].
+inline std::vector<Matrix> write_list(const std::vector<Tensor>& results) {
+  std::vector<Matrix> views;
+  for (const Tensor& tensor : results) {
+    const int64_t lead = tensor.dim() - 2;
+    const int64_t rows = tensor.size(lead);
+    const int64_t cols = tensor.size(lead + 1);
+    const DType dtype = dtype_of(tensor.scalar_type());
+    auto* base = static_cast<char*>(tensor.mutable_data_ptr());
+    for (int64_t i = 0; i < (lead == 0 ? 1 : tensor.size(0)); ++i) {
+      views.push_back({base + i * rows * cols * size_of(dtype), rows, cols, cols, dtype});
+    }
+  }
+  return views;
+}
+
+/// A fresh contiguous tensor on the device of `like`.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
+}
+
+/// What an output that was not asked for is in a functional schema.
+inline Tensor nothing(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
+
+/// Gradient tensors with the shapes and dtypes of the inputs they belong to.
+inline std::vector<Tensor> empty_like_list(const std::vector<Tensor>& inputs) {
+  std::vector<Tensor> results;
+  for (const Tensor& input : inputs) {
+    results.push_back(torch::stable::new_empty(input, input.sizes(), input.scalar_type()));
+  }
+  return results;
+}
+
+inline void check(const Status& status) {
+  STD_TORCH_CHECK(status.ok(), "flash_attn_res: ", status.message());
+}
+
+}  // namespace flash_attn_res::torch_binding
+
+#endif  // FLASH_ATTN_RES_BINDINGS_TORCH_CONVERT_H_

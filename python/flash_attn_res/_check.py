@@ -1,0 +1,158 @@
+"""Argument checks of the Python API: what is wrong, with which argument, in shapes.
+
+The compiled library checks again, in the same words; these run first so that a user sees
+``ValueError`` or ``TypeError``, also under ``torch.compile`` and with fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_SOURCES = 512
+MAX_QUERIES = 128
+MAX_UPDATES = 2
+
+_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape_text(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def tensor(op: str, name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a torch.Tensor")
+    return value
+
+
+def value(op: str, name: str, given: object, like_name: str, like: Tensor) -> Tensor:
+    """A tensor [..., D] of the shape, device and kind of ``like``."""
+    checked = tensor(op, name, given)
+    if checked.shape != like.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(checked)}, expected {shape_text(like)} like "
+            f"{like_name}"
+        )
+    same_device(op, name, checked, like_name, like)
+    value_dtype(op, name, checked)
+    if (checked.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: {name} is {checked.dtype} but {like_name} is {like.dtype}: float64 does not "
+            "mix with other dtypes"
+        )
+    return checked
+
+
+def value_dtype(op: str, name: str, given: Tensor) -> None:
+    if given.dtype not in _STORAGE and given.dtype != torch.float64:
+        raise TypeError(
+            f"{op}: {name} is {given.dtype}, expected float32, bfloat16, float16 "
+            "(or float64, on the CPU)"
+        )
+
+
+def leading(op: str, name: str, given: object) -> Tensor:
+    """The value that the others are held against."""
+    checked = tensor(op, name, given)
+    if checked.dim() == 0 or checked.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(checked)}, expected [..., D] with D >= 1"
+        )
+    value_dtype(op, name, checked)
+    if checked.dtype == torch.float64 and checked.device.type != "cpu":
+        raise TypeError(f"{op}: {name} is float64, which is computed on the CPU alone")
+    return checked
+
+
+def same_device(op: str, name: str, given: Tensor, like_name: str, like: Tensor) -> None:
+    if given.device != like.device:
+        raise ValueError(
+            f"{op}: {name} is on {given.device} but {like_name} is on {like.device}: all tensors "
+            "of a call must be on one device"
+        )
+
+
+def same_dtype(op: str, name: str, given: Tensor, like_name: str, like: Tensor) -> None:
+    if given.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} is {given.dtype} but {like_name} is {like.dtype}")
+
+
+def count(op: str, name: str, number: int, low: int, high: int) -> None:
+    if not low <= number <= high:
+        raise ValueError(f"{op}: {name} has {number} items, expected {low} to {high}")
+
+
+def query(op: str, name: str, given: object, rank: int, like_name: str, like: Tensor) -> Tensor:
+    """A query [R] (rank 1) or a stack of them [S, R] (rank 2) for values like ``like``."""
+    checked = tensor(op, name, given)
+    dim = like.shape[-1]
+    wanted = "[R]" if rank == 1 else "[S, R]"
+    if checked.dim() != rank or not 1 <= checked.shape[-1] <= dim:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(checked)}, expected {wanted} with R from 1 to "
+            f"{dim}, the width of {like_name} {shape_text(like)}"
+        )
+    if rank == 2:
+        count(op, name, checked.shape[0], 1, MAX_QUERIES)
+    if not checked.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} is {checked.dtype}, expected a floating dtype")
+    same_device(op, name, checked, like_name, like)
+    return checked
+
+
+def key_weight(op: str, given: object, like_name: str, like: Tensor) -> Tensor:
+    """A key weight that broadcasts over the query it is folded into: the same shape, or [R]."""
+    checked = tensor(op, "key_weight", given)
+    if checked.shape != like.shape and checked.shape != like.shape[-1:]:
+        raise ValueError(
+            f"{op}: key_weight has shape {shape_text(checked)}, expected {shape_text(like)} like "
+            f"{like_name}, or [{like.shape[-1]}]"
+        )
+    same_device(op, "key_weight", checked, like_name, like)
+    return checked
+
+
+def weight(op: str, name: str, given: object, like_name: str, like: Tensor) -> Tensor:
+    """A norm weight [D]."""
+    checked = tensor(op, name, given)
+    if checked.shape != like.shape[-1:]:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(checked)}, expected [{like.shape[-1]}], the width "
+            f"of {like_name} {shape_text(like)}"
+        )
+    same_device(op, name, checked, like_name, like)
+    value_dtype(op, name, checked)
+    return checked
+
+
+# Comparisons rather than math.isfinite: torch.compile may trace these with symbolic numbers.
+
+
+def positive(op: str, name: str, number: float) -> float:
+    if not 0 < number < math.inf:
+        raise ValueError(f"{op}: {name} is {number}, expected a number > 0")
+    return number
+
+
+def finite(op: str, name: str, number: float) -> float:
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{op}: {name} is {number}, expected a finite number")
+    return number
+
+
+def positive_int(op: str, name: str, number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{op}: {name} is {number!r}, expected an integer")
+    if number < 1:
+        raise ValueError(f"{op}: {name} is {number}, expected at least 1")
+    return number
+
+
+def sequence(op: str, name: str, given: object) -> Sequence[object]:
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        raise TypeError(f"{op}: {name} is a {type(given).__name__}, expected a list of tensors")
+    return given

@@ -1,0 +1,141 @@
+"""The command `flash-attn-res`: train small language models with Attention Residuals, sample them.
+
+Only argparse is imported here; what a command needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from flash_attn_res.cli.errors import CliError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line and leaves by the same door as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CliError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options. Those of `train` default to None: see `options.resolve`."""
+    parser = _Parser(
+        prog="flash-attn-res",
+        description="Train small byte-level language models with plain residuals, Block and Full "
+        "Attention Residuals side by side, and print text from them.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    _add_train(commands.add_parser("train", help="train the variants and compare them"))
+    _add_sample(commands.add_parser("sample", help="print text from a trained model"))
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from flash_attn_res.cli.options import DEFAULTS
+
+    def add(group: argparse._ArgumentGroup, flag: str, kind: type, text: str) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        shown = DEFAULTS[name]
+        group.add_argument(
+            flag, type=kind, metavar=kind.__name__.upper(), help=f"{text} (default {shown})"
+        )
+
+    parser.description = (
+        "Trains one model for each variant on the same batches, in turn, step by step, and writes "
+        "checkpoints, weights, figures and summary.json to OUT/NAME. Ctrl-C stops after the "
+        "current step with a checkpoint that --resume continues."
+    )
+    run = parser.add_argument_group("run")
+    add(run, "--name", str, "name of the run, a folder under --out")
+    add(run, "--out", str, "where runs are kept")
+    run.add_argument("--resume", action="store_true", help="continue the run from its checkpoint")
+    run.add_argument(
+        "--overwrite", action="store_true", help="start anew although the run is not finished"
+    )
+    run.add_argument(
+        "--quick", action="store_true", help="a tiny model and few steps: seconds, to try it out"
+    )
+    run.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text files or folders (default: the Python standard library's sources)",
+    )
+    model = parser.add_argument_group("model")
+    add(model, "--variants", str, "which of plain, block, full, separated by commas")
+    add(model, "--layers", int, "Transformer layers, each an attention and an MLP sublayer")
+    add(model, "--dim", int, "width of the residual stream")
+    add(model, "--heads", int, "attention heads")
+    add(model, "--block-size", int, "sublayers to a block of the block variant")
+    add(model, "--seq-len", int, "bytes to a sequence")
+    add(model, "--dtype", str, "float32 or bfloat16, of products and residual stream")
+    training = parser.add_argument_group("training")
+    add(training, "--steps", int, "optimizer steps")
+    add(training, "--batch", int, "sequences to a step")
+    add(training, "--lr", float, "peak learning rate")
+    add(training, "--seed", int, "seed of weights and batches")
+    add(training, "--val-every", int, "steps between two validations")
+    add(training, "--checkpoint-every", int, "steps between two checkpoints")
+    machine = parser.add_argument_group("machine")
+    add(machine, "--device", str, "auto, cpu, cuda or cuda:N")
+    add(machine, "--threads", int, "CPU threads, 0 for as many as PyTorch chooses")
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Prints the prompt and its continuation, as it is made."
+    parser.add_argument(
+        "path", help="a run's folder, its checkpoint.safetensors, or a variant's weights"
+    )
+    parser.add_argument("--variant", help="which model of a run (default: block, if it is there)")
+    parser.add_argument("--prompt", default="", help="text to continue (default: none)")
+    parser.add_argument("--length", type=int, default=400, help="bytes to add (default 400)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="choose among the k likeliest bytes (default 0: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        if arguments.command == "train":
+            from flash_attn_res.cli.train import run_train
+
+            return run_train(arguments)
+        from flash_attn_res.cli.sample import run_sample
+
+        return run_sample(arguments)
+    except CliError as error:
+        print(f"flash-attn-res: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "numpy", "rich", "safetensors"):
+            raise
+        print(
+            f"flash-attn-res: error: the package {error.name} is missing; install the commands "
+            "with pip install 'flash-attn-res[cli]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\nflash-attn-res: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does. What Python would still flush at
+        # exit goes nowhere instead of raising once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

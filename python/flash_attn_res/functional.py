@@ -1,0 +1,268 @@
+"""The functional API: ``attend`` and ``read`` on tensors of any leading shape, with autograd.
+
+Source: Attention Residuals (arXiv 2603.15031), equations 2-6 and Algorithm 1. Formulas and their
+derivations are in ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn_res import _check
+from flash_attn_res.ops import statistics_dtype
+
+
+class AttendResult(NamedTuple):
+    """What :func:`attend` returns."""
+
+    out: Tensor  #: [S, ..., D] mixtures
+    lse: Tensor  #: [S, ...] logsumexp of the logits, float32
+    probs: Tensor | None  #: [..., S, N] probabilities, float32, not differentiable
+
+
+class ReadResult(NamedTuple):
+    """What :func:`read` returns."""
+
+    x: Tensor  #: [..., D] the mixture, normalised if asked for
+    partial: Tensor | None  #: [..., D] the new partial sum; None if there is none
+    mix: Tensor | None  #: [..., D] the mixture before the norm
+    probs: Tensor | None  #: [..., K] probabilities, float32, not differentiable
+
+
+def fold_query(query: Tensor, key_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The folded query ``u = w * g``, in the dtype of the statistics."""
+    folded = query.to(dtype)
+    return folded if key_weight is None else folded * key_weight.to(dtype)
+
+
+def _flatten(value: Tensor) -> Tensor:
+    """[..., D] -> [T, D], a view wherever the strides allow one."""
+    return value.reshape(-1, value.shape[-1])
+
+
+def _list_sources(
+    op: str, sources: Sequence[Tensor] | Tensor, empty_ok: bool = False
+) -> tuple[list[Tensor], Tensor | None, str, int]:
+    """Checks sources and flattens their tokens.
+
+    Returns the items for the operator ([T, D] each, or one packed [N, T, D]), a value [..., D] to
+    hold other arguments against, its name, and N.
+    """
+    if isinstance(sources, Tensor):
+        packed = _check.leading(op, "sources", sources)
+        if packed.dim() < 2:
+            raise ValueError(
+                f"{op}: sources has shape {_check.shape_text(packed)}, expected packed "
+                "[N, ..., D], or a list of [..., D]"
+            )
+        _check.count(op, "sources", packed.shape[0], 1, _check.MAX_SOURCES)
+        item = packed.reshape(packed.shape[0], -1, packed.shape[-1])
+        return [item], packed[0], "sources", packed.shape[0]
+    given = _check.sequence(op, "sources", sources)
+    _check.count(op, "sources", len(given), 0 if empty_ok else 1, _check.MAX_SOURCES)
+    if not given:
+        return [], None, "sources", 0
+    first = _check.leading(op, "sources[0]", given[0])
+    items = [_flatten(first)]
+    for index, source in enumerate(given[1:], start=1):
+        checked = _check.value(op, f"sources[{index}]", source, "sources[0]", first)
+        _check.same_dtype(op, f"sources[{index}]", checked, "sources[0]", first)
+        items.append(_flatten(checked))
+    return items, first, "sources[0]", len(given)
+
+
+def attend(
+    sources: Sequence[Tensor] | Tensor,
+    queries: Tensor,
+    key_weight: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    return_probs: bool = False,
+) -> AttendResult:
+    """S queries over N sources: phase 1 of Block Attention Residuals.
+
+    For each token and query, with k_n the last R coordinates of v_n and u_s = w_s * g_s::
+
+        r_n      = rsqrt(mean(k_n^2) + eps)
+        logit_sn = scale * r_n * <u_s, k_n>
+        out_s    = sum_n softmax_n(logit_s)_n v_n        lse_s = logsumexp_n(logit_s)
+
+    Args:
+        sources: N tensors [..., D] of one dtype, or one packed tensor [N, ..., D] (any strides:
+            ``bank.movedim(-2, 0)`` reads a token-major bank without a copy). 1 <= N <= 512.
+        queries: [S, R] pseudo-queries, R <= D (R < D: the keys are the last R coordinates).
+        key_weight: RMSNorm weight of the keys, [S, R] or [R]; None for ones.
+        scale: factor of the logits.
+        eps: added to the mean square of a key.
+        dtype: of ``out``; by default that of the sources.
+        return_probs: also return the probabilities.
+
+    Returns:
+        AttendResult: out [S, ..., D], lse [S, ...] float32, probs [..., S, N] or None.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
+    """
+    op = "attend"
+    items, like, like_name, num_sources = _list_sources(op, sources)
+    assert like is not None
+    queries = _check.query(op, "queries", queries, 2, like_name, like)
+    if key_weight is not None:
+        key_weight = _check.key_weight(op, key_weight, "queries", queries)
+    scale = _check.finite(op, "scale", scale)
+    eps = _check.positive(op, "eps", eps)
+
+    folded = fold_query(queries, key_weight, statistics_dtype(like))
+    out, lse, logits, _ = torch.ops.flash_attn_res.attend(items, folded, scale, eps, dtype)
+    lead = like.shape[:-1]
+    num_queries = queries.shape[0]
+    probs = None
+    if return_probs:
+        probs = (logits - lse.detach().t().unsqueeze(-1)).exp()
+        probs = probs.reshape(*lead, num_queries, num_sources)
+    return AttendResult(
+        out.reshape(num_queries, *like.shape), lse.reshape(num_queries, *lead), probs
+    )
+
+
+def read(
+    query: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    *,
+    phase1: tuple[Tensor, Tensor] | None = None,
+    sources: Sequence[Tensor] | Tensor = (),
+    partial: Tensor | None = None,
+    update: Tensor | Sequence[Tensor] | None = None,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    norm: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    round_mix: bool = False,
+    dtype: torch.dtype | None = None,
+    return_mix: bool = False,
+    return_probs: bool = False,
+) -> ReadResult:
+    """One reading site: a query over a phase-1 result, sources and the running partial sum.
+
+    The pending update is added to the partial sum first (in float32, rounded to the sum's dtype).
+    Then one softmax over all terms z_j that were given, and the sublayer's pre-norm::
+
+        h = sum_j p_j z_j
+        x = h * rsqrt(mean(h^2) + norm_eps) * norm_weight
+
+    ============================  ==========================================
+    case                          given
+    ============================  ==========================================
+    one-shot, Full AttnRes        ``sources``
+    merge (phase 2)               ``phase1``, ``partial``
+    advance                       ``phase1``, ``partial``, ``update``, norm
+    Kimi K3 site                  ``sources``, ``partial``, ``update``, norm
+    ============================  ==========================================
+
+    Args:
+        query: [R] pseudo-query; may be None when there is a single term.
+        key_weight: [R] RMSNorm weight of the keys; None for ones.
+        phase1: ``(out, lse)`` of one query of :func:`attend`: [..., D] and [...].
+        sources: as for :func:`attend`; may be empty.
+        partial: [..., D] running sum of the current block.
+        update: [..., D] output to add to the sum first, or up to two of them.
+        scale, eps: as for :func:`attend`.
+        norm: normalise the mixture; implied by ``norm_weight`` [D].
+        norm_eps: of that norm; by default ``eps``.
+        round_mix: round the mixture to the dtype of x before the norm, as some engines do.
+        dtype: of x and mix; by default that of the first term.
+        return_mix, return_probs: also return the mixture before the norm / the probabilities.
+
+    Returns:
+        ReadResult: x, the new partial sum, mix, probs [..., K] with the terms in the order phase 1,
+        sources, partial sum.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
+    """
+    op = "read"
+    items, like, like_name, num_sources = _list_sources(op, sources, empty_ok=True)
+    updates = [update] if isinstance(update, Tensor) else list(update or ())
+    _check.count(op, "update", len(updates), 0, _check.MAX_UPDATES)
+
+    values: list[tuple[str, object]] = []
+    if phase1 is not None:
+        if not isinstance(phase1, tuple) or len(phase1) != 2:
+            raise TypeError(f"{op}: phase1 is a {type(phase1).__name__}, expected (out, lse)")
+        values.append(("phase1[0]", phase1[0]))
+    if partial is not None:
+        values.append(("partial", partial))
+    values += [(f"update[{i}]", item) for i, item in enumerate(updates)]
+    for name, given in values:
+        if like is None:
+            like, like_name = _check.leading(op, name, given), name
+        else:
+            _check.value(op, name, given, like_name, like)
+    if like is None:
+        raise ValueError(
+            f"{op}: no value was given: expected at least one of phase1, sources, partial and "
+            "update"
+        )
+    lead = like.shape[:-1]
+    statistics = statistics_dtype(like)
+
+    phase1_out = phase1_lse = None
+    if phase1 is not None:
+        phase1_out = _flatten(phase1[0])
+        lse = _check.tensor(op, "phase1[1]", phase1[1])
+        if lse.shape != lead or lse.dtype != statistics:
+            raise ValueError(
+                f"{op}: phase1[1] is {lse.dtype} of shape {_check.shape_text(lse)}, expected "
+                f"{statistics} of shape {list(lead)}"
+            )
+        _check.same_device(op, "phase1[1]", lse, like_name, like)
+        phase1_lse = lse.reshape(-1)
+
+    num_terms = int(phase1 is not None) + num_sources + int(partial is not None or bool(updates))
+    folded = None
+    if query is not None:
+        query = _check.query(op, "query", query, 1, like_name, like)
+        if key_weight is not None:
+            key_weight = _check.key_weight(op, key_weight, "query", query)
+        folded = fold_query(query, key_weight, statistics)
+    elif num_terms > 1:
+        raise ValueError(
+            f"{op}: query is missing, expected shape [R]: there are {num_terms} terms to choose "
+            "from"
+        )
+    if norm_weight is not None:
+        norm_weight = _check.weight(op, "norm_weight", norm_weight, like_name, like)
+        norm_weight = norm_weight.to(statistics) if statistics == torch.float64 else norm_weight
+    scale = _check.finite(op, "scale", scale)
+    eps = _check.positive(op, "eps", eps)
+    norm_eps = eps if norm_eps is None else _check.positive(op, "norm_eps", norm_eps)
+
+    x, partial_out, mix, logits, _, _ = torch.ops.flash_attn_res.read(
+        phase1_out,
+        phase1_lse,
+        items,
+        None if partial is None else _flatten(partial),
+        [_flatten(item) for item in updates],
+        folded,
+        norm_weight,
+        scale,
+        eps,
+        norm or norm_weight is not None,
+        norm_eps,
+        round_mix,
+        return_mix,
+        dtype,
+    )
+    return ReadResult(
+        x.reshape(like.shape),
+        partial_out.reshape(like.shape) if updates else partial,
+        mix.reshape(like.shape) if return_mix else None,
+        logits.softmax(-1).reshape(*lead, num_terms) if return_probs else None,
+    )

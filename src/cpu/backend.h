@@ -1,0 +1,28 @@
+// The CPU backend. Arguments have been validated; the workspace is large enough and 64-byte
+// aligned.
+
+#ifndef FLASH_ATTN_RES_CPU_BACKEND_H_
+#define FLASH_ATTN_RES_CPU_BACKEND_H_
+
+#include <cstdint>
+
+#include "flash_attn_res/attend.h"
+#include "flash_attn_res/read.h"
+
+namespace flash_attn_res::cpu {
+
+int64_t attend_workspace_bytes(const AttendArgs& args);
+Status attend(const AttendArgs& args, const Context& context);
+
+int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args);
+Status attend_backward(const AttendBackwardArgs& args, const Context& context);
+
+int64_t read_workspace_bytes(const ReadArgs& args);
+Status read(const ReadArgs& args, const Context& context);
+
+int64_t read_backward_workspace_bytes(const ReadBackwardArgs& args);
+Status read_backward(const ReadBackwardArgs& args, const Context& context);
+
+}  // namespace flash_attn_res::cpu
+
+#endif  // FLASH_ATTN_RES_CPU_BACKEND_H_

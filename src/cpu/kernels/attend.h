@@ -1,0 +1,107 @@
+// attend: S queries over N sources, forward, for a range of tokens.
+//
+//   r_n       = rsqrt(mean(k_n^2) + eps)                  k_n: the last R coordinates of v_n
+//   logit_sn  = scale * r_n * <u_s, k_n>
+//   p_s       = softmax_n(logit_s)        lse_s = logsumexp_n(logit_s)
+//   out_s     = sum_n p_sn v_n
+//
+// A token's sources are visited twice: for the dot products, from memory, and for the mixture, from
+// the caches. Bytes from and to memory: N * D elements read, S * D written. Statistics and sums are
+// float32; nothing depends on other tokens. Saved for the backward: logits, inv_rms, lse.
+
+#ifndef FLASH_ATTN_RES_CPU_KERNELS_ATTEND_H_
+#define FLASH_ATTN_RES_CPU_KERNELS_ATTEND_H_
+
+#include "cpu/kernels/dots.h"
+#include "cpu/kernels/mixtures.h"
+#include "cpu/kernels/params.h"
+#include "cpu/kernels/softmax.h"
+
+namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
+
+/// 1 / sqrt(square_sum / count + eps)
+FLASH_ATTN_RES_INLINE float inverse_rms(float square_sum, int64_t count, float eps) {
+  return 1.0f / __builtin_sqrtf(square_sum / static_cast<float>(count) + eps);
+}
+
+/// From this many tokens on, a chunk works on a packed copy of the queries: copying them costs
+/// about as much as one token. The arithmetic, and so every bit of the results, is the same.
+inline constexpr int64_t kTokensToPack = 8;
+
+template <class Ev, class Eo>
+inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t begin,
+                          int64_t end) {
+  const int64_t key_start = p.D - p.R;
+  const bool stream = p.stream;
+  Reader<Float32> u[kMaxQueries];  // (S) rows of R
+  Reader<Ev> v[kMaxSources];       // (N) rows of D
+  Reader<Ev> key[kMaxSources];     // (N) rows of R
+  Writer<Eo> out[kMaxQueries];     // (S) rows of D
+  for (int64_t s = 0; s < p.S; ++s) {
+    u[s] = reader<Float32>(p.queries, s);
+  }
+  int64_t jump = 0;
+  if (p.S > 1 && end - begin >= kTokensToPack) {
+    pack(u, p.S, p.R, w.queries);
+    jump = packed_jump(p.S);
+    for (int64_t s = 0; s < p.S; ++s) {
+      u[s] = packed_piece(w.queries, p.S, s, 0);
+    }
+  }
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t n = 0; n < p.N; ++n) {
+      v[n] = reader<Ev>(p.sources[n], t);
+      key[n] = v[n].from(key_start);
+    }
+    for (int64_t s = 0; s < p.S; ++s) {
+      out[s] = writer<Eo>(p.out[s], t, stream);
+    }
+
+    dots<Sweep::kFirstWithSquares>(u, jump, p.S, key, p.N, p.R, w.logits, w.inv_rms);
+    for (int64_t n = 0; n < p.N; ++n) {
+      w.inv_rms[n] = inverse_rms(w.inv_rms[n], p.R, p.eps);
+      if (given(p.inv_rms)) {
+        put_float(p.inv_rms, t, n, w.inv_rms[n]);
+      }
+    }
+    for (int64_t s = 0; s < p.S; ++s) {
+      for (int64_t n = 0; n < p.N; ++n) {
+        w.logits[s * p.N + n] *= p.scale * w.inv_rms[n];
+      }
+    }
+    softmax_rows(w.logits, p.S, p.N, w.probs, w.lse);
+    for (int64_t s = 0; s < p.S; ++s) {
+      put_float(p.lse, s, t, w.lse[s]);
+    }
+    for (int64_t i = 0; given(p.logits) && i < p.S * p.N; ++i) {
+      put_float(p.logits, t, i, w.logits[i]);
+    }
+    for (int64_t i = 0; given(p.probs) && i < p.S * p.N; ++i) {
+      put_float(p.probs, t, i, w.probs[i]);
+    }
+
+    mix(v, p.N, w.probs, out, p.S, p.D);
+  }
+  if (stream) {
+    stream_fence();
+  }
+}
+
+inline void attend(const AttendParams& p, const AttendScratch& w, int64_t begin, int64_t end) {
+  const DType dtype = p.sources[0].dtype;
+  const bool uniform = p.out[0].dtype == dtype;
+  if (uniform && dtype == DType::kFloat32) {
+    return attend_tokens<Float32, Float32>(p, w, begin, end);
+  }
+  if (uniform && dtype == DType::kBFloat16) {
+    return attend_tokens<BFloat16, BFloat16>(p, w, begin, end);
+  }
+  if (uniform && dtype == DType::kFloat16) {
+    return attend_tokens<Float16, Float16>(p, w, begin, end);
+  }
+  attend_tokens<AnyFloat, AnyFloat>(p, w, begin, end);
+}
+
+}  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET
+
+#endif  // FLASH_ATTN_RES_CPU_KERNELS_ATTEND_H_

@@ -1,0 +1,273 @@
+// read_backward: gradients of one reading site, for a range of tokens.
+//
+//   p         = softmax(logits)           y = g * dx           rh = mix_inv_rms
+//   dh        = dmix + (no norm: dx;  norm: rh y - h (rh^3 / D) <y, h>)     dg += dx h rh
+//   dp_j      = <dh, z_j>     delta = sum_j p_j dp_j     dlogit_j = p_j (dp_j - delta)
+//   dz_j      = p_j dh  +  on the last R coordinates, for all but the phase-1 term:
+//               scale dlogit_j r_j u - dlogit_j logit_j (r_j^2 / R) k_j
+//   dpartial  = dz_last + dpartial_out        dphase1_lse = dlogit_0
+//   du       += sum over all but the phase-1 term of scale dlogit_j r_j k_j
+//
+// h is recomputed from the terms. A token's rows come from memory once; dh is kept in scratch.
+// du and dg are summed in float32, token after token, in the chunk's own rows; the host adds the
+// chunks' rows in a fixed order.
+
+#ifndef FLASH_ATTN_RES_CPU_KERNELS_READ_BACKWARD_H_
+#define FLASH_ATTN_RES_CPU_KERNELS_READ_BACKWARD_H_
+
+#include "cpu/kernels/attend_backward.h"
+#include "cpu/kernels/dots.h"
+#include "cpu/kernels/mixtures.h"
+#include "cpu/kernels/params.h"
+#include "cpu/kernels/read.h"
+#include "cpu/kernels/softmax.h"
+
+namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
+
+FLASH_ATTN_RES_INLINE Reader<Float32> scratch_reader(const float* row) {
+  return {reinterpret_cast<const unsigned char*>(row), 0};
+}
+FLASH_ATTN_RES_INLINE Writer<Float32> scratch_writer(float* row) {
+  return {reinterpret_cast<unsigned char*>(row), false};
+}
+
+/// dh of token t into scratch, without an output norm.
+template <class E>
+inline void read_dh_plain(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t t) {
+  const Writer<Float32> dh = scratch_writer(w.dh);
+  const Reader<E> dx = reader<E>(p.dx, t);
+  const Reader<E> dmix = reader<E>(p.dmix, t);
+  for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    Pair sum = zero_pair();
+    if (given(p.dmix)) {
+      dmix.prefetch(i);
+      sum = dmix.get(i, part);
+    }
+    if (given(p.dx)) {
+      dx.prefetch(i);
+      sum = given(p.dmix) ? add(sum, dx.get(i, part)) : dx.get(i, part);
+    }
+    dh.put(i, sum, part);
+  });
+}
+
+/// dh of token t into scratch, and its part of dg, through the output norm.
+template <class E>
+inline void read_dh_normed(const ReadBackwardParams& p, const ReadBackwardScratch& w,
+                           const Reader<E>* z, int64_t t) {
+  const Reader<E> dx = reader<E>(p.dx, t);
+  const Reader<E> dmix = reader<E>(p.dmix, t);
+  const Reader<Float32> g = scratch_reader(w.norm_weight);
+  const float rh = float_at(p.mix_inv_rms, 0, t);
+  Pair y_dot_h = zero_pair();
+  for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    for (int64_t j = 0; j < p.K; ++j) {
+      z[j].prefetch(i);
+    }
+    dx.prefetch(i);
+    Pair h[1];
+    mixture_at<1>(z, p.K, w.probs, i, part, h);
+    if (p.round_mix) {
+      h[0] = rounded(h[0], p.dx.dtype);
+    }
+    const Pair dxi = dx.get(i, part);
+    y_dot_h = fma(mul(g.get(i, part), dxi), h[0], y_dot_h);
+    scratch_writer(w.mix).put(i, h[0], part);
+    if (w.dnorm_weight != nullptr) {
+      const Pair held_sum = scratch_reader(w.dnorm_weight).get(i, part);
+      const Pair sum = fma(mul(broadcast(rh), dxi), h[0], held_sum);
+      scratch_writer(w.dnorm_weight).put(i, sum, part);
+    }
+  });
+  const float factor = -(rh * rh * rh / static_cast<float>(p.D)) * reduce_add(y_dot_h);
+  for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    const Pair y = mul(g.get(i, part), dx.get(i, part));
+    Pair sum = mul(broadcast(rh), y);
+    sum = fma(broadcast(factor), scratch_reader(w.mix).get(i, part), sum);
+    if (given(p.dmix)) {
+      dmix.prefetch(i);
+      sum = add(sum, dmix.get(i, part));
+    }
+    scratch_writer(w.dh).put(i, sum, part);
+  });
+}
+
+/// From p and dp of one token to the factors of u and k (see ReadBackwardScratch).
+inline void read_factors(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t t) {
+  float delta = 0.0f;
+  for (int64_t j = 0; j < p.K; ++j) {
+    delta += w.probs[j] * w.dp[j];
+  }
+  for (int64_t j = 0; j < p.K; ++j) {
+    const float r = float_at(p.inv_rms, t, j);
+    const float difference = p.K == 1 ? w.dp[j] * 0.0f : w.dp[j] - delta;
+    const float dlogit = w.probs[j] * difference;
+    if (j == 0 && given(p.phase1_out) && given(p.dphase1_lse)) {
+      put_float(p.dphase1_lse, 0, t, dlogit);
+    }
+    w.key_factor[j] = -(dlogit * w.logits[j]) * (r * r / static_cast<float>(p.R));
+    w.dp[j] = p.scale * dlogit * r;
+  }
+}
+
+/// dz of `count` terms of token t that begin at term j; dv, old and their key slices are given.
+template <class E>
+inline void read_gradients(const ReadBackwardParams& p, const ReadBackwardScratch& w,
+                           const Reader<E>* z, int64_t j, int64_t count, const Reader<E>* old,
+                           const Writer<E>* dz) {
+  const int64_t key_start = p.D - p.R;
+  const Reader<Float32> dh = scratch_reader(w.dh);
+  const Reader<Float32> dh_key = dh.from(key_start);
+  const Reader<Float32> u = given(p.query) ? reader<Float32>(p.query, 0) : dh;
+  // At most four terms a time: that is what one tile takes.
+  for (int64_t first = 0; first < count; first += 4) {
+    const int64_t width = count - first < 4 ? count - first : 4;
+    Reader<E> key[4];
+    Reader<E> old_key[4];
+    Writer<E> dz_key[4];
+    for (int64_t b = 0; b < width; ++b) {
+      key[b] = z[j + first + b].from(key_start);
+      dz_key[b] = dz[first + b].from(key_start);
+      if (old != nullptr) {
+        old_key[b] = old[first + b].from(key_start);
+      }
+    }
+    const int64_t term = j + first;
+    const GradientRows<E, E> plain = {1,
+                                      p.K,
+                                      &dh,
+                                      w.probs + term,
+                                      nullptr,
+                                      nullptr,
+                                      z + term,
+                                      nullptr,
+                                      old != nullptr ? old + first : nullptr,
+                                      dz + first};
+    const GradientRows<E, E> keyed = {1,
+                                      p.K,
+                                      &dh_key,
+                                      w.probs + term,
+                                      given(p.query) ? &u : nullptr,
+                                      w.dp + term,
+                                      key,
+                                      w.key_factor + term,
+                                      old != nullptr ? old_key : nullptr,
+                                      dz_key};
+    gradients(plain, width, key_start);
+    gradients(keyed, width, p.R);
+  }
+}
+
+/// out = factor * dh
+template <class E>
+inline void scale_dh(const ReadBackwardParams& p, const ReadBackwardScratch& w, float factor,
+                     const Writer<E>& out) {
+  for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    out.put(i, mul(broadcast(factor), scratch_reader(w.dh).get(i, part)), part);
+  });
+}
+
+template <class E>
+inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackwardScratch& w,
+                                 int64_t begin, int64_t end) {
+  const int64_t key_start = p.D - p.R;
+  const bool stream = p.stream;
+  const bool normed = p.normed && given(p.dx);
+  const int64_t first_key = given(p.phase1_out) ? 1 : 0;
+  Reader<E> z[kMaxTerms];      // (K) rows of D
+  Reader<E> key[kMaxTerms];    // (K) rows of R
+  Reader<E> old[kMaxSources];  // (N) rows of D
+  Writer<E> dz[kMaxSources];   // (N) rows of D
+  if (normed) {
+    load_norm_weight(p.norm_weight, p.D, w.norm_weight);
+  }
+
+  for (int64_t t = begin; t < end; ++t) {
+    int64_t j = 0;
+    if (first_key == 1) {
+      z[j++] = reader<E>(p.phase1_out, t);
+    }
+    for (int64_t n = 0; n < p.N; ++n) {
+      z[j++] = reader<E>(p.sources[n], t);
+    }
+    if (given(p.partial)) {
+      z[j++] = reader<E>(p.partial, t);
+    }
+    for (j = 0; j < p.K; ++j) {
+      key[j] = z[j].from(key_start);
+      w.logits[j] = float_at(p.logits, t, j);
+    }
+    softmax_rows(w.logits, 1, p.K, w.probs, nullptr);
+
+    const Reader<Float32> dh = scratch_reader(w.dh);
+    if (normed) {
+      read_dh_normed<E>(p, w, z, t);
+      dots<Sweep::kAgain>(&dh, 0, 1, z, p.K, p.D, w.dp, nullptr);
+    } else {
+      read_dh_plain<E>(p, w, t);
+      dots<Sweep::kFirst>(&dh, 0, 1, z, p.K, p.D, w.dp, nullptr);
+    }
+    read_factors(p, w, t);
+
+    if (given(p.dh)) {
+      scale_dh<E>(p, w, 1.0f, writer<E>(p.dh, t, stream));
+    }
+    if (first_key == 1 && given(p.gate)) {
+      put_float(p.gate, 0, t, w.probs[0]);
+    }
+    if (first_key == 1 && given(p.dphase1_out)) {
+      scale_dh<E>(p, w, w.probs[0], writer<E>(p.dphase1_out, t, stream));
+    }
+    if (p.dsources != nullptr) {
+      for (int64_t n = 0; n < p.N; ++n) {
+        dz[n] = writer<E>(p.dsources[n], t, stream);
+        old[n] = held<E>(p.dsources[n], t);
+      }
+      read_gradients<E>(p, w, z, first_key, p.N, p.accumulate_dsources ? old : nullptr, dz);
+    }
+    if (given(p.partial) && given(p.dpartial)) {
+      const Writer<E> dpartial = writer<E>(p.dpartial, t, stream);
+      const Reader<E> later = reader<E>(p.dpartial_out, t);
+      read_gradients<E>(p, w, z, p.K - 1, 1, given(p.dpartial_out) ? &later : nullptr, &dpartial);
+    }
+    if (w.dquery != nullptr) {
+      accumulate(key + first_key, p.K - first_key, w.dp + first_key, 0, w.dquery, 0, 1, 0, p.R);
+    }
+  }
+  if (stream) {
+    stream_fence();
+  }
+}
+
+/// Whether every row that a backward read touches has this dtype.
+inline bool read_backward_rows_are(const ReadBackwardParams& p, DType dtype) {
+  const auto fits = [dtype](DType other) { return other == DType::kNone || other == dtype; };
+  return fits(p.phase1_out.dtype) && (p.N == 0 || fits(p.sources[0].dtype)) &&
+         fits(p.partial.dtype) && fits(p.dx.dtype) && fits(p.dmix.dtype) &&
+         fits(p.dpartial_out.dtype) && fits(p.dphase1_out.dtype) && fits(p.dh.dtype) &&
+         (p.N == 0 || p.dsources == nullptr || fits(p.dsources[0].dtype)) && fits(p.dpartial.dtype);
+}
+
+inline void read_backward(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t begin,
+                          int64_t end) {
+  for (int64_t i = 0; w.dquery != nullptr && i < p.R; ++i) {
+    w.dquery[i] = 0.0f;
+  }
+  for (int64_t i = 0; w.dnorm_weight != nullptr && i < p.D; ++i) {
+    w.dnorm_weight[i] = 0.0f;
+  }
+  if (read_backward_rows_are(p, DType::kFloat32)) {
+    return read_backward_tokens<Float32>(p, w, begin, end);
+  }
+  if (read_backward_rows_are(p, DType::kBFloat16)) {
+    return read_backward_tokens<BFloat16>(p, w, begin, end);
+  }
+  if (read_backward_rows_are(p, DType::kFloat16)) {
+    return read_backward_tokens<Float16>(p, w, begin, end);
+  }
+  read_backward_tokens<AnyFloat>(p, w, begin, end);
+}
+
+}  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET
+
+#endif  // FLASH_ATTN_RES_CPU_KERNELS_READ_BACKWARD_H_

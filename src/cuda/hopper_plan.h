@@ -1,0 +1,115 @@
+// How a phase-1 call is laid out on a Hopper GPU: launch choices as data, and the map of shared
+// memory that host and kernel derive from them.
+
+#ifndef FLASH_ATTN_RES_CUDA_HOPPER_PLAN_H_
+#define FLASH_ATTN_RES_CUDA_HOPPER_PLAN_H_
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FLASH_ATTN_RES_HOPPER_BOTH __host__ __device__ __forceinline__ constexpr
+#else
+#define FLASH_ATTN_RES_HOPPER_BOTH constexpr
+#endif
+
+namespace flash_attn_res::cuda::hopper {
+
+inline constexpr int kSourcesMax = 16;  // two mma tiles of sources
+inline constexpr int kQueriesMax = 24;  // three mma tiles of queries
+inline constexpr int kBatchMax = 4;     // tokens of a step
+inline constexpr int kRingMax = 8;      // slots of a ring of buffers
+inline constexpr int kClusterMax = 8;   // the largest portable cluster
+
+// Warps of a CTA by their work. The first two warpgroups compute, the third serves them.
+inline constexpr int kComputeWarps = 8;
+enum class Role : int { kLoad = 8, kSoftmax = 9, kStore = 10, kPace = 11 };
+inline constexpr int kThreads = 384;
+
+/// L2 eviction priority of a stream.
+enum class CacheHint : int32_t { kEvictNormal = 0, kEvictFirst = 1, kEvictLast = 2 };
+
+/// Launch choices of one call.
+struct Plan {
+  int cluster = 1;   // CTAs that share a token: each has `columns` of its D columns
+  int columns = 0;   // columns of a CTA (the last of a cluster may have fewer); multiple of 8
+  int tiles = 0;     // 16-column tiles of a compute warp: which kernel is launched
+  int warps = 0;     // compute warps at work: warps * tiles * 16 >= columns
+  int batch = 1;     // tokens of a step
+  int stages = 2;    // steps whose inputs are in shared memory
+  int slots = 1;     // steps whose results are in shared memory
+  int clusters = 1;  // clusters launched; they take steps in turn
+
+  bool prefetch = true;  // one warp brings the next step into L2
+  int window = 0;        // steps that the fastest cluster may be ahead of the average; 0: no limit
+  CacheHint load_hint = CacheHint::kEvictFirst;
+  CacheHint prefetch_hint = CacheHint::kEvictLast;
+  CacheHint store_hint = CacheHint::kEvictNormal;
+
+  friend bool operator==(const Plan&, const Plan&) = default;
+
+  /// Columns of a CTA rounded up to whole tiles of its warps; the rest is zero padding.
+  FLASH_ATTN_RES_HOPPER_BOTH int padded_columns() const { return warps * tiles * 16; }
+
+  /// Slices of partial sums: always an address to read for each of eight warps.
+  FLASH_ATTN_RES_HOPPER_BOTH int slices() const {
+    return warps < kComputeWarps ? warps + 1 : kComputeWarps;
+  }
+
+  /// Bytes between rows in shared memory: 16 more than a multiple of 128, so that eight rows of a
+  /// block lie in different banks.
+  FLASH_ATTN_RES_HOPPER_BOTH int pitch(int element_bytes) const {
+    return (padded_columns() * element_bytes + 127) / 128 * 128 + 16;
+  }
+};
+
+/// Sizes of one call that fix its shared memory.
+struct Extents {
+  int input_rows;     // rows of a token loaded a step: N, or N + S in the backward
+  int result_rows;    // rows of a token in the ring of results: S, or N in the backward
+  int result_bytes;   // bytes of a result element
+  int partial_rows;   // rows of partial sums of a token: S + 1, or S in the backward
+  int partial_cols;   // N rounded up to a multiple of 4
+  int weight_blocks;  // 8x8 blocks of mixing weights of a token
+};
+
+/// Where things lie in shared memory, in bytes from its start:
+///
+///   head      barriers and the two numbers that warps post (SharedHead)
+///   weights   [2, batch, weight_blocks, 32] pairs of 16-bit weights, as mma operands
+///   partials  [2, slices, batch * partial_rows, partial_cols] float: sums over a warp's columns;
+///             one slice a warp, and one of zeros where fewer than eight warps work
+///   totals    [2, cluster, batch * partial_rows, partial_cols] float: sums over a CTA's columns
+///   scratch   [warps, tiles * 32 + 256]: where rows that do not exist are stored
+///   inputs    [stages, batch * input_rows, pitch]
+///   results   [slots, batch * result_rows, result_pitch]
+struct SharedMap {
+  int weights, partials, totals, scratch, inputs, results, bytes;
+  int pitch, result_pitch, stage_bytes, slot_bytes;
+};
+
+inline constexpr int kHeadBytes = 512;
+
+FLASH_ATTN_RES_HOPPER_BOTH int scratch_bytes_per_warp(int tiles) { return tiles * 32 + 256; }
+
+FLASH_ATTN_RES_HOPPER_BOTH SharedMap shared_map(const Plan& plan, const Extents& e) {
+  SharedMap map{};
+  map.pitch = plan.pitch(2);
+  map.result_pitch = plan.pitch(e.result_bytes);
+  map.stage_bytes = plan.batch * e.input_rows * map.pitch;
+  map.slot_bytes = plan.batch * e.result_rows * map.result_pitch;
+  const int sums = 2 * plan.batch * e.partial_rows * e.partial_cols * 4;
+  const bool ragged = e.result_rows % 8 != 0;
+  map.weights = kHeadBytes;
+  map.partials = map.weights + 2 * plan.batch * e.weight_blocks * 128;
+  map.totals = map.partials + plan.slices() * sums;
+  map.scratch = map.totals + plan.cluster * sums;
+  map.inputs = map.scratch + (ragged ? plan.warps * scratch_bytes_per_warp(plan.tiles) : 0);
+  map.inputs = (map.inputs + 127) / 128 * 128;
+  map.results = map.inputs + plan.stages * map.stage_bytes;
+  map.bytes = map.results + plan.slots * map.slot_bytes;
+  return map;
+}
+
+}  // namespace flash_attn_res::cuda::hopper
+
+#endif  // FLASH_ATTN_RES_CUDA_HOPPER_PLAN_H_

@@ -1,0 +1,441 @@
+// Phase 1 on Hopper: S queries over N sources in one pass, at the speed of memory.
+//
+//   r_n = rsqrt(mean(v_n^2) + eps)     logit_sn = scale r_n <u_s, v_n>
+//   p_s = softmax_n(logit_s)           lse_s = logsumexp_n(logit_s)      out_s = sum_n p_sn v_n
+//
+// in    sources N x [T, D] bfloat16, N <= 16; queries [S, D] float32, S <= 24
+// out   out S x [T, D] bfloat16; lse [S, T], logits [T, S * N], inv_rms [T, N] float32 (the last two
+//       optional)
+// bytes N + S units of T * D elements; all else is below 1 % of it
+// sums  float32. bfloat16 products are exact; queries and probabilities go to the tensor cores as
+//       a bfloat16 and the bfloat16 of its remainder, so that 16 bits of them count
+// bits  the same in every call, and for a token whatever the other tokens are
+//
+// Roles and schedule: hopper_pipeline.cuh. P1 of a token is, for a warp's columns d in tiles of 16,
+//
+//   [u_hi; v] (16,d) v^T (d,8)  +  [u_lo; 0] (16,d) v^T (d,8)      rows: queries, then v itself,
+//                                                                  whose diagonal is sum v^2
+// and P2
+//
+//   [v^T, v^T] (d,16) [p_hi; p_lo] (16,8)                          for every eight queries
+//
+// Both read the sources from shared memory by ldmatrix, plain and transposed. The queries stay in
+// registers. Rows that fill up an mma tile repeat an existing row: in P1 their sums are not stored,
+// in P2 their weights are zero.
+
+#ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_
+#define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/layout.hpp>
+
+#include "cuda/kernels/hopper_pipeline.cuh"
+
+namespace flash_attn_res::cuda::hopper {
+
+struct AttendParams {
+  RowTable<kSourcesMax> sources;  // N x [T, D]
+  RowTable<kQueriesMax> out;      // S x [T, D]
+  const float* queries;           // [S, D]
+  float* lse;                     // [S, T]
+  float* logits;                  // [T, S * N], may be null
+  float* inv_rms;                 // [T, N], may be null
+  int* issued;                    // one counter, zero at the start; null without a window
+  int64_t queries_stride, lse_stride, logits_stride, inv_rms_stride;
+  int64_t tokens;
+  int num_sources, num_queries, dim;
+  float scale, eps;
+  Plan plan;
+  SharedMap map;  // of plan and extents(); here it takes no registers
+
+  FLASH_ATTN_RES_HOPPER_BOTH Extents extents() const {
+    return {.input_rows = num_sources,
+            .result_rows = num_queries,
+            .result_bytes = 2,
+            .partial_rows = num_queries + 1,
+            .partial_cols = (num_sources + 3) / 4 * 4,
+            .weight_blocks = 2 * ((num_queries + 7) / 8) * ((num_sources + 7) / 8)};
+  }
+};
+
+/// What one compute warp does.
+template <int kQueryGroups, int kTiles, int kSourceGroups>
+struct AttendWarp {
+  // Rows of the left operand of P1 in eights: the queries, then the sources as the very last.
+  static constexpr int kRowPairs = kQueryGroups / 2 + 1;
+  static constexpr int kWeights = kSourceGroups * kQueryGroups;
+
+  const AttendParams& p;
+  SharedHead& head;
+  char* base;  // of shared memory
+  const Sums& sums;
+  int warp, lane;
+  Strip high[kTiles][kQueryGroups], low[kTiles][kQueryGroups];  // queries of this warp's columns
+
+  __device__ __forceinline__ AttendWarp(const AttendParams& params, SharedHead& shared_head, const Share& share,
+                                        const Sums& shared_sums)
+      : p(params),
+        head(shared_head),
+        base(reinterpret_cast<char*>(&shared_head)),
+        sums(shared_sums),
+        warp(warp_of_cta()),
+        lane(lane_of_warp()) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int g = 0; g < kQueryGroups; ++g) {
+        const int s = 8 * g + lane / 4;
+        const int col = (warp * kTiles + j) * 16 + lane % 4 * 2;
+        const float* query = p.queries + s * p.queries_stride + share.column;  // (columns)
+        const auto at = [&](int c) {
+          return s < p.num_queries && c < share.columns ? query[c] : 0.0f;
+        };
+        split(at(col), at(col + 1), high[j][g].left, low[j][g].left);
+        split(at(col + 8), at(col + 9), high[j][g].right, low[j][g].right);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) {
+    high = pack_bf16(a, b);
+    low = pack_bf16(a - low_bf16(high), b - high_bf16(high));
+  }
+
+  /// Where this lane points at in a token's inputs, for ldmatrix of all its sources.
+  __device__ __forceinline__ int source_offset() const {
+    const int n = lane / 16 * 8 + row_in_strip(lane);
+    const auto rows = cute::make_layout(cute::make_shape(p.num_sources, p.map.pitch),
+                                        cute::make_stride(p.map.pitch, 1));  // (N, bytes)
+    return rows(n < p.num_sources ? n : 0, (warp * kTiles * 16 + column_in_strip(lane)) * 2);
+  }
+
+  /// P1 of a step: the warp's share of <u_s, v_n> and of <v_n, v_n>.
+  __device__ __forceinline__ void scores(int step, RingCursor stage) const {
+    head.input_full[stage.slot].wait(stage.parity);
+    const char* source = base + p.map.inputs + stage.slot * p.map.stage_bytes + source_offset();
+    for (int b = 0; b < p.plan.batch; ++b, source += p.num_sources * p.map.pitch) {
+      Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int m = 0; m < kRowPairs; ++m) {
+#pragma unroll
+          for (int n = 0; n < kSourceGroups; ++n) {
+            acc[i][m][n] = Accum::zero();
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        Strip v[kSourceGroups];  // (n, d)
+        if constexpr (kSourceGroups == 2) {
+          load_strips(source + j * 32, v[0], v[1]);
+        } else {
+          load_strip(source + j * 32, v[0]);
+        }
+#pragma unroll
+        for (int n = 0; n < kSourceGroups; ++n) {
+#pragma unroll
+          for (int m = 0; m < kRowPairs; ++m) {
+            const Strip none = {0, 0};
+            const bool last = m == kRowPairs - 1;
+            const int g = 2 * m < kQueryGroups ? 2 * m : 0;
+            const int h = 2 * m + 1 < kQueryGroups ? 2 * m + 1 : 0;
+            const bool top = 2 * m < kQueryGroups;
+            mma_rows(acc[j % 2][m][n], top ? high[j][g] : none, last ? v[n] : high[j][h], v[n]);
+            if (top) {
+              mma_rows(acc[(j + 1) % 2][m][n], low[j][g], last ? none : low[j][h], v[n]);
+            }
+          }
+        }
+      }
+      store_partials(step, b, acc);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      head.partials_full[pair_slot(step)].arrive();
+    }
+  }
+
+  __device__ __forceinline__ void store_partials(
+      int step, int b, const Accum (&acc)[2][kRowPairs][kSourceGroups]) const {
+    const int rows = p.num_queries + 1;
+    const int row = lane / 4;
+#pragma unroll
+    for (int m = 0; m < kRowPairs; ++m) {
+#pragma unroll
+      for (int n = 0; n < kSourceGroups; ++n) {
+        float c[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          c[i] = acc[0][m][n].c[i] + acc[1][m][n].c[i];
+        }
+        const int col = n * 8 + lane % 4 * 2;
+        if (col < sums.cols) {
+          const auto store = [&](int s, float x, float y) {
+            if (s < p.num_queries) {
+              *reinterpret_cast<float2*>(sums.partial_row(step, warp, b * rows + s) + col) = {x, y};
+            }
+          };
+          store(16 * m + row, c[0], c[1]);
+          if (m < kRowPairs - 1) {
+            store(16 * m + 8 + row, c[2], c[3]);
+          }
+        }
+        // The diagonal of v v^T: row and column n * 8 + lane / 4.
+        if (m == kRowPairs - 1 && row / 2 == lane % 4 && n * 8 + row < sums.cols) {
+          sums.partial_row(step, warp, b * rows + p.num_queries)[n * 8 + row] =
+              row % 2 == 0 ? c[2] : c[3];
+        }
+      }
+    }
+  }
+
+  /// P2 of a step: out_s of the warp's columns.
+  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result) const {
+    head.result_ready[result.slot].wait(result.parity);
+    head.weights_full[pair_slot(step)].wait(pair_parity(step));
+    const char* source = base + p.map.inputs + input_slot * p.map.stage_bytes + source_offset();
+    const uint32_t* weights =
+        reinterpret_cast<const uint32_t*>(base + p.map.weights) +
+        pair_slot(step) * p.plan.batch * 2 * kWeights * kWarpLanes + lane;  // (batch, block, lane)
+    char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
+    char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
+    for (int b = 0; b < p.plan.batch; ++b) {
+      uint32_t p_high[kSourceGroups][kQueryGroups], p_low[kSourceGroups][kQueryGroups];
+#pragma unroll
+      for (int n = 0; n < kSourceGroups; ++n) {
+#pragma unroll
+        for (int g = 0; g < kQueryGroups; ++g) {
+          p_high[n][g] = weights[(n * kQueryGroups + g) * kWarpLanes];
+          p_low[n][g] = weights[(kWeights + n * kQueryGroups + g) * kWarpLanes];
+        }
+      }
+      char* target[kQueryGroups];
+#pragma unroll
+      for (int g = 0; g < kQueryGroups; ++g) {
+        const int s = 8 * g + row_in_strip(lane);
+        target[g] = s < p.num_queries
+                        ? slot + s * p.map.result_pitch +
+                              (warp * kTiles * 16 + column_in_strip(lane)) * 2
+                        : scratch + row_in_strip(lane) * 32 + column_in_strip(lane) * 2;
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        Strip v[kSourceGroups];  // (d, n)
+        if constexpr (kSourceGroups == 2) {
+          load_strips_transposed(source + j * 32, v[0], v[1]);
+        } else {
+          load_strip_transposed(source + j * 32, v[0]);
+        }
+#pragma unroll
+        for (int g = 0; g < kQueryGroups; ++g) {
+          Accum out = Accum::zero();  // (d, s)
+          if constexpr (kSourceGroups == 2) {
+            mma_columns(out, v[0], v[1], p_high[0][g], p_high[1][g]);
+            mma_columns(out, v[0], v[1], p_low[0][g], p_low[1][g]);
+          } else {
+            mma_columns(out, v[0], v[0], p_high[0][g], p_low[0][g]);
+          }
+          store_strip_transposed(target[g] + j * 32, {pack_bf16(out.c[0], out.c[1]),
+                                                      pack_bf16(out.c[2], out.c[3])});
+        }
+      }
+      source += p.num_sources * p.map.pitch;
+      slot += p.num_queries * p.map.result_pitch;
+      weights += 2 * kWeights * kWarpLanes;
+    }
+    fence_before_bulk_copies();
+    __syncwarp();
+    if (lane == 0) {
+      head.input_free[input_slot].arrive();
+      head.result_done[result.slot].arrive();
+    }
+  }
+};
+
+template <int kCount>
+__device__ __forceinline__ void store_statistics(float* row, const float (&values)[kCount],
+                                                 int count) {
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+    if (n < count) {
+      row[n] = values[n];
+    }
+  }
+}
+
+/// The softmax warp: from sums of products to probabilities and statistics.
+template <int kQueryGroups, int kSourceGroups>
+__device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead& head,
+                                               const Share& share) {
+  using Lane = SoftmaxLane<kQueryGroups, kSourceGroups>;
+  constexpr int kSources = Lane::kSources;
+  constexpr int kWeights = kSourceGroups * kQueryGroups;
+  const int lane = lane_of_warp();
+  const Lane mine(lane);
+  const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
+  const bool active = mine.query < p.num_queries;
+  const int s = min(mine.query, p.num_queries - 1);
+  const int sources = p.num_sources - mine.first_source;  // those of this lane that exist: n < it
+  const float mean_factor = 1.0f / static_cast<float>(p.dim);
+  uint32_t* const all_weights =
+      reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&head) + p.map.weights);
+  for (int step = 0; step < share.steps; ++step) {
+    head.partials_full[pair_slot(step)].wait(pair_parity(step));
+    sums.exchange(head, step, lane);
+    for (int b = 0; b < share.batch; ++b) {
+      const int row = b * (p.num_queries + 1);
+      float inv_rms[kSources], logit[kSources], prob[kSources];
+      sums.read(step, row + p.num_queries, mine.first_source, inv_rms);
+      sums.read(step, row + s, mine.first_source, logit);
+      float greatest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kSources; ++n) {
+        inv_rms[n] = rsqrtf(fmaf(inv_rms[n], mean_factor, p.eps));
+        logit[n] = n < sources ? p.scale * inv_rms[n] * logit[n] : -INFINITY;
+        greatest = fmaxf(greatest, logit[n]);
+      }
+      greatest = Lane::max(greatest);
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kSources; ++n) {
+        // ex2.approx: 2 ulp of the exponential, on arguments that are at most 0.
+        prob[n] = n < sources ? __expf(logit[n] - greatest) : 0.0f;
+        sum += prob[n];
+      }
+      sum = Lane::sum(sum);
+      const float inverse = 1.0f / sum;
+      if (active) {
+        uint32_t* const weights =
+            all_weights + (pair_slot(step) * share.batch + b) * 2 * kWeights * kWarpLanes;
+#pragma unroll
+        for (int n = 0; n < kSources; n += 2) {
+          const float x = prob[n] * inverse;
+          const float y = prob[n + 1] * inverse;
+          const int k = mine.first_source + n;
+          uint32_t* const block = weights + (k / 8 * kQueryGroups + s / 8) * kWarpLanes;
+          block[weight_pair(k, s)] = pack_bf16(x, y);
+          block[kWeights * kWarpLanes + weight_pair(k, s)] =
+              pack_bf16(bf16_remainder(x), bf16_remainder(y));
+        }
+      }
+      if (b == share.batch - 1) {
+        __syncwarp();
+        if (lane == 0) {
+          head.weights_full[pair_slot(step)].arrive();
+        }
+      }
+      const int64_t t = share.token(step, b);
+      if (share.rank == 0 && active && t < share.tokens) {
+        if (mine.first_source == 0) {
+          p.lse[s * p.lse_stride + t] = greatest + logf(sum);
+        }
+        if (p.logits != nullptr) {
+          store_statistics(p.logits + t * p.logits_stride + s * p.num_sources + mine.first_source,
+                           logit, sources);
+        }
+        if (p.inv_rms != nullptr && s == 0) {
+          store_statistics(p.inv_rms + t * p.inv_rms_stride + mine.first_source, inv_rms, sources);
+        }
+      }
+    }
+  }
+}
+
+/// The store warp: finished steps out of the ring of results.
+__device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& head, const Share& share) {
+  const int lane = lane_of_warp();
+  const CachePolicy policy(p.plan.store_hint);
+  const LaneRows out(p.out, p.num_queries, share.column, lane);
+  const char* const results = reinterpret_cast<const char*>(&head) + p.map.results;
+  if (lane == 0) {
+    for (int slot = 0; slot < p.plan.slots; ++slot) {
+      head.result_ready[slot].arrive();
+    }
+  }
+  RingCursor cursor;
+  for (int step = 0; step < share.steps; ++step) {
+    head.result_done[cursor.slot].wait(cursor.parity);
+    if (lane < p.num_queries) {
+      const char* row = results + cursor.slot * p.map.slot_bytes + lane * p.map.result_pitch;
+      for (int b = 0; b < share.batch; ++b, row += p.num_queries * p.map.result_pitch) {
+        const int64_t t = share.token(step, b);
+        if (t < share.tokens) {
+          store_row(const_cast<Bf16*>(out.data[0]) + t * out.stride[0], row, share.columns * 2,
+                    policy);
+        }
+      }
+      commit_stores_and_wait_read();
+    }
+    __syncwarp();
+    if (lane == 0) {
+      head.result_ready[cursor.slot].arrive();
+    }
+    cursor.advance(p.plan.slots);
+  }
+  wait_stores();
+}
+
+template <int kQueryGroups, int kTiles, int kSourceGroups>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_kernel(const __grid_constant__ AttendParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the launcher never runs it on any other architecture
+  extern __shared__ __align__(128) char shared[];
+  SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
+  set_up(head, p.map, p.plan);
+
+  // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
+  // with. Asking for more than that hangs.
+  constexpr int kServe = kQueryGroups == 3 && kSourceGroups == 2 ? 104 : 88;
+  constexpr int kCompute = (504 - kServe) / 2;
+  if (warp_of_cta() >= kComputeWarps) {
+    cutlass::arch::warpgroup_reg_dealloc<kServe>();
+    const Share share(p.plan, p.tokens, p.dim);
+    switch (static_cast<Role>(warp_of_cta())) {
+      case Role::kLoad:
+        load_steps(head, p.map, p.plan, share, p.sources, p.num_sources, p.issued);
+        break;
+      case Role::kSoftmax:
+        attend_softmax<kQueryGroups, kSourceGroups>(p, head, share);
+        break;
+      case Role::kStore:
+        attend_store(p, head, share);
+        break;
+      case Role::kPace:
+        pace_steps(head, p.plan, share, p.sources, p.num_sources, p.issued);
+        break;
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kCompute>();
+    if (warp_of_cta() < p.plan.warps) {
+      const Share share(p.plan, p.tokens, p.dim);
+      const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
+      const AttendWarp<kQueryGroups, kTiles, kSourceGroups> compute(p, head, share, sums);
+      RingCursor ahead;   // stage of P1
+      RingCursor behind;  // stage of P2
+      RingCursor result;
+      for (int step = -1; step < share.steps; ++step) {
+        if (step + 1 < share.steps) {
+          compute.scores(step + 1, ahead);
+          ahead.advance(p.plan.stages);
+        }
+        if (step >= 0) {
+          compute.mix(step, behind.slot, result);
+          behind.advance(p.plan.stages);
+          result.advance(p.plan.slots);
+        }
+      }
+    }
+  }
+  if (p.plan.cluster > 1) {
+    __syncwarp();
+    cute::cluster_sync();  // peers may still be writing their sums here
+  }
+#endif
+}
+
+}  // namespace flash_attn_res::cuda::hopper
+
+#endif  // FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_

@@ -1,0 +1,416 @@
+// What the forward and the backward of phase 1 on Hopper have in common: who works on which token,
+// the barriers, and the warps that load, pace, and add up partial sums.
+//
+// A cluster of CTAs takes a step of `batch` tokens at a time; each CTA has a slice of the columns.
+// Steps are dealt to the clusters in turn, so that all of them read one narrow band of memory:
+// giving each a range of its own costs 1 to 5 % of the speed, for DRAM pages are then reopened.
+//
+//   load warp     one bulk copy a row into the ring of inputs, ahead as far as the ring is deep
+//   compute       P1(i + 1): products of step i + 1 that the softmax needs, summed over the warp's
+//    warps        columns; then P2(i): the results of step i, with the weights of its softmax.
+//                 This order hides the softmax of a step behind the P2 of the one before.
+//   softmax warp  adds up the warps' sums, exchanges them with the cluster, makes the weights
+//   store warp    one bulk copy a row out of the ring of results (and into it when accumulating)
+//   pace warp     brings the next step into L2; keeps clusters from running ahead of each other
+//
+// Determinism: every sum has a fixed order that depends on the shapes and the number of clusters
+// only. Pacing changes when a step runs, never what it computes.
+
+#ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_PIPELINE_CUH_
+#define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_PIPELINE_CUH_
+
+#include <cstdint>
+
+#include "cuda/device/hopper_barrier.cuh"
+#include "cuda/device/hopper_copy.cuh"
+#include "cuda/device/hopper_mma.cuh"
+#include "cuda/hopper_plan.h"
+
+namespace flash_attn_res::cuda::hopper {
+
+inline constexpr int kWarpLanes = 32;
+
+/// This thread's warp, as a value that the compiler knows to be the same in all its lanes: it then
+/// stays in a uniform register, and so does what follows from it.
+__device__ __forceinline__ int warp_of_cta() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
+}
+
+/// This thread's lane. Read anew at each use, so that no register holds it from one role to another.
+__device__ __forceinline__ int lane_of_warp() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+/// The first bytes of shared memory.
+struct SharedHead {
+  Barrier input_full[kRingMax];    // a step's inputs have been loaded
+  Barrier input_free[kRingMax];    // all compute warps are done with them
+  Barrier result_ready[kRingMax];  // a slot may be written (and holds what is accumulated to)
+  Barrier result_done[kRingMax];   // all compute warps have written it
+  Barrier partials_full[2];        // all compute warps have stored their sums
+  Barrier totals_full[2];          // the sums of all CTAs of the cluster are here
+  Barrier weights_full[2];         // the softmax warp has stored the weights
+  float weight_scale[2][kBatchMax];  // factor of the weights kept in float16 (backward)
+  int loading;  // the step that the load warp is at
+  int issued;   // how many steps all clusters have begun to load, as last read
+};
+static_assert(sizeof(SharedHead) <= kHeadBytes);
+
+/// A table of rows to copy: [T, D] tensors of 16-bit values.
+template <int kCapacity>
+struct RowTable {
+  const Bf16* data[kCapacity];
+  int64_t stride[kCapacity];  // elements
+};
+
+/// The two rows that a lane copies: `lane` and `lane + 32` of a table.
+struct LaneRows {
+  const Bf16* data[2];
+  int64_t stride[2];
+
+  template <int kCapacity>
+  __device__ __forceinline__ LaneRows(const RowTable<kCapacity>& table, int rows, int column,
+                                      int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = min(lane + i * kWarpLanes, rows - 1);
+      data[i] = table.data[row] + column;
+      stride[i] = table.stride[row];
+    }
+  }
+};
+
+/// Which tokens are this CTA's, and which columns.
+struct Share {
+  int64_t tokens;  // T
+  int clusters, cluster, rank, batch;
+  int steps;    // steps of this cluster
+  int column;   // first column of this CTA
+  int columns;  // its number of columns
+
+  __device__ __forceinline__ Share(const Plan& plan, int64_t num_tokens, int dim)
+      : tokens(num_tokens), clusters(plan.clusters), batch(plan.batch) {
+    rank = plan.cluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
+    cluster = static_cast<int>(blockIdx.x) / plan.cluster;
+    const int64_t all_steps = (tokens + batch - 1) / batch;
+    steps = static_cast<int>((all_steps - cluster + clusters - 1) / clusters);
+    column = rank * plan.columns;
+    columns = min(plan.columns, dim - column);
+  }
+
+  /// Token b of a step. The last step may reach beyond T: `clamped` then repeats the last token,
+  /// whose weights are zero there and whose results are not stored.
+  __device__ __forceinline__ int64_t token(int step, int b) const {
+    return (static_cast<int64_t>(step) * clusters + cluster) * batch + b;
+  }
+  __device__ __forceinline__ int64_t clamped(int64_t token) const {
+    return token < tokens ? token : tokens - 1;
+  }
+};
+
+__device__ __forceinline__ void synchronize(bool whole_cluster) {
+  if (whole_cluster) {
+    __syncwarp();  // the barrier of a cluster wants whole warps
+    cute::cluster_sync();
+  } else {
+    __syncthreads();
+  }
+}
+
+__device__ __forceinline__ int read_posted(const int& place) {
+  return *static_cast<const volatile int*>(&place);
+}
+__device__ __forceinline__ void post(int& place, int value) {
+  *static_cast<volatile int*>(&place) = value;
+}
+
+// ---------------------------------------------------------------------------------- setting up
+
+/// Initialises barriers, and zeroes weights, partial sums and inputs: weights of rows that do not
+/// exist, sums of warps that do not, and columns of padding stay zero ever after. All threads call it; it ends with a barrier.
+__device__ __forceinline__ void set_up(SharedHead& head, const SharedMap& map, const Plan& plan) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    for (int i = 0; i < kRingMax; ++i) {
+      head.input_full[i].init(1);
+      head.input_free[i].init(plan.warps);
+      head.result_ready[i].init(1);
+      head.result_done[i].init(plan.warps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      head.partials_full[i].init(plan.warps);
+      head.totals_full[i].init(1);
+      head.weights_full[i].init(1);
+    }
+    head.loading = 0;
+    head.issued = 0;
+    publish_barriers();
+  }
+  char* const base = reinterpret_cast<char*>(&head);
+  for (int i = map.weights + thread * 16; i < map.totals; i += kThreads * 16) {
+    *reinterpret_cast<uint4*>(base + i) = {0, 0, 0, 0};
+  }
+  for (int i = map.inputs + thread * 16; i < map.results; i += kThreads * 16) {
+    *reinterpret_cast<uint4*>(base + i) = {0, 0, 0, 0};
+  }
+  fence_before_bulk_copies();
+  synchronize(plan.cluster > 1);
+}
+
+// ---------------------------------------------------------------------------------- load, pace
+
+/// Waits until the grid has caught up with this step; a hint only, given up after some 40 us.
+__device__ __forceinline__ void wait_for_window(const SharedHead& head, int64_t step, int window) {
+  for (int tries = 0; tries < 1000 && step > read_posted(head.issued) + window; ++tries) {
+    __nanosleep(40);
+  }
+}
+
+/// The load warp: the rows of every step into the ring of inputs.
+template <int kCapacity>
+__device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& map, const Plan& plan,
+                                           const Share& share, const RowTable<kCapacity>& table,
+                                           int rows, int* issued) {
+  const int lane = lane_of_warp();
+  const LaneRows lane_rows(table, rows, share.column, lane);
+  const int bytes = share.columns * 2;
+  const CachePolicy policy(plan.load_hint);
+  char* const inputs = reinterpret_cast<char*>(&head) + map.inputs;
+  RingCursor cursor;
+  for (int step = 0; step < share.steps; ++step) {
+    if (step >= plan.stages) {
+      head.input_free[cursor.slot].wait(cursor.parity ^ 1);
+    }
+    if (lane == 0) {
+      if (plan.window > 0) {
+        wait_for_window(head, static_cast<int64_t>(step) * share.clusters + share.cluster,
+                        plan.window);
+        if (share.rank == 0) {
+          asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(issued) : "memory");
+        }
+      }
+      post(head.loading, step);
+      head.input_full[cursor.slot].arrive_and_expect(plan.batch * rows * bytes);
+    }
+    __syncwarp();
+    char* stage = inputs + cursor.slot * map.stage_bytes;  // (batch * rows, pitch)
+    for (int b = 0; b < plan.batch; ++b, stage += rows * map.pitch) {
+      const int64_t t = share.clamped(share.token(step, b));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane + i * kWarpLanes;
+        if (row < rows) {
+          load_row(stage + row * map.pitch, lane_rows.data[i] + t * lane_rows.stride[i], bytes,
+                   head.input_full[cursor.slot], policy);
+        }
+      }
+    }
+    __syncwarp();
+    cursor.advance(plan.stages);
+  }
+}
+
+/// The pace warp: prefetches the step after the one that is being loaded, and reads how far the
+/// grid has come.
+template <int kCapacity>
+__device__ __forceinline__ void pace_steps(SharedHead& head, const Plan& plan, const Share& share,
+                                           const RowTable<kCapacity>& table, int rows,
+                                           const int* issued) {
+  const int lane = lane_of_warp();
+  const LaneRows lane_rows(table, rows, share.column, lane);
+  const int bytes = share.columns * 2;
+  const CachePolicy policy(plan.prefetch_hint);
+  int next = 1;  // the step to prefetch
+  while (true) {
+    int loading = 0;
+    if (lane == 0) {
+      loading = read_posted(head.loading);
+      if (plan.window > 0) {
+        int now;
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(issued) : "memory");
+        post(head.issued, now);
+      }
+    }
+    loading = __shfl_sync(0xffffffffu, loading, 0);
+    if (loading >= share.steps - 1) {
+      return;
+    }
+    if (!plan.prefetch || next > loading + 1) {
+      __nanosleep(64);
+      continue;
+    }
+    if (next == loading + 1) {
+      for (int b = 0; b < plan.batch; ++b) {
+        const int64_t t = share.clamped(share.token(next, b));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (lane + i * kWarpLanes < rows) {
+            prefetch_row(lane_rows.data[i] + t * lane_rows.stride[i], bytes, policy);
+          }
+        }
+      }
+    }
+    next = max(next + 1, loading + 1);
+  }
+}
+
+// ------------------------------------------------------------------------------------- the sums
+
+// The softmax warp is on the critical path of every step: what it does must take less time than the
+// step's bytes, some 2 us. So it has few instructions a lane, loads that do not wait for each
+// other, and no branch that differs between lanes.
+
+__device__ __forceinline__ void add_to(float4& sum, const float4& value) {
+  sum.x += value.x;
+  sum.y += value.y;
+  sum.z += value.z;
+  sum.w += value.w;
+}
+
+/// Adds up the partial sums of a step: over the warps of this CTA, then over the CTAs of the
+/// cluster, in that order.
+struct Sums {
+  float* partials;  // [2, slices, rows, cols]
+  float* totals;    // [2, cluster, rows, cols]
+  int rows;         // of all tokens of a step
+  int cols;         // N rounded up to a multiple of 4
+  int warps, slices, cluster, rank;
+
+  __device__ __forceinline__ Sums(SharedHead& head, const SharedMap& map, const Plan& plan,
+                                  const Extents& extents, int cta_rank)
+      : partials(reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + map.partials)),
+        totals(reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + map.totals)),
+        rows(plan.batch * extents.partial_rows),
+        cols(extents.partial_cols),
+        warps(plan.warps),
+        slices(plan.slices()),
+        cluster(plan.cluster),
+        rank(cta_rank) {}
+
+  __device__ __forceinline__ float* partial_row(int step, int warp, int row) const {
+    return partials + ((pair_slot(step) * slices + warp) * rows + row) * cols;
+  }
+
+  /// The sums of `step` over this CTA's columns go to every CTA of the cluster. Called by the
+  /// softmax warp when the partial sums are complete; ends when all totals are here.
+  __device__ __forceinline__ void exchange(SharedHead& head, int step, int lane) const {
+    const int buffer = pair_slot(step);
+    const int quads = rows * cols / 4;
+    const float4* const from = reinterpret_cast<const float4*>(partials) + buffer * slices * quads;
+    float4* const to = reinterpret_cast<float4*>(totals) + (buffer * cluster + rank) * quads;
+    if (cluster > 1 && lane == 0) {
+      head.totals_full[buffer].arrive_and_expect(cluster * quads * 16);
+    }
+    for (int i = lane; i < quads; i += kWarpLanes) {
+      float4 slice[kComputeWarps];
+#pragma unroll
+      for (int w = 0; w < kComputeWarps; ++w) {
+        slice[w] = from[min(w, warps) * quads + i];  // slice `warps` is zero
+      }
+#pragma unroll
+      for (int w = 1; w < kComputeWarps; ++w) {
+        add_to(slice[0], slice[w]);
+      }
+      if (cluster == 1) {
+        to[i] = slice[0];
+      } else {
+#pragma unroll
+        for (int peer = 0; peer < kClusterMax; ++peer) {
+          if (peer < cluster) {
+            store_to_peer(to + i, slice[0], head.totals_full[buffer], peer);
+          }
+        }
+      }
+    }
+    if (cluster == 1) {
+      __syncwarp();
+    } else {
+      head.totals_full[buffer].wait_cluster(pair_parity(step));
+    }
+  }
+
+  /// `kCount` consecutive columns of a row of sums over all columns of D, after `exchange`. Columns
+  /// beyond the last hold no sums: what is read there must not be used.
+  template <int kCount>
+  __device__ __forceinline__ void read(int step, int row, int col, float (&values)[kCount]) const {
+    const float* const first = totals + (pair_slot(step) * cluster * rows + row) * cols +
+                               (col < cols ? col : 0);
+    switch (cluster) {
+      case 1:
+        return read_peers<1>(first, values);
+      case 2:
+        return read_peers<2>(first, values);
+      case 4:
+        return read_peers<4>(first, values);
+      default:
+        return read_peers<8>(first, values);
+    }
+  }
+
+ private:
+  template <int kPeers, int kCount>
+  __device__ __forceinline__ void read_peers(const float* first, float (&values)[kCount]) const {
+#pragma unroll
+    for (int peer = 0; peer < kPeers; ++peer) {
+      const float* const from = first + peer * rows * cols;
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) {
+        const float2 pair = *reinterpret_cast<const float2*>(from + i);
+        values[i] = peer == 0 ? pair.x : values[i] + pair.x;
+        values[i + 1] = peer == 0 ? pair.y : values[i + 1] + pair.y;
+      }
+    }
+  }
+};
+
+/// How the lanes of the softmax warp share a token: `kParts` neighbouring lanes have one query, and
+/// each of them `kSources` consecutive sources.
+template <int kQueryGroups, int kSourceGroups>
+struct SoftmaxLane {
+  static constexpr int kParts = kQueryGroups == 1 ? 4 : kQueryGroups == 2 ? 2 : 1;
+  static constexpr int kSources = 8 * kSourceGroups / kParts;
+
+  int query;         // s
+  int first_source;  // n of the first source
+
+  explicit __device__ __forceinline__ SoftmaxLane(int lane)
+      : query(lane / kParts), first_source(lane % kParts * kSources) {}
+
+  /// Over the lanes of a query, in each of them.
+  static __device__ __forceinline__ float sum(float value) {
+#pragma unroll
+    for (int offset = 1; offset < kParts; offset *= 2) {
+      value += __shfl_xor_sync(0xffffffffu, value, offset);
+    }
+    return value;
+  }
+  static __device__ __forceinline__ float max(float value) {
+#pragma unroll
+    for (int offset = 1; offset < kParts; offset *= 2) {
+      value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    }
+    return value;
+  }
+};
+
+// A block of weights is the operand b of a product: element (k, n) is the half k % 2 of the pair
+// that lane 4 * (n % 8) + k % 8 / 2 holds.
+__device__ __forceinline__ int weight_pair(int k, int n) { return n % 8 * 4 + k % 8 / 2; }
+
+/// Stores one weight of a block.
+__device__ __forceinline__ void set_weight(uint32_t* block, int k, int n, uint16_t bits) {
+  reinterpret_cast<uint16_t*>(block)[weight_pair(k, n) * 2 + k % 2] = bits;
+}
+
+__device__ __forceinline__ uint16_t bf16_bits(float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+__device__ __forceinline__ uint16_t half_bits(float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
+
+}  // namespace flash_attn_res::cuda::hopper
+
+#endif  // FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_PIPELINE_CUH_

@@ -1,0 +1,83 @@
+// Parameters of the kernels of `read`, shared by the staged and the streamed form.
+
+#ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
+#define FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
+
+#include "cuda/device/params.h"
+
+namespace flash_attn_res::cuda {
+
+/// Rows of one token: phase 1, sources, partial sum, and two more updates.
+inline constexpr int kMaxReadRows = static_cast<int>(kMaxSources) + 4;
+
+/// Rows of the staged kernels' smaller table: a launch copies its parameters.
+inline constexpr int kMaxStagedRows = 64;
+
+/// Most softmax terms of a staged kernel: two a lane.
+inline constexpr int kMaxStagedTerms = 64;
+
+template <int kRows>
+struct ReadParams {
+  // The K terms (phase 1, sources, partial sum) and then the further updates. Without a partial sum
+  // the first update stands in its place.
+  ValueTable<kRows> rows;
+  int num_terms;     // K
+  int num_rows;      // K + further updates
+  int first_key;     // 1 when term 0 is phase 1, which has no key; else 0
+  bool has_partial;  // the last term is the partial sum
+
+  FloatView phase1_lse;  // [1, T]
+  FloatView query;       // [1, R]; absent when K == 1
+  float scale, eps;
+  float inv_key_dim;   // 1 / R
+  int dim, key_begin;  // D, D - R
+
+  bool norm;
+  bool round_mix;
+  ValueView norm_weight;  // [1, D], optional
+  float norm_eps;
+
+  ValueView x, partial_out, mix;     // [T, D]
+  FloatView logits, inv_rms, probs;  // [T, K], optional
+  FloatView mix_inv_rms;             // [1, T], optional
+  int64_t tokens;
+  int stages;  // staged kernels: tiles in the ring
+};
+
+template <int kRows>
+struct ReadBackwardParams {
+  ValueTable<kRows> rows;  // the K terms
+  int num_terms;
+  int first_key;
+  bool has_partial;
+
+  FloatView query;  // [1, R]
+  float scale;
+  float inv_key_dim;  // 1 / R
+  int dim, key_begin;
+
+  bool norm;
+  bool round_mix;
+  DType mix_dtype;            // of x, for round_mix
+  ValueView norm_weight;      // [1, D], optional
+  FloatView logits, inv_rms;  // [T, K]
+  FloatView mix_inv_rms;      // [1, T]
+
+  ValueView dx, dmix, dpartial_out;  // [T, D], optional
+
+  ValueView dphase1_out, dh, dpartial;  // [T, D], optional
+  FloatView dphase1_lse, gate;          // [1, T], optional
+  ValueTable<kRows> dsources;           // N x [T, D]
+  bool has_dsources;
+  bool accumulate;
+
+  float* dquery_partials;   // [blocks, D], optional; columns before the key hold zeros
+  float* dweight_partials;  // [blocks, D], optional
+  float* dh_scratch;        // streamed kernel: [blocks, D]
+  int64_t tokens;
+  int stages;
+};
+
+}  // namespace flash_attn_res::cuda
+
+#endif  // FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_

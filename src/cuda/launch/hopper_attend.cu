@@ -1,0 +1,129 @@
+// attend on Hopper: one kernel, N + S units of traffic.
+
+#include <string>
+
+#include "cuda/hopper.h"
+#include "cuda/kernels/hopper_attend.cuh"
+#include "cuda/launch/hopper_launch.h"
+#include "cuda/launch/launch.h"
+
+namespace flash_attn_res::cuda::hopper {
+namespace {
+
+/// A compiled kernel: eights of queries, 16-column tiles of a warp, eights of sources.
+struct Variant {
+  int query_groups, tiles, source_groups;
+  const void* kernel;
+};
+
+template <int kQueryGroups, int kTiles, int kSourceGroups>
+Variant variant() {
+  return {kQueryGroups, kTiles, kSourceGroups,
+          reinterpret_cast<const void*>(&attend_kernel<kQueryGroups, kTiles, kSourceGroups>)};
+}
+
+const void* find_kernel(int query_groups, int tiles, int source_groups) {
+  static const Variant kVariants[] = {
+      variant<1, 8, 1>(), variant<1, 9, 1>(), variant<1, 16, 1>(), variant<2, 8, 1>(),
+      variant<2, 9, 1>(), variant<2, 16, 1>(), variant<3, 8, 1>(), variant<1, 8, 2>(),
+      variant<1, 9, 2>(), variant<1, 16, 2>(), variant<2, 8, 2>(), variant<2, 9, 2>(),
+      variant<3, 8, 2>(),
+  };
+  for (const Variant& v : kVariants) {
+    if (v.query_groups == query_groups && v.tiles == tiles && v.source_groups == source_groups) {
+      return v.kernel;
+    }
+  }
+  return nullptr;
+}
+
+std::span<const int> tile_choices(int query_groups, int source_groups) {
+  static constexpr int kAll[] = {8, 9, 16};
+  static constexpr int kNarrow[] = {8, 9};
+  static constexpr int kNarrowest[] = {8};
+  if (query_groups == 1 || (query_groups == 2 && source_groups == 1)) {
+    return kAll;
+  }
+  return query_groups == 2 ? std::span<const int>(kNarrow) : std::span<const int>(kNarrowest);
+}
+
+}  // namespace
+
+Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim) {
+  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0) {
+    return {};
+  }
+  AttendParams sizes = {};
+  sizes.num_sources = static_cast<int>(num_sources);
+  sizes.num_queries = static_cast<int>(num_queries);
+  const int query_groups = groups_of_eight(num_queries);
+  Plan plan = choose_plan(dim, tile_choices(query_groups, groups_of_eight(num_sources)), 3, num_sources + num_queries,
+                          [&] { return sizes.extents(); });
+  return plan;
+}
+
+bool serves(const AttendArgs& args, int major, int minor) {
+  const int64_t dim = args.sources[0].cols;
+  return major == 9 && minor == 0 && args.queries.cols == dim && !args.probs.present() &&
+         rows_can_be_copied<ConstMatrix>(args.sources, DType::kBFloat16) &&
+         rows_can_be_copied<Matrix>(args.out, DType::kBFloat16) &&
+         choose_attend(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim).columns >
+             0;
+}
+
+int64_t attend_workspace_bytes(const AttendArgs&) { return kCounterBytes; }
+
+Status attend(const AttendArgs& args, const Context& context, const Plan* other_plan) {
+  const int64_t N = static_cast<int64_t>(args.sources.size());
+  const int64_t S = args.queries.rows;
+  const int64_t T = args.sources[0].rows;
+  const int64_t D = args.sources[0].cols;
+  const std::string shapes = shape_text({{"S", S}, {"N", N}, {"T", T}, {"D", D}});
+  const Call call("attend", shapes, context);
+  if (!call.ok()) {
+    return call.status();
+  }
+
+  AttendParams params = {};
+  for (int64_t n = 0; n < N; ++n) {
+    params.sources.data[n] = static_cast<const Bf16*>(args.sources[n].data);
+    params.sources.stride[n] = args.sources[n].stride;
+  }
+  for (int64_t s = 0; s < S; ++s) {
+    params.out.data[s] = static_cast<const Bf16*>(args.out[s].data);
+    params.out.stride[s] = args.out[s].stride;
+  }
+  params.queries = static_cast<const float*>(args.queries.data);
+  params.lse = static_cast<float*>(args.lse.data);
+  params.logits = static_cast<float*>(args.logits.data);
+  params.inv_rms = static_cast<float*>(args.inv_rms.data);
+  params.issued = static_cast<int*>(context.workspace);
+  params.queries_stride = args.queries.stride;
+  params.lse_stride = args.lse.stride;
+  params.logits_stride = args.logits.stride;
+  params.inv_rms_stride = args.inv_rms.stride;
+  params.tokens = T;
+  params.num_sources = static_cast<int>(N);
+  params.num_queries = static_cast<int>(S);
+  params.dim = static_cast<int>(D);
+  params.scale = static_cast<float>(args.scale);
+  params.eps = static_cast<float>(args.eps);
+  params.plan = other_plan != nullptr ? *other_plan : choose_attend(N, S, D);
+  params.map = shared_map(params.plan, params.extents());
+
+  const void* const kernel =
+      find_kernel(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
+  const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
+  cudaError_t error = resident_clusters(kernel, params.plan, params.map.bytes, T,
+                                        &params.plan.clusters);
+  if (error == cudaSuccess && params.plan.window > 0) {
+    error = cudaMemsetAsync(params.issued, 0, sizeof(int), stream);
+  }
+  if (error == cudaSuccess) {
+    void* arguments[] = {&params};
+    error = launch_clusters(kernel, params.plan, params.map.bytes, stream, arguments);
+  }
+  return launch_status("attend", shapes, error);
+}
+
+}  // namespace flash_attn_res::cuda::hopper

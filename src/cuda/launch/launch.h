@@ -1,0 +1,141 @@
+// What every launcher needs: views for kernels, the device of the call, errors as values.
+
+#ifndef FLASH_ATTN_RES_CUDA_LAUNCH_LAUNCH_H_
+#define FLASH_ATTN_RES_CUDA_LAUNCH_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "cuda/device/params.h"
+#include "cuda/policy.h"
+#include "flash_attn_res/status.h"
+#include "flash_attn_res/types.h"
+
+namespace flash_attn_res::cuda {
+
+/// Makes the device of the call current, and the caller's again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = -1;  // -1: nothing to restore
+  cudaError_t error_ = cudaSuccess;
+};
+
+/// One call of an operation: its name and shapes, for messages, its stream and device.
+class Call {
+ public:
+  Call(const char* op, std::string shapes, const Context& context);
+
+  /// Whether kernels can run; else status() says why not.
+  bool ok() const { return status_.ok(); }
+  const Status& status() const { return status_; }
+  const DeviceLimits& limits() const { return limits_; }
+
+  /// Launches `kernel` unless an earlier step of the call failed.
+  template <class... Parameters>
+  void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
+              const Parameters&... parameters) {
+    if (!ok() || grid.x == 0) {
+      return;
+    }
+    void* arguments[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+    launch_erased(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, arguments);
+  }
+
+  /// Blocks of a grid that stays on the device: as many as run at once, at most `limit`.
+  template <class... Parameters>
+  unsigned resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes,
+                           int64_t limit) {
+    return resident_blocks_erased(reinterpret_cast<const void*>(kernel), threads, shared_bytes,
+                                  limit);
+  }
+
+ private:
+  void check(cudaError_t error, const char* what);
+  bool allow_shared(const void* kernel, int64_t shared_bytes);
+  void launch_erased(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
+                     void** arguments);
+  unsigned resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,
+                                  int64_t limit);
+
+  const char* op_;
+  std::string shapes_;
+  DeviceGuard guard_;
+  cudaStream_t stream_;
+  DeviceLimits limits_;
+  Status status_;
+};
+
+/// Grid size along x for `count` blocks' worth of work; kernels loop when there is more.
+inline unsigned grid_blocks(int64_t count) {
+  constexpr int64_t kMaxGridX = 2147483647;
+  return static_cast<unsigned>(count < kMaxGridX ? count : kMaxGridX);
+}
+
+/// Widest row: columns are counted in 32 bits inside a row, blocks along them in 16.
+inline constexpr int64_t kMaxDim = int64_t{1} << 22;
+Status check_dim(const char* op, int64_t dim);
+
+/// "name=value" pairs for messages.
+std::string shape_text(std::initializer_list<std::pair<const char*, int64_t>> shape);
+
+ValueView value_view(const ConstMatrix& matrix);
+FloatView float_view(const ConstMatrix& matrix);
+
+/// The dtype that all present views share, if their chunks are all whole and aligned; else kNone,
+/// which stands for AnyType.
+class UniformType {
+ public:
+  explicit UniformType(int64_t dim) : uniform_(dim % kChunk == 0) {}
+
+  void add(const ValueView& view) {
+    if (view.present()) {
+      vectorized_ = vectorized_ && view.vectorized;
+      uniform_ = uniform_ && view.vectorized && (dtype_ == DType::kNone || dtype_ == view.dtype);
+      dtype_ = view.dtype;
+    }
+  }
+  DType get() const { return uniform_ ? dtype_ : DType::kNone; }
+  bool vectorized() const { return vectorized_; }
+
+ private:
+  DType dtype_ = DType::kNone;
+  bool uniform_;
+  bool vectorized_ = true;
+};
+
+/// Hands out pieces of the workspace, 64-byte aligned. Without a base it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+
+  float* floats(int64_t count) {
+    float* const piece = base_ == nullptr ? nullptr : reinterpret_cast<float*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(float)), 64);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+/// result [rows, cols] = [result +] sum of `count` partial sums, `stride` floats apart.
+void launch_reduce(Call& call, const float* partials, int64_t count, int64_t stride,
+                   const Matrix& result, bool accumulate);
+
+}  // namespace flash_attn_res::cuda
+
+#endif  // FLASH_ATTN_RES_CUDA_LAUNCH_LAUNCH_H_

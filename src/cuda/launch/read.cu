@@ -1,0 +1,170 @@
+// read: one kernel, staged in shared memory where a token's rows fit and are aligned, else
+// streamed.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/backend.h"
+#include "cuda/kernels/read_staged.cuh"
+#include "cuda/kernels/read_streamed.cuh"
+#include "cuda/launch/dispatch.cuh"
+#include "cuda/launch/launch.h"
+
+namespace flash_attn_res::cuda {
+namespace {
+
+constexpr int kMaxStreamedRows = kMaxReadRows;
+
+/// Adds a row behind those that the table holds.
+template <int kRows>
+void append(ReadParams<kRows>& params, const ConstMatrix& matrix) {
+  params.rows.set(params.num_rows++, value_view(matrix));
+}
+
+template <int kRows>
+ReadParams<kRows> make_params(const ReadArgs& args) {
+  const int64_t D = args.x.cols;
+  const int64_t R = args.query.present() ? args.query.cols : D;
+  ReadParams<kRows> p = {};
+  p.first_key = args.phase1_out.present() ? 1 : 0;
+  p.has_partial = args.partial.present() || !args.updates.empty();
+  if (args.phase1_out.present()) {
+    append(p, args.phase1_out);
+  }
+  for (const ConstMatrix& source : args.sources) {
+    append(p, source);
+  }
+  if (args.partial.present()) {
+    append(p, args.partial);
+  }
+  p.num_terms = static_cast<int>(read_terms(args));
+  for (const ConstMatrix& update : args.updates) {
+    append(p, update);
+  }
+  p.phase1_lse = float_view(args.phase1_lse);
+  p.query = float_view(args.query);
+  p.scale = static_cast<float>(args.scale);
+  p.eps = static_cast<float>(args.eps);
+  p.inv_key_dim = 1.0f / static_cast<float>(R);
+  p.dim = static_cast<int>(D);
+  p.key_begin = static_cast<int>(D - R);
+  p.norm = args.norm == OutputNorm::kRms;
+  p.round_mix = args.mix_rounding == MixRounding::kStorage;
+  p.norm_weight = value_view(args.norm_weight);
+  p.norm_eps = static_cast<float>(args.norm_eps);
+  p.x = value_view(args.x);
+  p.partial_out = value_view(args.partial_out);
+  p.mix = value_view(args.mix);
+  p.logits = float_view(args.logits);
+  p.inv_rms = float_view(args.inv_rms);
+  p.probs = float_view(args.probs);
+  p.mix_inv_rms = float_view(args.mix_inv_rms);
+  p.tokens = args.x.rows;
+  return p;
+}
+
+/// Which storage type serves the rows, and whether all of them can be staged.
+template <int kRows>
+UniformType storage_of(const ReadParams<kRows>& p) {
+  UniformType storage(p.dim);
+  for (int j = 0; j < p.num_rows; ++j) {
+    storage.add({p.rows.data[j], p.rows.stride_bytes[j], static_cast<DType>(p.rows.dtype[j]),
+                 p.rows.vectorized[j] != 0});
+  }
+  // The new partial sum takes the place of a staged row, or is read back.
+  storage.add(p.partial_out);
+  return storage;
+}
+
+ReadPolicy choose_read(const ReadArgs& args, const ReadParams<kMaxStreamedRows>& p,
+                       const UniformType& storage, const DeviceLimits& limits) {
+  if (p.num_rows > kMaxStagedRows || p.num_terms > kMaxStagedTerms || !storage.vectorized() ||
+      p.dim % kChunk != 0) {
+    return {};
+  }
+  const bool half = is_half(storage.get());
+  const auto shared_bytes = [&](int threads, int stages) {
+    return ReadStagedLayout(args.query.present(), stages, p.num_rows, half ? 1 : 2, p.dim / kChunk,
+                            threads / kWarp, p.num_terms)
+        .total;
+  };
+  // Measured on an H100: with two chunks, 448 threads (D = 7168) leave registers for one block, and
+  // a merge runs at 60 % of copy; four chunks, 224 threads and two blocks give 72 %. At D = 2048
+  // the two are equal for a merge, and two chunks are better with updates (87 % against 64 %).
+  constexpr StagedKernel kTwo = {2, kReadMaxThreads, kReadRegisters<2>};
+  constexpr StagedKernel kFour = {4, kReadMaxThreads, kReadRegisters<4>};
+  constexpr int kWide = 4096;
+  if (!half) {
+    return choose_ring(p.dim, {kTwo}, limits, shared_bytes);
+  }
+  return p.dim < kWide ? choose_ring(p.dim, {kTwo, kFour}, limits, shared_bytes)
+                       : choose_ring(p.dim, {kFour, kTwo}, limits, shared_bytes);
+}
+
+using StagedParams = ReadParams<kMaxStagedRows>;
+
+template <class Storage>
+auto staged_kernel(int chunks_per_thread) -> void (*)(StagedParams) {
+  if constexpr (kHasManyChunks<Storage>) {
+    if (chunks_per_thread == 4) {
+      return read_staged_kernel<Storage, 4, kMaxStagedRows>;
+    }
+  }
+  return read_staged_kernel<Storage, 2, kMaxStagedRows>;
+}
+
+void run_staged(Call& call, StagedParams params, DType storage, const ReadPolicy& policy) {
+  params.stages = policy.stages;
+  dispatch_storage(storage, [&]<class Storage>() {
+    const auto kernel = staged_kernel<Storage>(policy.chunks_per_thread);
+    const unsigned blocks =
+        call.resident_blocks(kernel, policy.threads, policy.shared_bytes, params.tokens);
+    call.launch(kernel, dim3(blocks), dim3(static_cast<unsigned>(policy.threads)),
+                policy.shared_bytes, params);
+  });
+}
+
+void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage) {
+  ValueView first_partial = {};
+  if (params.partial_out.present()) {
+    const int last = params.num_terms - 1;
+    first_partial = {params.rows.data[last], params.rows.stride_bytes[last],
+                     static_cast<DType>(params.rows.dtype[last]),
+                     params.rows.vectorized[last] != 0};
+    params.rows.set(last, params.partial_out);
+  }
+  const int64_t shared_bytes = streamed_shared_bytes(params.num_terms);
+  const auto kernel = storage == DType::kBFloat16
+                          ? read_streamed_kernel<__nv_bfloat16, kMaxStreamedRows>
+                          : read_streamed_kernel<AnyType, kMaxStreamedRows>;
+  const unsigned blocks =
+      call.resident_blocks(kernel, kStreamedThreads, shared_bytes, params.tokens);
+  call.launch(kernel, dim3(blocks), dim3(kStreamedThreads), shared_bytes, params, first_partial);
+}
+
+}  // namespace
+
+int64_t read_workspace_bytes(const ReadArgs&) { return 0; }
+
+Status read(const ReadArgs& args, const Context& context) {
+  const int64_t T = args.x.rows;
+  const int64_t D = args.x.cols;
+  if (Status status = check_dim("read", D); !status.ok() || T == 0) {
+    return status;
+  }
+  Call call("read", shape_text({{"K", read_terms(args)}, {"T", T}, {"D", D}}), context);
+  if (!call.ok()) {
+    return call.status();
+  }
+  const auto params = make_params<kMaxStreamedRows>(args);
+  const UniformType storage = storage_of(params);
+  const ReadPolicy policy = choose_read(args, params, storage, call.limits());
+  if (policy.staged) {
+    run_staged(call, make_params<kMaxStagedRows>(args), storage.get(), policy);
+  } else {
+    run_streamed(call, params, storage.get());
+  }
+  return call.status();
+}
+
+}  // namespace flash_attn_res::cuda

@@ -1,0 +1,202 @@
+// Launch choices as data: which kernel, how many threads, how much shared memory. Every choice is a
+// plain function of shapes, dtypes and the device's limits, so that it can be printed and tested,
+// and the first call runs as fast as the rest. Architecture-specific kernels take their entries
+// here too: a policy says which kernel serves a case before anything is launched.
+//
+// Choices that decide the order of a sum (slices, splits, threads of a token) depend on the shapes
+// of one token and, for sums over tokens, on T; never on the device. The one exception is the
+// number of blocks of `read_backward`, whose sums over tokens also depend on how many
+// multiprocessors there are.
+
+#ifndef FLASH_ATTN_RES_CUDA_POLICY_H_
+#define FLASH_ATTN_RES_CUDA_POLICY_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+namespace flash_attn_res::cuda {
+
+/// What a policy may know of a device.
+struct DeviceLimits {
+  int major = 0;
+  int minor = 0;
+  int multiprocessors = 0;
+  int64_t shared_per_block = 0;           // bytes, with the opt-in
+  int64_t shared_per_multiprocessor = 0;  // bytes
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/// Queries padded to whole tiles of eight: rows of scores stay aligned to 16 bytes.
+constexpr int64_t padded_queries(int64_t num_queries) { return round_up(num_queries, 8); }
+
+// ---------------------------------------------------------------------------------------- attend
+
+/// How `attend` splits <u, k> over blocks.
+struct ScoresPolicy {
+  int group_queries;              // queries that a block keeps in shared memory, a multiple of 8
+  int slice_cols;                 // columns of a slice, a multiple of 256
+  int num_slices;                 // slices of the key's columns
+  int64_t shared_bytes;           // of a block
+  int blocks_per_multiprocessor;  // of the grid: few, since each loads its slice of the queries
+
+  bool operator==(const ScoresPolicy&) const = default;
+};
+
+constexpr ScoresPolicy choose_scores(int64_t num_queries, int64_t dim, int64_t key_dim) {
+  // 32 queries x 512 columns are 64 KB: three blocks a multiprocessor of sm_90, two of sm_80, one
+  // of sm_86. More queries take further blocks, which read the sources again.
+  constexpr int64_t kMaxGroup = 32;
+  constexpr int64_t kSharedFloats = 16384;
+  constexpr int64_t kSpan = 256;
+  constexpr int64_t kMaxCols = 1024;  // a warp's rows of one slice then stay in L1
+  const int64_t group = std::min(padded_queries(num_queries), kMaxGroup);
+  const int64_t first_col = (dim - key_dim) / 8 * 8;
+  const int64_t cols =
+      std::min({kMaxCols, kSharedFloats / group / kSpan * kSpan, round_up(dim - first_col, kSpan)});
+  return {static_cast<int>(group), static_cast<int>(cols),
+          static_cast<int>(ceil_div(dim - first_col, cols)), group * cols * 4, 3};
+}
+
+/// Threads of a block whose threads each have one chunk of a token: (chunks, tokens).
+struct ElementwisePolicy {
+  int chunks;      // chunks of a row in one block
+  int tokens;      // tokens in one block
+  int col_blocks;  // blocks that share a row
+
+  bool operator==(const ElementwisePolicy&) const = default;
+};
+
+constexpr ElementwisePolicy choose_elementwise(int64_t dim, int64_t max_chunks,
+                                               int64_t max_threads) {
+  const int64_t chunks = ceil_div(dim, 8);
+  const int64_t blocks = ceil_div(chunks, max_chunks);
+  int64_t lanes = ceil_div(chunks, blocks);
+  if (lanes >= 32) {
+    lanes = std::min(round_up(lanes, 32), max_chunks);  // equal shares, whole warps
+  } else {
+    int64_t power = 1;
+    while (power < lanes) {
+      power *= 2;
+    }
+    lanes = std::min(power, max_chunks);
+  }
+  return {static_cast<int>(lanes), static_cast<int>(max_threads / lanes),
+          static_cast<int>(ceil_div(chunks, lanes))};
+}
+
+/// How the sources' gradients of `attend` are computed.
+struct DsourcesPolicy {
+  ElementwisePolicy block;
+  int64_t shared_bytes;           // queries of the block's columns
+  int blocks_per_multiprocessor;  // of the grid
+
+  bool operator==(const DsourcesPolicy&) const = default;
+};
+
+constexpr DsourcesPolicy choose_dsources(int64_t num_queries, int64_t dim) {
+  constexpr int64_t kThreads = 256;
+  constexpr int64_t kSharedBytes = 65536;
+  const int64_t bytes_per_chunk = padded_queries(num_queries) * 32;
+  int64_t max_chunks = std::min(kThreads, kSharedBytes / bytes_per_chunk);
+  max_chunks = max_chunks >= 32 ? max_chunks / 32 * 32 : 16;  // 128 queries: 16 chunks
+  const ElementwisePolicy block = choose_elementwise(dim, max_chunks, kThreads);
+  return {block, block.chunks * bytes_per_chunk, 2};
+}
+
+/// How the queries' gradients of `attend` are split.
+struct DqueriesPolicy {
+  int tiles;        // warps of a block with different queries, eight each
+  int shares;       // warps of a block with different rows
+  int tile_groups;  // blocks with different queries
+  int col_blocks;   // blocks with different columns, 256 each
+  int splits;       // blocks with different tokens: a function of T alone
+  int64_t tokens_per_split;
+  int64_t shared_bytes;
+
+  bool operator==(const DqueriesPolicy&) const = default;
+};
+
+constexpr DqueriesPolicy choose_dqueries(int64_t tokens, int64_t num_queries, int64_t dim,
+                                         int64_t key_dim) {
+  constexpr int64_t kMaxTiles = 4;
+  constexpr int64_t kMaxWarps = 12;
+  constexpr int64_t kMaxSplits = 64;  // partial sums stay small beside the sources
+  constexpr int64_t kMinTokens = 64;
+  const int64_t all_tiles = padded_queries(num_queries) / 8;
+  const int64_t tiles = std::min(all_tiles, kMaxTiles);
+  const int64_t per_split =
+      std::max(kMinTokens, ceil_div(std::max<int64_t>(tokens, 1), kMaxSplits));
+  const int64_t first_col = (dim - key_dim) / 8 * 8;
+  return {static_cast<int>(tiles),
+          static_cast<int>(std::min<int64_t>(8, kMaxWarps / tiles)),
+          static_cast<int>(ceil_div(all_tiles, tiles)),
+          static_cast<int>(ceil_div(dim - first_col, 256)),
+          static_cast<int>(ceil_div(std::max<int64_t>(tokens, 1), per_split)),
+          per_split,
+          tiles * 8 * 256 * 4};
+}
+
+// ------------------------------------------------------------------------------------------ read
+
+/// Which form of `read` runs, and its block.
+struct ReadPolicy {
+  bool staged;            // rows of a token in shared memory; else streamed
+  int chunks_per_thread;  // staged: 2 or 4
+  int threads;            // of a block, which has one token at a time
+  int stages;             // staged: tiles in the ring
+  int64_t shared_bytes;   // of a block
+
+  bool operator==(const ReadPolicy&) const = default;
+};
+
+/// Most blocks of a `read_backward` grid: its workspace has a row of partial sums for each.
+constexpr int64_t max_read_backward_blocks(int64_t dim) { return dim <= 4096 ? 1280 : 640; }
+
+/// What choose_ring must know of the staged kernel for one storage and number of chunks a thread.
+struct StagedKernel {
+  int chunks_per_thread;
+  int max_threads;  // that the kernel is compiled for
+  int registers;    // a thread, at most, on any architecture: decides how many blocks run at once
+};
+
+/// Chooses among `kernels`, best first, a staged block whose ring takes
+/// `shared_bytes(threads, stages)` bytes: as many blocks as registers and shared memory allow with
+/// two tiles each, then the deepest ring that leaves them room. Several blocks hide one another's
+/// waiting at the barriers; deep rings keep copies under way where registers allow one block alone.
+template <class SharedBytes>
+constexpr ReadPolicy choose_ring(int64_t dim, std::initializer_list<StagedKernel> kernels,
+                                 const DeviceLimits& limits, SharedBytes&& shared_bytes) {
+  constexpr int64_t kReserved = 1024;  // the system takes 1 KB of shared memory a block
+  constexpr int64_t kRegisters = 65536;
+  constexpr int64_t kMaxBlocks = 8;
+  constexpr int kMaxStages = 4;
+  for (const StagedKernel& kernel : kernels) {
+    const int threads = static_cast<int>(round_up(ceil_div(dim / 8, kernel.chunks_per_thread), 32));
+    if (threads > kernel.max_threads) {
+      continue;
+    }
+    const auto fits = [&](int64_t blocks, int stages) {
+      const int64_t bytes = shared_bytes(threads, stages);
+      return bytes <= limits.shared_per_block &&
+             blocks * (bytes + kReserved) <= limits.shared_per_multiprocessor;
+    };
+    int64_t blocks =
+        std::clamp<int64_t>(kRegisters / (int64_t{kernel.registers} * threads), 1, kMaxBlocks);
+    while (blocks > 1 && !fits(blocks, 2)) {
+      --blocks;
+    }
+    for (int stages = kMaxStages; stages >= 1; --stages) {
+      if (fits(blocks, stages)) {
+        return {true, kernel.chunks_per_thread, threads, stages, shared_bytes(threads, stages)};
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace flash_attn_res::cuda
+
+#endif  // FLASH_ATTN_RES_CUDA_POLICY_H_

@@ -1,0 +1,152 @@
+"""opcheck, torch.compile(fullgraph=True) with static and dynamic token counts, torch.func."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.library import opcheck
+
+from flash_attn_res import BlockAttnRes, attend, read
+
+OPS = torch.ops.flash_attn_res
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_attend(dtype: torch.dtype) -> None:
+    sources = [random(5, 8, dtype=dtype), random(2, 5, 8, dtype=dtype)]
+    opcheck(OPS.attend, (sources, random(3, 8), 1.0, 1e-6, None))
+    opcheck(OPS.attend, (sources, random(3, 4), 0.5, 1e-5, torch.float32))
+
+
+def test_opcheck_read() -> None:
+    def value() -> Tensor:
+        return random(5, 8)
+
+    # phase1_out, phase1_lse, sources, partial, updates, query, norm_weight, scale, eps,
+    # norm, norm_eps, round_mix, return_mix, dtype
+    advance = (value(), random(5), [], value(), [value()], random(8), random(8), 1.0, 1e-6)
+    opcheck(OPS.read, (*advance, True, 1e-6, False, False, None))
+    site = (None, None, [value(), random(2, 5, 8)], value(), [value()], random(8), None, 1.0, 1e-6)
+    opcheck(OPS.read, (*site, True, 1e-6, True, True, torch.bfloat16))
+    one_shot = (None, None, [value(), value()], None, [], random(8), None, 1.0, 1e-6)
+    opcheck(OPS.read, (*one_shot, False, 1e-6, False, False, None))
+
+
+def test_opcheck_backward_operators() -> None:
+    sources = [torch.randn(5, 8), torch.randn(2, 5, 8)]
+    queries = torch.randn(3, 8)
+    out, lse, logits, inv_rms = OPS.attend(sources, queries, 1.0, 1e-6, None)
+    opcheck(
+        OPS.attend_backward,
+        (out, lse, None, sources, queries, lse, logits, inv_rms, 1.0, True, True),
+    )
+    opcheck(
+        OPS.attend_backward,
+        (out, None, lse, sources, queries, lse, logits, inv_rms, 1.0, False, True),
+    )
+    query, weight = torch.randn(8), torch.randn(8)
+    x, total, mix, logits, inv_rms, mix_inv_rms = OPS.read(
+        *(None, None, sources, sources[0], [sources[0]], query, weight, 1.0, 1e-6),
+        *(True, 1e-6, False, True, None),
+    )
+    opcheck(
+        OPS.read_backward,
+        (
+            *(x, total, mix, None, sources, total, query, weight, logits, inv_rms, mix_inv_rms),
+            *(1.0, True, False, True, True, True, True, True),
+        ),
+    )
+
+
+def site(sources: list[Tensor], partial: Tensor, query: Tensor, weight: Tensor) -> Tensor:
+    out, lse, _ = attend(sources, query[None])
+    return read(
+        query, phase1=(out[0], lse[0]), partial=partial, update=partial * 2, norm_weight=weight
+    ).x
+
+
+def grads_of(function, inputs: list[Tensor]) -> list[Tensor]:
+    sources, partial, query, weight = inputs[:2], inputs[2], inputs[3], inputs[4]
+    out = function(sources, partial, query, weight)
+    return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_equals_eager(dynamic: bool, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(site, fullgraph=True, dynamic=dynamic)
+    for tokens in (6, 11, 40) if dynamic else (6,):
+        inputs = [random(2, tokens, 16, dtype=dtype) for _ in range(3)] + [random(16), random(16)]
+        for ours, eager in zip(grads_of(compiled, inputs), grads_of(site, inputs), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=2e-2 if dtype != torch.float32 else 1e-5,
+                                       atol=2e-2 if dtype != torch.float32 else 1e-5)
+
+
+def test_dynamic_tokens_compile_once() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(
+        lambda a, b, q: read(q, sources=[a, b]).x, fullgraph=True, dynamic=True, backend=counter
+    )
+    for tokens in (4, 9, 33):
+        compiled(torch.randn(tokens, 8), torch.randn(tokens, 8), torch.randn(8))
+    assert counter.frame_count == 1
+
+
+class Network(nn.Module):
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        self.attn_res = BlockAttnRes(6, 16, block_size)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+        self.norms = nn.ParameterList(torch.ones(16) for _ in range(7))
+        nn.init.normal_(self.attn_res.queries)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.attn_res.start(x)
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            stream.write(torch.tanh(layer(stream.read(norm))))
+        return stream.finish(self.norms[-1])
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+def test_compiled_stream_equals_eager(block_size: int) -> None:
+    torch._dynamo.reset()
+    network = Network(block_size)
+    x = torch.randn(2, 5, 16)
+    compiled = torch.compile(network, fullgraph=True)
+    torch.testing.assert_close(compiled(x), network(x))
+    compiled(x).square().sum().backward()
+    grads = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    network(x).square().sum().backward()
+    for ours, parameter in zip(grads, network.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_surface_while_tracing() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b, q: read(q, sources=[a, b]).x, fullgraph=True)
+    with pytest.raises(Exception, match=r"sources\[1\] has shape \[3, 7\]"):
+        compiled(torch.randn(3, 8), torch.randn(3, 7), torch.randn(8))
+
+
+def test_functional_call() -> None:
+    network = Network(3)
+    x = torch.randn(2, 5, 16)
+    parameters = {name: p.detach() * 1.5 for name, p in network.named_parameters()}
+    called = torch.func.functional_call(network, parameters, (x,))
+    network.load_state_dict(parameters)
+    assert torch.equal(called, network(x))
+
+
+def test_export() -> None:
+    network = Network(3).eval()
+    x = torch.randn(2, 5, 16)
+    program = torch.export.export(network, (x,))
+    torch.testing.assert_close(program.module()(x), network(x))

@@ -1,0 +1,209 @@
+"""The package as users get it: what the wheel holds and what the operators link against."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import flash_attn_res
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+LIBRARY = "flash_attn_res_torch.so"
+
+# Every PyTorch function that the operators call. All of them exist in PyTorch 2.10 and belong to
+# its stable C interface (torch/csrc/stable/c/shim_function_versions.txt in PyTorch's sources lists
+# those that came with 2.10 or later; the others are older). A new name belongs here only after a
+# look at that file: one that is younger than 2.10 makes the package unloadable there.
+TORCH_2_10 = set(
+    """
+    aoti_torch_abi_version aoti_torch_delete_library_object aoti_torch_delete_tensor_object
+    aoti_torch_device_type_cpu aoti_torch_device_type_cuda aoti_torch_device_type_meta
+    aoti_torch_device_type_mps aoti_torch_device_type_privateuse1 aoti_torch_device_type_xpu
+    aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool aoti_torch_dtype_complex128
+    aoti_torch_dtype_complex32 aoti_torch_dtype_complex64 aoti_torch_dtype_float16
+    aoti_torch_dtype_float32 aoti_torch_dtype_float64 aoti_torch_dtype_float8_e4m3fn
+    aoti_torch_dtype_float8_e4m3fnuz aoti_torch_dtype_float8_e5m2 aoti_torch_dtype_float8_e5m2fnuz
+    aoti_torch_dtype_int16 aoti_torch_dtype_int32 aoti_torch_dtype_int64 aoti_torch_dtype_int8
+    aoti_torch_dtype_uint16 aoti_torch_dtype_uint32 aoti_torch_dtype_uint64 aoti_torch_dtype_uint8
+    aoti_torch_create_device_guard aoti_torch_delete_device_guard aoti_torch_empty_strided
+    aoti_torch_get_device_index aoti_torch_get_device_type aoti_torch_get_dim aoti_torch_get_dtype
+    aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_sizes aoti_torch_get_stride
+    aoti_torch_get_strides aoti_torch_is_contiguous
+    aoti_torch_layout__mkldnn aoti_torch_layout_jagged aoti_torch_layout_sparse_bsc
+    aoti_torch_layout_sparse_bsr aoti_torch_layout_sparse_coo aoti_torch_layout_sparse_csc
+    aoti_torch_layout_sparse_csr aoti_torch_layout_strided
+    aoti_torch_library_def aoti_torch_library_init_def aoti_torch_library_init_fragment
+    aoti_torch_library_init_impl aoti_torch_memory_format_channels_last
+    aoti_torch_memory_format_channels_last_3d aoti_torch_memory_format_contiguous_format
+    aoti_torch_memory_format_preserve_format aoti_torch_new_tensor_handle
+    torch_call_dispatcher torch_delete_list torch_delete_string torch_get_const_data_ptr
+    torch_get_mutable_data_ptr torch_get_num_threads torch_get_thread_idx torch_library_impl
+    torch_list_get_item torch_list_push_back torch_list_set_item torch_list_size
+    torch_new_list_reserve_size torch_new_string_handle torch_parallel_for torch_string_c_str
+    torch_string_length
+    """.split()
+)
+
+# These live in libtorch_cuda.so, which a CPU build of PyTorch does not have.
+TORCH_CUDA = {"aoti_torch_get_current_cuda_stream"}
+
+# Optional hooks of the toolchain's start-up code.
+TOOLCHAIN = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+
+# What the file may ask the loader for. cudart is linked statically, so that no CUDA version is
+# asked for; OpenMP is absent because the threads are PyTorch's.
+MUST_NEED = {"libtorch.so", "libtorch_cpu.so"}
+MAY_NEED = MUST_NEED | {
+    "ld-linux-x86-64.so.2",
+    "libc.so.6",
+    "libdl.so.2",
+    "libgcc_s.so.1",
+    "libm.so.6",
+    "libpthread.so.0",
+    "librt.so.1",
+    "libstdc++.so.6",
+}
+
+
+def run(*command: str | pathlib.Path, **options) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, **options
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def library() -> pathlib.Path:
+    """The compiled operators that this process has loaded."""
+    mapped = pathlib.Path("/proc/self/maps").read_text()
+    paths = {pathlib.Path(path) for path in re.findall(rf"\S+/{re.escape(LIBRARY)}", mapped)}
+    assert len(paths) == 1
+    return paths.pop()
+
+
+@pytest.fixture(scope="module")
+def dynamic_symbols(library: pathlib.Path) -> list[tuple[str, str]]:
+    """The (type, name) pairs of the dynamic symbol table, as `nm -D` prints them."""
+    lines = run("nm", "-D", library).splitlines()
+    return [tuple(line.split()[-2:]) for line in lines]
+
+
+def audit(symbols: list[tuple[str, str]]) -> list[str]:
+    """What is wrong with a list of dynamic symbols.
+
+    The C and C++ run-time libraries version their symbols (``memcpy@GLIBC_2.14``) and PyTorch does
+    not: an undefined symbol without a version is PyTorch's.
+    """
+    problems = []
+    for kind, name in symbols:
+        if kind not in "Uw":
+            problems.append(f"{name} is exported")
+        elif "@" in name or name in TOOLCHAIN:
+            continue
+        elif name in TORCH_CUDA:
+            if kind != "w":
+                problems.append(f"{name} is not weak: no CPU build of PyTorch could load it")
+        elif name not in TORCH_2_10:
+            problems.append(f"{name} is no function of PyTorch 2.10's stable interface")
+    return problems
+
+
+def test_symbols(dynamic_symbols):
+    assert audit(dynamic_symbols) == []
+    undefined = {name for _, name in dynamic_symbols}
+    assert "torch_library_impl" in undefined  # the list is what it seems to be
+
+
+@pytest.mark.parametrize(
+    ("symbol", "problem"),
+    [
+        (("U", "_ZN2at10empty_likeERKNS_6TensorE"), "no function"),
+        (("U", "_ZN3c105ErrorC1ENS_14SourceLocationESs"), "no function"),
+        (("U", "_ZN5torch8autograd4Node4nameEv"), "no function"),
+        (("U", "torch_exception_get_what"), "no function"),
+        (("U", "aoti_torch_get_current_cuda_stream"), "not weak"),
+        (("T", "flash_attn_res_attend"), "is exported"),
+    ],
+)
+def test_audit_finds(symbol, problem):
+    assert re.search(problem, "".join(audit([symbol])))
+
+
+def test_needed_libraries(library):
+    dynamic = run("readelf", "-dW", library)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    assert needed >= MUST_NEED
+    assert needed <= MAY_NEED
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+def test_no_path_of_the_build_machine(library):
+    content = library.read_bytes()
+    assert str(ROOT).encode() not in content
+    assert str(pathlib.Path(torch.__file__).parent).encode() not in content
+
+
+def test_version_is_the_same_everywhere():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.*)"$', pyproject, re.MULTILINE).group(1)
+    assert importlib.metadata.version("flash-attn-res") == version
+    assert flash_attn_res.__version__ == version
+
+
+def test_wheel(tmp_path):
+    """Builds a wheel, looks into it, and uses it from where it was unpacked."""
+    options = [f"--config-settings=build-dir={tmp_path / 'build'}"]
+    cache = ROOT / "build" / "python" / "CMakeCache.txt"
+    if cache.exists():
+        # `make` has compiled the library there, with these settings: no need to do it again.
+        options = [f"--config-settings=build-dir={cache.parent}"]
+        for name in ("FLASH_ATTN_RES_CUDA", "CMAKE_CUDA_ARCHITECTURES"):
+            value = re.search(rf"^{name}:\w+=(.*)$", cache.read_text(), re.MULTILINE)
+            if value:
+                options.append(f"--config-settings=cmake.define.{name}={value.group(1)}")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    flags = ["--no-build-isolation", "--no-deps", f"--wheel-dir={tmp_path}"]
+    run(*pip, "wheel", *flags, *options, str(ROOT))
+    (wheel,) = tmp_path.glob("*.whl")
+    # One file for every Python 3 and every PyTorch from 2.10 on.
+    assert re.fullmatch(r"flash_attn_res-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+        (scripts,) = (archive.read(n).decode() for n in names if n.endswith("/entry_points.txt"))
+    package = {name for name in names if ".dist-info/" not in name}
+    sources = ROOT / "python" / "flash_attn_res"
+    files = [path.relative_to(sources) for path in sources.rglob("*") if path.is_file()]
+    caches = re.compile(r"__pycache__|\.")  # what Python and the tools leave behind
+    expected = {
+        f"flash_attn_res/{path.as_posix()}"
+        for path in files
+        if not any(caches.match(part) for part in path.parts)
+    }
+    assert package == expected | {f"flash_attn_res/{LIBRARY}"}
+    assert any(name.endswith("/LICENSE") for name in names)
+    assert "Requires-Dist: torch>=2.10" in metadata
+    assert "flash-attn-res = flash_attn_res.cli:main" in scripts
+
+    program = f"""
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path.insert(0, {str(tmp_path / "site")!r})
+import torch, flash_attn_res
+result = flash_attn_res.attend([torch.ones(3, 4)], torch.zeros(1, 4))
+print(flash_attn_res.__file__, float(result.out.sum()))
+"""
+    where, total = run(sys.executable, "-c", program, cwd=tmp_path).split()
+    assert pathlib.Path(where).is_relative_to(tmp_path)
+    assert float(total) == 12.0

@@ -1,0 +1,75 @@
+"""Runs tests/gpu on the GPU of this machine and writes benchmarks/results/gpu-tests.json.
+
+Usage: gpu_test.py [pytest arguments]
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+
+from source_hash import ROOT, source_hash
+
+RESULT = ROOT / "benchmarks" / "results" / "gpu-tests.json"
+
+
+def read_driver() -> str:
+    """The version of the NVIDIA driver, or "unknown"."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return output.split("\n", 1)[0].strip()
+
+
+def main() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print(
+            "gpu-test: there is no GPU here that PyTorch can use "
+            f"(torch {torch.__version__}, CUDA {torch.version.cuda}). Nothing was run."
+        )
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junit-xml={report}"]
+        returncode = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, check=False).returncode
+        if not report.exists():
+            print("gpu-test: pytest wrote no report; gpu-tests.json is left as it was.")
+            return returncode or 1
+        suites = ElementTree.parse(report).getroot().iter("testsuite")
+        counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+        for suite in suites:
+            for name in counts:
+                counts[name] += int(suite.get(name, 0))
+    failed = counts["failures"] + counts["errors"]
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "driver": read_driver(),
+        "versions": {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "source_hash": source_hash(),
+    }
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"gpu-test: {result['passed']} passed, {failed} failed, {result['skipped']} skipped")
+    return returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

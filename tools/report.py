@@ -1,0 +1,118 @@
+"""Writes the tables of README and docs from benchmarks/results/*.json.
+
+Usage: report.py [--check]    (--check: say whether the tables are up to date, change nothing)
+
+A table stands between "<!-- generated: NAME -->" and "<!-- end of generated: NAME -->"; NAME is a
+function below.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ["README.md", "docs/cpu.md"]
+
+
+def load(name: str) -> dict:
+    path = RESULTS / name
+    if not path.exists():
+        raise SystemExit(f"report: {path.relative_to(ROOT)} is missing; run make bench")
+    return json.loads(path.read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    align = [":---" if index == 0 else "---:" for index in range(len(header))]
+    lines = [header, align, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+CPU_OPS = {
+    "oneshot": "one-shot `read`",
+    "phase1": "`attend`",
+    "merge": "merge",
+    "advance": "advance",
+}
+
+
+def cpu_table(with_eager: bool) -> str:
+    """Ours against the better of torch.compile's forms, case by case."""
+    document = load("cpu.json")
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in document["rows"]:
+        key = (row["op"], row["dtype"], tuple(row["shape"].items()))
+        cases.setdefault(key, {})[row["package"]] = row
+    rows = []
+    for (op, dtype, shape_items), packages in cases.items():
+        name, direction = op.rsplit("_", 1)
+        shape = dict(shape_items)
+        ours = packages["flash_attn_res"]
+        compiled = min(
+            (row for package, row in packages.items() if package.startswith("torch.compile")),
+            key=lambda row: row["us"],
+        )
+        size = f"N={shape['N']} S={shape['S']}" if shape["N"] else ""
+        line = [
+            f"{CPU_OPS[name]} {'forward' if direction == 'fwd' else 'backward'} {size}".strip(),
+            dtype,
+            f"{ours['us'] / 1e3:.1f}",
+            f"{ours['percent_of_copy']:.0f} %",
+            f"{compiled['us'] / 1e3:.1f}",
+            f"{compiled['us'] / ours['us']:.1f}x",
+        ]
+        if with_eager:
+            line.append(f"{packages['eager']['us'] / ours['us']:.1f}x")
+        rows.append(line)
+    header = ["operation", "dtype", "ms", "of copy", "torch.compile ms", "faster"]
+    if with_eager:
+        header.append("than eager")
+    threads = document["rows"][0]["threads"]
+    caption = (
+        f"{document['device']}, {threads} threads, torch {document['versions']['torch']}, "
+        f"copy {document['copy_tb_s'] * 1e3:.1f} GB/s; medians, `make bench` measures it here."
+    )
+    return caption + "\n\n" + markdown(header, rows)
+
+
+def cpu() -> str:
+    """The full CPU table."""
+    return cpu_table(with_eager=True)
+
+
+TABLES = {"cpu": cpu}
+
+
+def fill(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        return (
+            f"<!-- generated: {name} -->\n{TABLES[name]()}\n<!-- end of generated: {name} -->"
+        )
+
+    return re.sub(
+        r"<!-- generated: (\w+) -->\n.*?<!-- end of generated: \1 -->", replace, text, flags=re.S
+    )
+
+
+def main() -> int:
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        text = path.read_text()
+        filled = fill(text)
+        if filled != text:
+            stale.append(name)
+            if "--check" not in sys.argv[1:]:
+                path.write_text(filled)
+    if stale and "--check" in sys.argv[1:]:
+        print(f"report: {', '.join(stale)} differ from the results: run python tools/report.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""One hash over every file that decides what the GPU does, to tell whether test results are stale.
+
+Usage: source_hash.py    prints the hash
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOLDERS = ("include", "src/common", "src/cuda", "bindings")
+SUFFIXES = {".h", ".in", ".cpp", ".cu", ".cuh"}
+
+
+def source_hash(root: pathlib.Path = ROOT) -> str:
+    """SHA-256 over the names and contents of the sources behind the CUDA operators."""
+    digest = hashlib.sha256()
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file():
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def has_cuda_kernels(root: pathlib.Path = ROOT) -> bool:
+    """Whether there is CUDA code at all."""
+    return any((root / "src" / "cuda").rglob("*.cu"))
+
+
+if __name__ == "__main__":
+    print(source_hash())
