@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12   interpreter to build the environment from (default: python3)
 #   JOBS=8              parallel jobs (default: one for each core)
+#   ARGS=--resume       more options for `make demo`: see `flash-attn-res train --help`
 #   CUDA=ON|OFF         CUDA kernels in what `demo`, `test` and `bench` build (default: ON where
 #                       there is both nvcc and a GPU, for that GPU alone)
 
@@ -65,8 +66,8 @@ build-asan: bootstrap
 
 # ---------------------------------------------------------------------------------------- targets
 
-demo: install ## train two small language models, plain and with Attention Residuals
-	@$(VENV)/bin/flash-attn-res train
+demo: install ## train small language models, plain and with Attention Residuals
+	@$(VENV)/bin/flash-attn-res train $(ARGS)
 
 test: install build-cpp build-asan ## run all tests: C++, C++ with sanitizers, Python
 	@rm -rf build/cpu/test-results build/asan/test-results build/python-tests.xml; \

@@ -89,9 +89,7 @@ TABLES = {"cpu": cpu}
 def fill(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         name = match[1]
-        return (
-            f"<!-- generated: {name} -->\n{TABLES[name]()}\n<!-- end of generated: {name} -->"
-        )
+        return f"<!-- generated: {name} -->\n{TABLES[name]()}\n<!-- end of generated: {name} -->"
 
     return re.sub(
         r"<!-- generated: (\w+) -->\n.*?<!-- end of generated: \1 -->", replace, text, flags=re.S

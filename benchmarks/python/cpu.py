@@ -14,10 +14,18 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from harness import ROOT, Contender, copy_bytes_per_second, cpu_name, interleave, write_results
+from harness import (
+    ROOT,
+    Contender,
+    copy_bytes_per_second,
+    cpu_name,
+    interleave,
+    keep_freed_memory,
+    write_results,
+)
 from torch import Tensor
 
 from flash_attn_res import attend, read
@@ -38,9 +46,7 @@ def attend_list(sources: list[Tensor], queries: Tensor) -> Tensor:
     values = [v.float() for v in sources]
     logits = torch.stack([(v @ queries.t()) * inverse_rms(v)[:, None] for v in values])  # (N,T,S)
     p = logits.softmax(0)
-    out = [
-        sum(p[n, :, s, None] * v for n, v in enumerate(values)) for s in range(queries.shape[0])
-    ]
+    out = [sum(p[n, :, s, None] * v for n, v in enumerate(values)) for s in range(queries.shape[0])]
     return torch.stack(out).to(sources[0].dtype)
 
 
@@ -132,14 +138,16 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def cases(quick: bool) -> list[Case]:
-    result = []
+def cases(quick: bool) -> Iterator[Case]:
+    """One at a time: inputs are large, and each case compiles afresh."""
     for dtype in (torch.bfloat16, torch.float32):
         for num_sources in (4,) if quick else (4, 8):
             for num_queries in (1, 8):
-                result.append(mixing_case(num_sources, num_queries, dtype))
-        result += stream_cases(dtype)
-    return result
+                torch.compiler.reset()
+                yield mixing_case(num_sources, num_queries, dtype)
+        for case in stream_cases(dtype):
+            torch.compiler.reset()
+            yield case
 
 
 def mixing_case(num_sources: int, num_queries: int, dtype: torch.dtype) -> Case:
@@ -229,6 +237,7 @@ def main() -> None:
         "--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "cpu.json"
     )
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rounds = 5 if options.quick else 11

@@ -14,8 +14,8 @@
 
 // The symbol lives in libtorch_cuda.so, which a CPU build of PyTorch does not have: a weak
 // reference is null there instead of making the whole library unloadable.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace flash_attn_res::torch_binding {
 
@@ -35,10 +35,9 @@ class CallContext {
     if (context_.device.type == DeviceType::kCuda) {
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                       "flash_attn_res: a CUDA tensor arrived but this PyTorch has no CUDA");
-      STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(context_.device.index,
-                                                         &context_.stream) == 0,
-                      "flash_attn_res: PyTorch gave no current stream for CUDA device ",
-                      context_.device.index);
+      STD_TORCH_CHECK(
+          aoti_torch_get_current_cuda_stream(context_.device.index, &context_.stream) == 0,
+          "flash_attn_res: PyTorch gave no current stream for CUDA device ", context_.device.index);
     }
   }
 

@@ -152,9 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_op(
   args.logits = write_view(logits);
   args.inv_rms = write_view(inv_rms);
 
-  const ScalarType sum_type =
-      partial.has_value() ? partial->scalar_type()
-                          : (updates.empty() ? x_type : updates.front().scalar_type());
+  const ScalarType sum_type = partial.has_value()
+                                  ? partial->scalar_type()
+                                  : (updates.empty() ? x_type : updates.front().scalar_type());
   Tensor partial_out = nothing(like, sum_type);
   if (!updates.empty()) {
     partial_out = empty(like, {T, D}, sum_type);
@@ -275,10 +275,6 @@ STABLE_TORCH_LIBRARY(flash_attn_res, m) {
       " Tensor dpartial, Tensor dquery, Tensor dnorm_weight)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_res, CPU, m) {
-  flash_attn_res::torch_binding::implement(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_res, CPU, m) { flash_attn_res::torch_binding::implement(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_res, CUDA, m) {
-  flash_attn_res::torch_binding::implement(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_res, CUDA, m) { flash_attn_res::torch_binding::implement(m); }

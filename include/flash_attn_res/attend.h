@@ -35,16 +35,16 @@ namespace flash_attn_res {
 
 /// Arguments of `attend`. "float" stands for float32, or float64 when the sources are float64.
 struct AttendArgs {
-  std::span<const ConstMatrix> sources;  // N x [T, D]; one dtype, any row stride; 1 <= N <= 512
-  ConstMatrix queries;                   // [S, R] float; folded queries, 1 <= S <= 128, R <= D
-  double scale = 1.0;                    // factor of the logits; the paper and Kimi K3 use 1
-  double eps = 1e-6;                     // > 0, added to the mean square of a key
+  std::span<const ConstMatrix> sources = {};  // N x [T, D]; one dtype, 1 <= N <= 512
+  ConstMatrix queries = {};                   // [S, R] float; folded queries, 1 <= S <= 128, R <= D
+  double scale = 1.0;                         // factor of the logits; the paper and Kimi K3 use 1
+  double eps = 1e-6;                          // > 0, added to the mean square of a key
 
-  std::span<const Matrix> out;  // S x [T, D]; one dtype, may differ from the sources'
-  Matrix lse;                   // [S, T] float
-  Matrix logits;                // [T, S * N] float, optional; the backward needs it
-  Matrix inv_rms;               // [T, N] float, optional; the backward needs it
-  Matrix probs;                 // [T, S * N] float, optional; probs[t, s * N + n] = p_sn
+  std::span<const Matrix> out = {};  // S x [T, D]; one dtype, may differ from the sources'
+  Matrix lse = {};                   // [S, T] float
+  Matrix logits = {};                // [T, S * N] float, optional; the backward needs it
+  Matrix inv_rms = {};               // [T, N] float, optional; the backward needs it
+  Matrix probs = {};                 // [T, S * N] float, optional; probs[t, s * N + n] = p_sn
 };
 
 /// Scratch bytes that `attend` needs for these arguments; data pointers are not read.
@@ -58,20 +58,21 @@ Status attend(const AttendArgs& args, const Context& context = {});
 /// Arguments of `attend_backward`: the forward's inputs and saved statistics, the gradients that
 /// came in, and where the results go. Results that are absent (or empty lists) are not computed.
 struct AttendBackwardArgs {
-  std::span<const ConstMatrix> sources;  // N x [T, D], as in the forward
-  ConstMatrix queries;                   // [S, R] float
+  std::span<const ConstMatrix> sources = {};  // N x [T, D], as in the forward
+  ConstMatrix queries = {};                   // [S, R] float
   double scale = 1.0;
-  ConstMatrix lse;      // [S, T] float, from the forward
-  ConstMatrix logits;   // [T, S * N] float, from the forward
-  ConstMatrix inv_rms;  // [T, N] float, from the forward
+  ConstMatrix lse = {};      // [S, T] float, from the forward
+  ConstMatrix logits = {};   // [T, S * N] float, from the forward
+  ConstMatrix inv_rms = {};  // [T, N] float, from the forward
 
-  std::span<const ConstMatrix> dout;  // S x [T, D]; one dtype; empty: zero
-  ConstMatrix gate;                   // [S, T] float, optional: factor of dout (1 - q of a merge)
-  ConstMatrix dlse;                   // [S, T] float, optional: zero when absent
+  std::span<const ConstMatrix> dout = {};  // S x [T, D]; one dtype; empty: zero
+  ConstMatrix gate = {};  // [S, T] float, optional: factor of dout (1 - q of a merge)
+  ConstMatrix dlse = {};  // [S, T] float, optional: zero when absent
 
-  std::span<const Matrix> dsources;  // N x [T, D]; one dtype (float32 or the sources'), or empty
+  std::span<const Matrix> dsources =
+      {};                            // N x [T, D]; one dtype (float32 or the sources'), or empty
   bool accumulate_dsources = false;  // add to what dsources holds instead of overwriting it
-  Matrix dqueries;                   // [S, R] float, optional
+  Matrix dqueries = {};              // [S, R] float, optional
   bool accumulate_dqueries = false;
 };
 

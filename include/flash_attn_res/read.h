@@ -59,27 +59,28 @@ enum class MixRounding : int32_t {
 /// Arguments of `read`. "float" stands for float32, or float64 when the values are float64.
 /// At least one of phase1_out, sources, partial and updates is given.
 struct ReadArgs {
-  ConstMatrix phase1_out;                // [T, D], optional: out_s of `attend`
-  ConstMatrix phase1_lse;                // [1, T] float, with phase1_out
-  std::span<const ConstMatrix> sources;  // N x [T, D], one dtype; may be empty; N <= 512
-  ConstMatrix partial;                   // [T, D], optional: the running sum of the block
-  std::span<const ConstMatrix> updates;  // 0..2 x [T, D]: pending outputs to add to the sum
-  ConstMatrix query;                     // [1, R] float; may be absent when K == 1
+  ConstMatrix phase1_out = {};                // [T, D], optional: out_s of `attend`
+  ConstMatrix phase1_lse = {};                // [1, T] float, with phase1_out
+  std::span<const ConstMatrix> sources = {};  // N x [T, D], one dtype; may be empty; N <= 512
+  ConstMatrix partial = {};                   // [T, D], optional: the running sum of the block
+  std::span<const ConstMatrix> updates = {};  // 0..2 x [T, D]: pending outputs to add to the sum
+  ConstMatrix query = {};                     // [1, R] float; may be absent when K == 1
   double scale = 1.0;
   double eps = 1e-6;  // > 0, of the keys
 
   OutputNorm norm = OutputNorm::kNone;
-  ConstMatrix norm_weight;  // [1, D] any dtype, optional with kRms (absent: ones)
-  double norm_eps = 1e-6;   // > 0, of the output norm
+  ConstMatrix norm_weight = {};  // [1, D] any dtype, optional with kRms (absent: ones)
+  double norm_eps = 1e-6;        // > 0, of the output norm
   MixRounding mix_rounding = MixRounding::kFloat32;
 
-  Matrix x;            // [T, D]
-  Matrix partial_out;  // [T, D]; needed with updates. May be the memory of partial or an update.
-  Matrix mix;          // [T, D], optional: h
-  Matrix logits;       // [T, K] float, optional; the backward needs it
-  Matrix inv_rms;      // [T, K] float, optional; the backward needs it; 0 for the phase-1 term
-  Matrix mix_inv_rms;  // [1, T] float, optional; the backward needs it with kRms
-  Matrix probs;        // [T, K] float, optional
+  Matrix x = {};  // [T, D]
+  Matrix partial_out =
+      {};               // [T, D]; needed with updates. May be the memory of partial or an update.
+  Matrix mix = {};      // [T, D], optional: h
+  Matrix logits = {};   // [T, K] float, optional; the backward needs it
+  Matrix inv_rms = {};  // [T, K] float, optional; the backward needs it; 0 for the phase-1 term
+  Matrix mix_inv_rms = {};  // [1, T] float, optional; the backward needs it with kRms
+  Matrix probs = {};        // [T, K] float, optional
 };
 
 /// Number of softmax terms K: phase 1 (0 or 1) + N + partial sum (0 or 1).
@@ -93,32 +94,32 @@ Status read(const ReadArgs& args, const Context& context = {});
 
 /// Arguments of `read_backward`. Results that are absent (or empty lists) are not computed.
 struct ReadBackwardArgs {
-  ConstMatrix phase1_out;                // [T, D], optional, as in the forward
-  std::span<const ConstMatrix> sources;  // N x [T, D]
-  ConstMatrix partial;                   // [T, D], optional: partial_out of the forward (the sum)
-  ConstMatrix query;                     // [1, R] float
+  ConstMatrix phase1_out = {};                // [T, D], optional, as in the forward
+  std::span<const ConstMatrix> sources = {};  // N x [T, D]
+  ConstMatrix partial = {};  // [T, D], optional: partial_out of the forward (the sum)
+  ConstMatrix query = {};    // [1, R] float
   double scale = 1.0;
   OutputNorm norm = OutputNorm::kNone;
-  ConstMatrix norm_weight;  // [1, D]
+  ConstMatrix norm_weight = {};  // [1, D]
   MixRounding mix_rounding = MixRounding::kFloat32;
-  ConstMatrix logits;       // [T, K] float, from the forward
-  ConstMatrix inv_rms;      // [T, K] float, from the forward
-  ConstMatrix mix_inv_rms;  // [1, T] float, from the forward, with kRms
+  ConstMatrix logits = {};       // [T, K] float, from the forward
+  ConstMatrix inv_rms = {};      // [T, K] float, from the forward
+  ConstMatrix mix_inv_rms = {};  // [1, T] float, from the forward, with kRms
 
-  ConstMatrix dx;            // [T, D] in the dtype of x, optional: zero when absent
-  ConstMatrix dmix;          // [T, D], optional
-  ConstMatrix dpartial_out;  // [T, D], optional
+  ConstMatrix dx = {};            // [T, D] in the dtype of x, optional: zero when absent
+  ConstMatrix dmix = {};          // [T, D], optional
+  ConstMatrix dpartial_out = {};  // [T, D], optional
 
-  Matrix dphase1_out;                // [T, D], optional: p_0 dh
-  Matrix dphase1_lse;                // [1, T] float, optional
-  Matrix dh;                         // [T, D], optional: dh itself, for attend_backward's dout
-  Matrix gate;                       // [1, T] float, optional: p_0, for attend_backward's gate
-  std::span<const Matrix> dsources;  // N x [T, D]; one dtype, or empty
-  bool accumulate_dsources = false;  // add to what dsources holds instead of overwriting it
-  Matrix dpartial;                   // [T, D], optional. May be the memory of dpartial_out.
-  Matrix dquery;                     // [1, R] float, optional
+  Matrix dphase1_out = {};                // [T, D], optional: p_0 dh
+  Matrix dphase1_lse = {};                // [1, T] float, optional
+  Matrix dh = {};                         // [T, D], optional: dh itself, for attend_backward's dout
+  Matrix gate = {};                       // [1, T] float, optional: p_0, for attend_backward's gate
+  std::span<const Matrix> dsources = {};  // N x [T, D]; one dtype, or empty
+  bool accumulate_dsources = false;       // add to what dsources holds instead of overwriting it
+  Matrix dpartial = {};                   // [T, D], optional. May be the memory of dpartial_out.
+  Matrix dquery = {};                     // [1, R] float, optional
   bool accumulate_dquery = false;
-  Matrix dnorm_weight;  // [1, D] any dtype, optional
+  Matrix dnorm_weight = {};  // [1, D] any dtype, optional
   bool accumulate_dnorm_weight = false;
 };
 

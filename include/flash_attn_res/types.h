@@ -4,7 +4,8 @@
 //
 //   T  tokens (batch x sequence, flattened)          N  sources: what earlier depths produced
 //   D  width of the residual stream, any D >= 1      S  queries that read the same sources
-//   R  width of the key slice, R <= D (usually D)    K  terms of one read: phase 1 + N + partial sum
+//   R  width of the key slice, R <= D (usually D)    K  terms of one read: phase 1 + N + partial
+//   sum
 //
 // The library never allocates, prints, exits or keeps a pointer after a call returns. Sizes and
 // strides are 64-bit and counted in elements.
@@ -22,7 +23,8 @@ enum class DType : int32_t {
   kFloat32 = 1,
   kBFloat16 = 2,
   kFloat16 = 3,
-  kFloat64 = 4,  // served by the double-precision reference: exact and slow, for tests and gradcheck
+  kFloat64 =
+      4,  // served by the double-precision reference: exact and slow, for tests and gradcheck
 };
 
 /// Bytes of one element; 0 for `kNone` and for values outside the enumeration.
@@ -74,7 +76,8 @@ struct Matrix {
   DType dtype = DType::kNone;
 
   constexpr bool present() const { return dtype != DType::kNone; }
-  constexpr operator ConstMatrix() const {  // NOLINT(google-explicit-constructor): as T* to const T*
+  constexpr operator ConstMatrix()
+      const {  // NOLINT(google-explicit-constructor): as T* to const T*
     return {data, rows, cols, stride, dtype};
   }
 };
@@ -99,9 +102,9 @@ struct Executor {
 /// How a call runs: device, stream, scratch memory and threads, all owned by the caller.
 struct Context {
   Device device;
-  void* stream = nullptr;       // cudaStream_t on CUDA; ignored on the CPU
-  void* workspace = nullptr;    // at least `*_workspace_bytes(args)` bytes, 64-byte aligned
-  int64_t workspace_bytes = 0;  // on the device of the call
+  void* stream = nullptr;              // cudaStream_t on CUDA; ignored on the CPU
+  void* workspace = nullptr;           // at least `*_workspace_bytes(args)` bytes, 64-byte aligned
+  int64_t workspace_bytes = 0;         // on the device of the call
   const Executor* executor = nullptr;  // CPU threads; null: the library's own (OpenMP if built in)
 };
 

@@ -65,7 +65,9 @@ class BlockAttnRes(nn.Module):
         self.block_size = _check.positive_int(op, "block_size", block_size)
         self.scale = _check.finite(op, "scale", scale)
         self.eps = _check.positive(op, "eps", eps)
-        self.query_dim = _check.positive_int(op, "query_dim", dim if query_dim is None else query_dim)
+        self.query_dim = _check.positive_int(
+            op, "query_dim", dim if query_dim is None else query_dim
+        )
         if self.query_dim > self.dim:
             raise ValueError(f"{op}: query_dim is {query_dim}, expected at most dim, {dim}")
         # The final aggregation reads every block and the embedding.
@@ -125,6 +127,7 @@ class BlockAttnRes(nn.Module):
         return Stream(self, embedding, return_probs)
 
     def extra_repr(self) -> str:
+        """The arguments, for printing."""
         parts = [f"{self.num_sublayers}", f"dim={self.dim}", f"block_size={self.block_size}"]
         if self.query_dim != self.dim:
             parts.append(f"query_dim={self.query_dim}")

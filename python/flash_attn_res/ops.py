@@ -207,7 +207,7 @@ def _attend_backward(
 
 
 def _read_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    phase1_out, phase1_lse, sources, partial, updates, query, norm_weight = inputs[:7]
+    phase1_out, _phase1_lse, sources, partial, updates, query, norm_weight = inputs[:7]
     scale, _eps, norm, _norm_eps, round_mix, return_mix, _dtype = inputs[7:]
     _x, partial_out, mix, logits, inv_rms, mix_inv_rms = output
     ctx.set_materialize_grads(False)

@@ -34,7 +34,8 @@ class Block:
     def two_phase(self) -> bool:
         """Whether phase 1 once a block moves fewer bytes than reading all sources at each site.
 
-        A block of one sublayer (Full AttnRes) has no partial sum to merge: its one read is cheapest.
+        A block of one sublayer (Full AttnRes) has no partial sum to merge: one read is
+        cheapest.
         """
         return self.size > 1 and self.two_phase_units() < self.one_shot_units()
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """One forward pass. Made by :meth:`BlockAttnRes.start`; call ``read``, ``write``, ..., ``finish``.
+    """One forward pass: ``read`` and ``write`` for each sublayer, then ``finish``.
+
+    Made by :meth:`BlockAttnRes.start`.
 
     Attributes:
         probabilities: with ``return_probs=True``, one detached tensor [..., K] for each site read
@@ -139,9 +141,7 @@ class Stream:
             self.probabilities.append(torch.cat([share, result.probs[..., 1:]], -1).detach())
         return result.x
 
-    def _read_direct(
-        self, site: int, norm_weight: Tensor | None, norm_eps: float | None
-    ) -> Tensor:
+    def _read_direct(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
         partial, update = self._pending_sum()
         result = read(
             self._queries[site],

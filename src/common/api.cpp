@@ -76,9 +76,9 @@ int64_t workspace_bytes(const Operation<Args>& operation, const Args& args, Devi
 template <class Args>
 Status check_device(const char* name, const Args& args, Device device) {
   if (device.type != DeviceType::kCpu && device.type != DeviceType::kCuda) {
-    return {StatusCode::kUnsupportedDevice,
-            std::string(name) + ": unknown device type " +
-                std::to_string(static_cast<int>(device.type)) + ", expected kCpu (0) or kCuda (1)"};
+    return {StatusCode::kUnsupportedDevice, std::string(name) + ": unknown device type " +
+                                                std::to_string(static_cast<int>(device.type)) +
+                                                ", expected kCpu (0) or kCuda (1)"};
   }
   if (device.type == DeviceType::kCuda && precision_of(args) == Precision::kWide) {
     return {StatusCode::kInvalidArgument,

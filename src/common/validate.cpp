@@ -66,8 +66,8 @@ class Checker {
       return;
     }
     if (!view.present()) {
-      require(presence == Presence::kOptional, name + " is missing, expected shape " +
-                                                   shape_text(rows, cols) + " (" + axes + ")");
+      require(presence == Presence::kOptional,
+              name + " is missing, expected shape " + shape_text(rows, cols) + " (" + axes + ")");
       return;
     }
     if (view.rows < 0 || view.cols < 0) {
@@ -146,9 +146,9 @@ class Checker {
   }
 
   void count(const char* name, int64_t number, int64_t low, int64_t high) {
-    require(number >= low && number <= high,
-            std::string(name) + " has " + std::to_string(number) + " items, expected " +
-                std::to_string(low) + " to " + std::to_string(high));
+    require(number >= low && number <= high, std::string(name) + " has " + std::to_string(number) +
+                                                 " items, expected " + std::to_string(low) +
+                                                 " to " + std::to_string(high));
   }
 
  private:
@@ -179,9 +179,9 @@ AttendShape check_attend_inputs(Checker& check, const Args& args) {
                 "queries has shape " + shape_text(args.queries) + ", expected 1 to " +
                     std::to_string(kMaxQueries) + " queries");
   check.require(shape.key_dim >= 1 && shape.key_dim <= shape.dim,
-                "queries has shape " + shape_text(args.queries) + ", expected a width R from 1 to " +
-                    std::to_string(shape.dim) + ", the width of sources[0] " +
-                    shape_text(args.sources[0]));
+                "queries has shape " + shape_text(args.queries) +
+                    ", expected a width R from 1 to " + std::to_string(shape.dim) +
+                    ", the width of sources[0] " + shape_text(args.sources[0]));
   check.statistic("queries", args.queries, shape.num_queries, shape.key_dim, "[S, R]",
                   Presence::kRequired, Access::kRead);
   check.finite("scale", args.scale);
@@ -243,8 +243,8 @@ ReadShape check_read_inputs(Checker& check, const Args& args, bool has_partial) 
                            args.query.present() ? args.query.cols : first.view.cols, terms};
   check.require(shape.dim >= 1, first.name + " has shape " + shape_text(first.view) +
                                     ", expected a width D of at least 1");
-  check.value("phase1_out", args.phase1_out, shape.tokens, shape.dim, "[T, D]",
-              Presence::kOptional, Access::kRead);
+  check.value("phase1_out", args.phase1_out, shape.tokens, shape.dim, "[T, D]", Presence::kOptional,
+              Access::kRead);
   check.value_list("sources", args.sources, shape.tokens, shape.dim, Access::kRead);
   check.value("partial", args.partial, shape.tokens, shape.dim, "[T, D]", Presence::kOptional,
               Access::kRead);

@@ -40,7 +40,7 @@ struct Plan {
   int clusters = 1;  // clusters launched; they take steps in turn
 
   bool prefetch = true;  // one warp brings the next step into L2
-  int window = 0;        // steps that the fastest cluster may be ahead of the average; 0: no limit
+  int window = 50;       // steps that a cluster may lead, in percent of the clusters; 0: no limit
   CacheHint load_hint = CacheHint::kEvictFirst;
   CacheHint prefetch_hint = CacheHint::kEvictLast;
   CacheHint store_hint = CacheHint::kEvictNormal;
@@ -69,13 +69,38 @@ struct Extents {
   int result_bytes;   // bytes of a result element
   int partial_rows;   // rows of partial sums of a token: S + 1, or S in the backward
   int partial_cols;   // N rounded up to a multiple of 4
-  int weight_blocks;  // 8x8 blocks of mixing weights of a token
+  int weight_floats;  // mixing weights of a token, a multiple of 4
 };
+
+/// Where the weights of a token lie, in floats from their start. Rows are queries, columns sources,
+/// both rounded up to eights; what does not exist is zero. The pitch lets eight rows be read side
+/// by side without bank conflicts.
+struct WeightMap {
+  int pitch;    // of a row
+  int prob;     // [S, pitch] forward: p; backward: p gate, the weights of dout in dv
+  int query;    // [S, pitch] backward: w, the weights of u in dv and of v in du
+  int key;      // [N] backward: the weights of v in dv
+  int scale;    // backward: a power of two near the largest |w|
+  int forward;  // floats of a token in the forward
+  int backward;
+};
+
+FLASH_ATTN_RES_HOPPER_BOTH WeightMap weight_map(int query_groups, int source_groups) {
+  WeightMap map{};
+  map.pitch = 8 * source_groups + 4;
+  map.prob = 0;
+  map.query = 8 * query_groups * map.pitch;
+  map.key = 2 * map.query;
+  map.scale = map.key + 8 * source_groups;
+  map.forward = map.query;
+  map.backward = map.scale + 4;
+  return map;
+}
 
 /// Where things lie in shared memory, in bytes from its start:
 ///
 ///   head      barriers and the two numbers that warps post (SharedHead)
-///   weights   [2, batch, weight_blocks, 32] pairs of 16-bit weights, as mma operands
+///   weights   [2, batch, weight_floats] float: see WeightMap
 ///   partials  [2, slices, batch * partial_rows, partial_cols] float: sums over a warp's columns;
 ///             one slice a warp, and one of zeros where fewer than eight warps work
 ///   totals    [2, cluster, batch * partial_rows, partial_cols] float: sums over a CTA's columns
@@ -100,7 +125,7 @@ FLASH_ATTN_RES_HOPPER_BOTH SharedMap shared_map(const Plan& plan, const Extents&
   const int sums = 2 * plan.batch * e.partial_rows * e.partial_cols * 4;
   const bool ragged = e.result_rows % 8 != 0;
   map.weights = kHeadBytes;
-  map.partials = map.weights + 2 * plan.batch * e.weight_blocks * 128;
+  map.partials = map.weights + 2 * plan.batch * e.weight_floats * 4;
   map.totals = map.partials + plan.slices() * sums;
   map.scratch = map.totals + plan.cluster * sums;
   map.inputs = map.scratch + (ragged ? plan.warps * scratch_bytes_per_warp(plan.tiles) : 0);

@@ -159,7 +159,7 @@ constexpr int64_t max_read_backward_blocks(int64_t dim) { return dim <= 4096 ? 1
 struct StagedKernel {
   int chunks_per_thread;
   int max_threads;  // that the kernel is compiled for
-  int registers;    // a thread, at most, on any architecture: decides how many blocks run at once
+  int registers;    // of a thread: decide how many blocks run at once
 };
 
 /// Chooses among `kernels`, best first, a staged block whose ring takes

@@ -33,9 +33,9 @@ class Terms {
   }
 
  private:
-  const ConstMatrix& phase1_out_;          // [T, D]
-  std::span<const ConstMatrix> sources_;   // N x [T, D]
-  const ConstMatrix& partial_;             // [T, D]
+  const ConstMatrix& phase1_out_;         // [T, D]
+  std::span<const ConstMatrix> sources_;  // N x [T, D]
+  const ConstMatrix& partial_;            // [T, D]
 };
 
 /// h[d] = sum_j p_j z_j[d]

@@ -227,7 +227,7 @@ class CpuAttend : public CpuTest {};
 
 TEST_P(CpuAttend, Shapes) {
   Rng rng(1);
-  for (const int64_t D : {1, 7, 64, 100, 257, 2048}) {
+  for (const int64_t D : widths()) {
     for (const int64_t N : {1, 2, 3, 8, 33}) {
       for (const int64_t S : {1, 2, 5, 8, 24}) {
         if (D == 2048 && N * S > 64) {
@@ -249,7 +249,7 @@ TEST_P(CpuAttend, Shapes) {
 
 TEST_P(CpuAttend, RandomCases) {
   Rng rng(2);
-  for (int i = 0; i < 150; ++i) {
+  for (int i = 0; i < random_cases(150); ++i) {
     AttendCase c;
     c.T = pick<int64_t>(rng, {1, 2, 7, 19, 70});
     c.N = 1 + static_cast<int64_t>(rng() % 12);

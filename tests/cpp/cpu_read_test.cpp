@@ -369,7 +369,7 @@ class CpuRead : public CpuTest {};
 TEST_P(CpuRead, NamedCases) {
   Rng rng(1);
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    for (const int64_t D : {1, 7, 64, 100, 257, 2048}) {
+    for (const int64_t D : widths()) {
       for (const OutputNorm norm : {OutputNorm::kNone, OutputNorm::kRms}) {
         ReadCase c;
         set_all_dtypes(c, dtype);
@@ -401,7 +401,7 @@ TEST_P(CpuRead, NamedCases) {
 TEST_P(CpuRead, RandomCases) {
   Rng rng(2);
   const auto coin = [&rng] { return rng() % 2 == 0; };
-  for (int i = 0; i < 400; ++i) {
+  for (int i = 0; i < random_cases(400); ++i) {
     ReadCase c;
     c.T = pick<int64_t>(rng, {1, 2, 7, 19, 70});
     c.D = 1 + static_cast<int64_t>(rng() % 120);

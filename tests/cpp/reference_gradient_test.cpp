@@ -199,15 +199,14 @@ TEST_P(AttendGradient, MatchesFiniteDifferences) {
   EXPECT_NEAR(dsources[0].values[0], 2 * source, 1e-12 * (1 + std::abs(source)));
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Reference, AttendGradient,
-    testing::Values(AttendCase{1, 2, 1, 5, 5, 1.0, 1e-6, false, true, true},
-                    AttendCase{1, 3, 4, 7, 7, 1.0, 1e-6, false, false, true},
-                    AttendCase{3, 2, 3, 6, 6, 0.7, 1e-2, false, true, true},
-                    AttendCase{2, 2, 3, 8, 3, -1.3, 1e-3, false, true, true},
-                    AttendCase{2, 3, 2, 4, 4, 1.0, 1e-6, true, true, true},
-                    AttendCase{2, 2, 3, 1, 1, 2.0, 0.5, false, true, true},
-                    AttendCase{2, 2, 3, 5, 5, 1.0, 1e-6, false, true, false}));
+INSTANTIATE_TEST_SUITE_P(Reference, AttendGradient,
+                         testing::Values(AttendCase{1, 2, 1, 5, 5, 1.0, 1e-6, false, true, true},
+                                         AttendCase{1, 3, 4, 7, 7, 1.0, 1e-6, false, false, true},
+                                         AttendCase{3, 2, 3, 6, 6, 0.7, 1e-2, false, true, true},
+                                         AttendCase{2, 2, 3, 8, 3, -1.3, 1e-3, false, true, true},
+                                         AttendCase{2, 3, 2, 4, 4, 1.0, 1e-6, true, true, true},
+                                         AttendCase{2, 2, 3, 1, 1, 2.0, 0.5, false, true, true},
+                                         AttendCase{2, 2, 3, 5, 5, 1.0, 1e-6, false, true, false}));
 
 struct ReadCase {
   const char* name;
@@ -366,20 +365,19 @@ constexpr OutputNorm kRms = OutputNorm::kRms;
 
 INSTANTIATE_TEST_SUITE_P(
     Reference, ReadGradient,
-    testing::Values(
-        ReadCase{"one_shot", false, 4, false, 0, kNone, false, 6, 6, true, false},
-        ReadCase{"one_shot_sliced", false, 3, false, 0, kNone, false, 6, 2, true, true},
-        ReadCase{"one_shot_norm", false, 4, false, 0, kRms, true, 5, 5, true, false},
-        ReadCase{"one_source", false, 1, false, 0, kRms, true, 5, 5, true, true},
-        ReadCase{"merge", true, 0, true, 0, kNone, false, 6, 6, true, false},
-        ReadCase{"advance", true, 0, true, 1, kRms, true, 6, 6, true, false},
-        ReadCase{"advance_mix", true, 0, true, 2, kRms, true, 6, 6, true, true},
-        ReadCase{"advance_first", true, 0, false, 1, kRms, false, 6, 6, true, false},
-        ReadCase{"phase1_only", true, 0, false, 0, kRms, true, 6, 6, true, false},
-        ReadCase{"kimi_k3", false, 3, true, 1, kRms, true, 7, 7, true, true},
-        ReadCase{"everything", true, 2, true, 2, kRms, true, 7, 4, true, true},
-        ReadCase{"mix_alone", true, 2, true, 1, kRms, true, 4, 4, false, true},
-        ReadCase{"sum_alone", false, 2, true, 1, kNone, false, 4, 4, false, false}),
+    testing::Values(ReadCase{"one_shot", false, 4, false, 0, kNone, false, 6, 6, true, false},
+                    ReadCase{"one_shot_sliced", false, 3, false, 0, kNone, false, 6, 2, true, true},
+                    ReadCase{"one_shot_norm", false, 4, false, 0, kRms, true, 5, 5, true, false},
+                    ReadCase{"one_source", false, 1, false, 0, kRms, true, 5, 5, true, true},
+                    ReadCase{"merge", true, 0, true, 0, kNone, false, 6, 6, true, false},
+                    ReadCase{"advance", true, 0, true, 1, kRms, true, 6, 6, true, false},
+                    ReadCase{"advance_mix", true, 0, true, 2, kRms, true, 6, 6, true, true},
+                    ReadCase{"advance_first", true, 0, false, 1, kRms, false, 6, 6, true, false},
+                    ReadCase{"phase1_only", true, 0, false, 0, kRms, true, 6, 6, true, false},
+                    ReadCase{"kimi_k3", false, 3, true, 1, kRms, true, 7, 7, true, true},
+                    ReadCase{"everything", true, 2, true, 2, kRms, true, 7, 4, true, true},
+                    ReadCase{"mix_alone", true, 2, true, 1, kRms, true, 4, 4, false, true},
+                    ReadCase{"sum_alone", false, 2, true, 1, kNone, false, 4, 4, false, false}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

@@ -71,7 +71,7 @@ class ValidateTest : public Test {
 
   Buffer first_{kTokens, kDim}, second_{kTokens, kDim}, queries_{kQueries, kDim}, query_{1, kDim};
   Buffer out_first_{kTokens, kDim}, out_second_{kTokens, kDim}, lse_{kQueries, kTokens};
-  Buffer logits_{kTokens, kQueries * kSources}, inv_rms_{kTokens, kSources};
+  Buffer logits_{kTokens, kQueries* kSources}, inv_rms_{kTokens, kSources};
   Buffer dqueries_{kQueries, kDim}, x_{kTokens, kDim};
   std::vector<ConstMatrix> source_views_{first_.view(), second_.view()};
   std::vector<Matrix> out_views_{out_first_.view(), out_second_.view()};
@@ -225,8 +225,8 @@ TEST_F(ValidateTest, Workspace) {
   ASSERT_GT(needed, 0);
   const Status missing = attend_backward(attend_backward_);
   EXPECT_EQ(missing.code(), StatusCode::kWorkspaceTooSmall);
-  EXPECT_EQ(text(missing), "attend_backward: workspace has 0 bytes, expected at least " +
-                               std::to_string(needed));
+  EXPECT_EQ(text(missing),
+            "attend_backward: workspace has 0 bytes, expected at least " + std::to_string(needed));
   alignas(64) static char memory[1 << 20];
   ASSERT_LT(needed + 1, static_cast<int64_t>(sizeof(memory)));
   Context context;
@@ -276,9 +276,9 @@ TEST(FoldTest, FoldsAndDifferentiates) {
 
 TEST(FoldTest, RefusesAMismatch) {
   std::vector<float> w(4), g(3), u(4);
-  const Status status = fold_queries({w.data(), 2, 2, 2, DType::kFloat32},
-                                     {g.data(), 1, 3, 3, DType::kFloat32},
-                                     {u.data(), 2, 2, 2, DType::kFloat32});
+  const Status status =
+      fold_queries({w.data(), 2, 2, 2, DType::kFloat32}, {g.data(), 1, 3, 3, DType::kFloat32},
+                   {u.data(), 2, 2, 2, DType::kFloat32});
   EXPECT_NE(status.message().find("key_weight has shape [1, 3], expected [1, 2]"),
             std::string::npos)
       << status.message();

@@ -84,8 +84,12 @@ def test_compiled_equals_eager(dynamic: bool, dtype: torch.dtype) -> None:
     for tokens in (6, 11, 40) if dynamic else (6,):
         inputs = [random(2, tokens, 16, dtype=dtype) for _ in range(3)] + [random(16), random(16)]
         for ours, eager in zip(grads_of(compiled, inputs), grads_of(site, inputs), strict=True):
-            torch.testing.assert_close(ours, eager, rtol=2e-2 if dtype != torch.float32 else 1e-5,
-                                       atol=2e-2 if dtype != torch.float32 else 1e-5)
+            torch.testing.assert_close(
+                ours,
+                eager,
+                rtol=2e-2 if dtype != torch.float32 else 1e-5,
+                atol=2e-2 if dtype != torch.float32 else 1e-5,
+            )
 
 
 def test_dynamic_tokens_compile_once() -> None:

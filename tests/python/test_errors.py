@@ -188,8 +188,11 @@ MODULE = {
     ),
 }
 
-ALL = {f"{group}: {name}": case for group, cases in
-       (("attend", ATTEND), ("read", READ), ("module", MODULE)) for name, case in cases.items()}
+ALL = {
+    f"{group}: {name}": case
+    for group, cases in (("attend", ATTEND), ("read", READ), ("module", MODULE))
+    for name, case in cases.items()
+}
 
 
 @pytest.mark.parametrize(("call", "error", "words"), ALL.values(), ids=ALL.keys())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 
-import eager
 import pytest
 import torch
 from torch import Tensor, nn
 
+import eager
 from flash_attn_res import BlockAttnRes
 from flash_attn_res.plan import PARTIAL
 
@@ -47,8 +47,8 @@ class Network(nn.Module):
     def eager(self, x: Tensor) -> Tensor:
         """Attention residuals by their formulas, one site at a time (equation 6 of the paper)."""
         module = self.attn_res
-        queries = module.queries if module.key_weight is None else (
-            module.queries * module.key_weight
+        queries = (
+            module.queries if module.key_weight is None else (module.queries * module.key_weight)
         )
         blocks, partial = [x], None
         for site, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=False)):

@@ -217,6 +217,39 @@ __device__ __forceinline__ Packed<AnyType> load_packed<AnyType>(const RowRef& ro
   return {load_chunk(row, col, dim)};
 }
 
+template <class T>
+inline constexpr DType kDTypeOf = DType::kNone;
+template <>
+inline constexpr DType kDTypeOf<float> = DType::kFloat32;
+template <>
+inline constexpr DType kDTypeOf<__nv_bfloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<__half> = DType::kFloat16;
+
+/// load_chunk and store_chunk of a kernel compiled for T, whose chunks are whole: one comparison
+/// where the row has that type too, which is the usual case.
+template <class T>
+__device__ __forceinline__ Chunk load_chunk_as(const RowRef& row, int col, int dim) {
+  if constexpr (kDTypeOf<T> != DType::kNone) {
+    if (row.dtype == kDTypeOf<T> && row.vectorized) {
+      return unpack(load_whole<T>(row.data, col));
+    }
+  }
+  return load_chunk(row, col, dim);
+}
+
+template <class T>
+__device__ __forceinline__ void store_chunk_as(const RowRef& row, int col, int dim,
+                                               const Chunk& c) {
+  if constexpr (kDTypeOf<T> != DType::kNone) {
+    if (row.dtype == kDTypeOf<T> && row.vectorized) {
+      store_whole<T>(row.data, col, pack<T>(c));
+      return;
+    }
+  }
+  store_chunk(row, col, dim, c);
+}
+
 // --------------------------------------------------------------------------------------- algebra
 
 /// sum_i a_i b_i, added to `sum`

@@ -17,7 +17,9 @@ namespace flash_attn_res::cuda::hopper {
 struct Barrier {
   uint64_t state;
 
-  __device__ __forceinline__ uint32_t address() const { return cute::cast_smem_ptr_to_uint(&state); }
+  __device__ __forceinline__ uint32_t address() const {
+    return cute::cast_smem_ptr_to_uint(&state);
+  }
 
   /// By one thread, before any other use and before `publish_barriers`.
   __device__ __forceinline__ void init(int arrivals) {

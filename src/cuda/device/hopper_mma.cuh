@@ -68,14 +68,13 @@ __device__ __forceinline__ void load_strip_transposed(const void* shared, Strip&
 
 /// Stores a strip that is held transposed.
 __device__ __forceinline__ void store_strip_transposed(void* shared, Strip strip) {
-  cute::SM90_U16x4_STSM_T::copy(strip.left, strip.right,
-                                *static_cast<cute::uint128_t*>(shared));
+  cute::SM90_U16x4_STSM_T::copy(strip.left, strip.right, *static_cast<cute::uint128_t*>(shared));
 }
 
 // ------------------------------------------------------------------------------------ products
 
-/// c (16,8) += a (16,16) * b (16,8), bfloat16. `a_top` and `a_bottom` are two strips as loaded: rows
-/// 0-7 and 8-15 of a.
+/// c (16,8) += a (16,16) * b (16,8), bfloat16. `a_top` and `a_bottom` are two strips as loaded:
+/// rows 0-7 and 8-15 of a.
 __device__ __forceinline__ void mma_rows(Accum& c, Strip a_top, Strip a_bottom, Strip b) {
   cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(c.c[0], c.c[1], c.c[2], c.c[3], a_top.left,
                                             a_bottom.left, a_top.right, a_bottom.right, b.left,
@@ -84,7 +83,8 @@ __device__ __forceinline__ void mma_rows(Accum& c, Strip a_top, Strip a_bottom, 
 
 /// c (16,8) += a (16,16) * b (16,8), bfloat16. `a0` and `a1` are two strips loaded transposed:
 /// columns 0-7 and 8-15 of a; `b0` and `b1` are the rows 0-7 and 8-15 of b.
-__device__ __forceinline__ void mma_columns(Accum& c, Strip a0, Strip a1, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_columns(Accum& c, Strip a0, Strip a1, uint32_t b0,
+                                            uint32_t b1) {
   cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(c.c[0], c.c[1], c.c[2], c.c[3], a0.left, a0.right,
                                             a1.left, a1.right, b0, b1, c.c[0], c.c[1], c.c[2],
                                             c.c[3]);
@@ -119,11 +119,16 @@ __device__ __forceinline__ float high_bf16(uint32_t pair) {
   return __uint_as_float(pair & 0xffff0000u);
 }
 
-/// What bfloat16 leaves of a value: value = float(bf16(value)) + remainder, and the remainder
-/// rounded to bfloat16 again leaves 2^-17 of the value.
-__device__ __forceinline__ float bf16_remainder(float value) {
-  return value - __bfloat162float(__float2bfloat16_rn(value));
-}
+/// Two floats as two bfloat16 each: the value rounded, and its remainder rounded, which leaves
+/// 2^-17 of the value.
+struct SplitPair {
+  uint32_t high, low;
+
+  static __device__ __forceinline__ SplitPair of(float x, float y) {
+    const uint32_t high = pack_bf16(x, y);
+    return {high, pack_bf16(x - low_bf16(high), y - high_bf16(high))};
+  }
+};
 
 /// The power of two at or below a magnitude, and its inverse; clamped so that both are normal.
 struct PowerOfTwo {

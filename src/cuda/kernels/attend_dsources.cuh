@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kDsourcesMaxThreads)
         const int n = min(n0 + i, p.num_sources - 1);
         weights[i] = (t * p.num_sources + n) * p.padded_queries;
         source[i] = load_packed<T>(p.sources.row(n, t), col, p.dim);
-        dv[i] = p.accumulate ? load_chunk(p.dsources.row(n, t), col, p.dim) : zero_chunk();
+        dv[i] = p.accumulate ? load_chunk_as<T>(p.dsources.row(n, t), col, p.dim) : zero_chunk();
       }
       if (in_key) {
 #pragma unroll
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kDsourcesMaxThreads)
 #pragma unroll
       for (int i = 0; i < kDsourcesTile; ++i) {
         if (n0 + i < p.num_sources) {
-          store_chunk(p.dsources.row(n0 + i, t), col, p.dim, dv[i]);
+          store_chunk_as<T>(p.dsources.row(n0 + i, t), col, p.dim, dv[i]);
         }
       }
     }

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMixMaxThreads)
 #pragma unroll
       for (int s = 0; s < kMixQueries; ++s) {
         if (s0 + s < p.num_queries) {
-          store_chunk(p.out.row(s0 + s, t), col, p.dim, out[s]);
+          store_chunk_as<T>(p.out.row(s0 + s, t), col, p.dim, out[s]);
         }
       }
     }

@@ -4,7 +4,8 @@
 //   p_s = softmax_n(logit_s)           lse_s = logsumexp_n(logit_s)      out_s = sum_n p_sn v_n
 //
 // in    sources N x [T, D] bfloat16, N <= 16; queries [S, D] float32, S <= 24
-// out   out S x [T, D] bfloat16; lse [S, T], logits [T, S * N], inv_rms [T, N] float32 (the last two
+// out   out S x [T, D] bfloat16; lse [S, T], logits [T, S * N], inv_rms [T, N] float32 (the last
+// two
 //       optional)
 // bytes N + S units of T * D elements; all else is below 1 % of it
 // sums  float32. bfloat16 products are exact; queries and probabilities go to the tensor cores as
@@ -55,7 +56,7 @@ struct AttendParams {
             .result_bytes = 2,
             .partial_rows = num_queries + 1,
             .partial_cols = (num_sources + 3) / 4 * 4,
-            .weight_blocks = 2 * ((num_queries + 7) / 8) * ((num_sources + 7) / 8)};
+            .weight_floats = weight_map((num_queries + 7) / 8, (num_sources + 7) / 8).forward};
   }
 };
 
@@ -64,7 +65,10 @@ template <int kQueryGroups, int kTiles, int kSourceGroups>
 struct AttendWarp {
   // Rows of the left operand of P1 in eights: the queries, then the sources as the very last.
   static constexpr int kRowPairs = kQueryGroups / 2 + 1;
-  static constexpr int kWeights = kSourceGroups * kQueryGroups;
+  static constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
+  // Tiles that P2 works on at once. The compiler keeps loads behind stores, so tiles one after the
+  // other would wait for each other.
+  static constexpr int kAtOnce = kQueryGroups == 1 ? 4 : 2;
 
   const AttendParams& p;
   SharedHead& head;
@@ -73,8 +77,8 @@ struct AttendWarp {
   int warp, lane;
   Strip high[kTiles][kQueryGroups], low[kTiles][kQueryGroups];  // queries of this warp's columns
 
-  __device__ __forceinline__ AttendWarp(const AttendParams& params, SharedHead& shared_head, const Share& share,
-                                        const Sums& shared_sums)
+  __device__ __forceinline__ AttendWarp(const AttendParams& params, SharedHead& shared_head,
+                                        const Share& share, const Sums& shared_sums)
       : p(params),
         head(shared_head),
         base(reinterpret_cast<char*>(&shared_head)),
@@ -91,15 +95,12 @@ struct AttendWarp {
         const auto at = [&](int c) {
           return s < p.num_queries && c < share.columns ? query[c] : 0.0f;
         };
-        split(at(col), at(col + 1), high[j][g].left, low[j][g].left);
-        split(at(col + 8), at(col + 9), high[j][g].right, low[j][g].right);
+        const SplitPair left = SplitPair::of(at(col), at(col + 1));
+        const SplitPair right = SplitPair::of(at(col + 8), at(col + 9));
+        high[j][g] = {left.high, right.high};
+        low[j][g] = {left.low, right.low};
       }
     }
-  }
-
-  static __device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) {
-    high = pack_bf16(a, b);
-    low = pack_bf16(a - low_bf16(high), b - high_bf16(high));
   }
 
   /// Where this lane points at in a token's inputs, for ldmatrix of all its sources.
@@ -197,54 +198,71 @@ struct AttendWarp {
     head.result_ready[result.slot].wait(result.parity);
     head.weights_full[pair_slot(step)].wait(pair_parity(step));
     const char* source = base + p.map.inputs + input_slot * p.map.stage_bytes + source_offset();
-    const uint32_t* weights =
-        reinterpret_cast<const uint32_t*>(base + p.map.weights) +
-        pair_slot(step) * p.plan.batch * 2 * kWeights * kWarpLanes + lane;  // (batch, block, lane)
+    const float* weights = reinterpret_cast<const float*>(base + p.map.weights) +
+                           pair_slot(step) * p.plan.batch * kWeights.forward;  // (batch, S, pitch)
     char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
     char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
     for (int b = 0; b < p.plan.batch; ++b) {
-      uint32_t p_high[kSourceGroups][kQueryGroups], p_low[kSourceGroups][kQueryGroups];
-#pragma unroll
-      for (int n = 0; n < kSourceGroups; ++n) {
-#pragma unroll
-        for (int g = 0; g < kQueryGroups; ++g) {
-          p_high[n][g] = weights[(n * kQueryGroups + g) * kWarpLanes];
-          p_low[n][g] = weights[(kWeights + n * kQueryGroups + g) * kWarpLanes];
-        }
-      }
+      SplitPair prob[kSourceGroups][kQueryGroups];  // (n, s)
       char* target[kQueryGroups];
 #pragma unroll
       for (int g = 0; g < kQueryGroups; ++g) {
+#pragma unroll
+        for (int n = 0; n < kSourceGroups; ++n) {
+          const float2 pair = *reinterpret_cast<const float2*>(
+              weights + (8 * g + lane / 4) * kWeights.pitch + 8 * n + lane % 4 * 2);
+          prob[n][g] = SplitPair::of(pair.x, pair.y);
+        }
         const int s = 8 * g + row_in_strip(lane);
-        target[g] = s < p.num_queries
-                        ? slot + s * p.map.result_pitch +
-                              (warp * kTiles * 16 + column_in_strip(lane)) * 2
-                        : scratch + row_in_strip(lane) * 32 + column_in_strip(lane) * 2;
+        target[g] =
+            s < p.num_queries
+                ? slot + s * p.map.result_pitch + (warp * kTiles * 16 + column_in_strip(lane)) * 2
+                : scratch + row_in_strip(lane) * 32 + column_in_strip(lane) * 2;
       }
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        Strip v[kSourceGroups];  // (d, n)
-        if constexpr (kSourceGroups == 2) {
-          load_strips_transposed(source + j * 32, v[0], v[1]);
-        } else {
-          load_strip_transposed(source + j * 32, v[0]);
+      for (int first = 0; first < kTiles; first += kAtOnce) {
+        Strip v[kAtOnce][kSourceGroups];  // (d, n)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i < kTiles) {
+            if constexpr (kSourceGroups == 2) {
+              load_strips_transposed(source + (first + i) * 32, v[i][0], v[i][1]);
+            } else {
+              load_strip_transposed(source + (first + i) * 32, v[i][0]);
+            }
+          }
+        }
+        Accum out[kAtOnce][kQueryGroups];  // (d, s)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+          for (int g = 0; g < kQueryGroups; ++g) {
+            out[i][g] = Accum::zero();
+            if (first + i < kTiles) {
+              if constexpr (kSourceGroups == 2) {
+                mma_columns(out[i][g], v[i][0], v[i][1], prob[0][g].high, prob[1][g].high);
+                mma_columns(out[i][g], v[i][0], v[i][1], prob[0][g].low, prob[1][g].low);
+              } else {
+                mma_columns(out[i][g], v[i][0], v[i][0], prob[0][g].high, prob[0][g].low);
+              }
+            }
+          }
         }
 #pragma unroll
-        for (int g = 0; g < kQueryGroups; ++g) {
-          Accum out = Accum::zero();  // (d, s)
-          if constexpr (kSourceGroups == 2) {
-            mma_columns(out, v[0], v[1], p_high[0][g], p_high[1][g]);
-            mma_columns(out, v[0], v[1], p_low[0][g], p_low[1][g]);
-          } else {
-            mma_columns(out, v[0], v[0], p_high[0][g], p_low[0][g]);
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+          for (int g = 0; g < kQueryGroups; ++g) {
+            if (first + i < kTiles) {
+              const float(&c)[4] = out[i][g].c;
+              store_strip_transposed(target[g] + (first + i) * 32,
+                                     {pack_bf16(c[0], c[1]), pack_bf16(c[2], c[3])});
+            }
           }
-          store_strip_transposed(target[g] + j * 32, {pack_bf16(out.c[0], out.c[1]),
-                                                      pack_bf16(out.c[2], out.c[3])});
         }
       }
       source += p.num_sources * p.map.pitch;
       slot += p.num_queries * p.map.result_pitch;
-      weights += 2 * kWeights * kWarpLanes;
+      weights += kWeights.forward;
     }
     fence_before_bulk_copies();
     __syncwarp();
@@ -272,7 +290,7 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
                                                const Share& share) {
   using Lane = SoftmaxLane<kQueryGroups, kSourceGroups>;
   constexpr int kSources = Lane::kSources;
-  constexpr int kWeights = kSourceGroups * kQueryGroups;
+  constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
   const int lane = lane_of_warp();
   const Lane mine(lane);
   const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
@@ -280,11 +298,12 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
   const int s = min(mine.query, p.num_queries - 1);
   const int sources = p.num_sources - mine.first_source;  // those of this lane that exist: n < it
   const float mean_factor = 1.0f / static_cast<float>(p.dim);
-  uint32_t* const all_weights =
-      reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&head) + p.map.weights);
+  float* const all_weights =
+      reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + p.map.weights);
   for (int step = 0; step < share.steps; ++step) {
     head.partials_full[pair_slot(step)].wait(pair_parity(step));
-    sums.exchange(head, step, lane);
+    sums.send(head, step, lane);
+    sums.receive(head, step);
     for (int b = 0; b < share.batch; ++b) {
       const int row = b * (p.num_queries + 1);
       float inv_rms[kSources], logit[kSources], prob[kSources];
@@ -307,19 +326,14 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
       }
       sum = Lane::sum(sum);
       const float inverse = 1.0f / sum;
-      if (active) {
-        uint32_t* const weights =
-            all_weights + (pair_slot(step) * share.batch + b) * 2 * kWeights * kWarpLanes;
 #pragma unroll
-        for (int n = 0; n < kSources; n += 2) {
-          const float x = prob[n] * inverse;
-          const float y = prob[n + 1] * inverse;
-          const int k = mine.first_source + n;
-          uint32_t* const block = weights + (k / 8 * kQueryGroups + s / 8) * kWarpLanes;
-          block[weight_pair(k, s)] = pack_bf16(x, y);
-          block[kWeights * kWarpLanes + weight_pair(k, s)] =
-              pack_bf16(bf16_remainder(x), bf16_remainder(y));
-        }
+      for (int n = 0; n < kSources; ++n) {
+        prob[n] *= inverse;
+      }
+      if (active) {
+        store_vector(all_weights + (pair_slot(step) * share.batch + b) * kWeights.forward +
+                         s * kWeights.pitch + mine.first_source,
+                     prob);
       }
       if (b == share.batch - 1) {
         __syncwarp();
@@ -345,7 +359,8 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
 }
 
 /// The store warp: finished steps out of the ring of results.
-__device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& head, const Share& share) {
+__device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& head,
+                                             const Share& share) {
   const int lane = lane_of_warp();
   const CachePolicy policy(p.plan.store_hint);
   const LaneRows out(p.out, p.num_queries, share.column, lane);

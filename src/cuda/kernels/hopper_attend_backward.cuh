@@ -68,58 +68,40 @@ struct AttendBackwardParams {
             .result_bytes = static_cast<int>(sizeof(Gradient)),
             .partial_rows = num_queries,
             .partial_cols = (num_sources + 3) / 4 * 4,
-            .weight_blocks = 5 * query_groups * source_groups + 2 * source_groups};
+            .weight_floats = weight_map(query_groups, source_groups).backward};
   }
 };
 
-/// Which block of a token's weights holds what. Each kind is (eights of k, eights of n).
+/// The right operands of P2 for eight sources, as this lane holds them.
 template <int kQueryGroups, int kSourceGroups>
-struct WeightBlocks {
-  static constexpr int kPairs = kQueryGroups * kSourceGroups;
+struct GradientOperands {
+  static constexpr WeightMap kMap = weight_map(kQueryGroups, kSourceGroups);
 
-  // k = s, n = n: factors of dout, split in two
-  static constexpr int prob(int s, int n) { return s * kSourceGroups + n; }
-  static constexpr int prob_rest(int s, int n) { return kPairs + prob(s, n); }
-  // k = s, n = n: factors of u, float16
-  static constexpr int query(int s, int n) { return 2 * kPairs + prob(s, n); }
-  // k = n = n, diagonal: factors of v, split in two
-  static constexpr int key(int n) { return 3 * kPairs + n; }
-  static constexpr int key_rest(int n) { return 3 * kPairs + kSourceGroups + n; }
-  // k = n, n = s: factors of v in du, split in two
-  static constexpr int dquery(int n, int s) {
-    return 3 * kPairs + 2 * kSourceGroups + n * kQueryGroups + s;
-  }
-  static constexpr int dquery_rest(int n, int s) { return kPairs + dquery(n, s); }
+  SplitPair prob[kQueryGroups];    // (s, n): factors of dout
+  uint32_t query[kQueryGroups];    // (s, n): factors of u, float16, divided by the scale
+  SplitPair key;                   // (n, n): factors of v, a diagonal
+  SplitPair dquery[kQueryGroups];  // (n, s): factors of v in du
+  float scale;
 
-  static constexpr int kCount = 5 * kPairs + 2 * kSourceGroups;
-};
-
-/// A lane's pairs of a token's weights: in registers where they fit beside the queries and du, else
-/// read from shared memory at each use.
-template <int kCount, bool kInRegisters>
-class LaneWeights {
- public:
-  explicit __device__ __forceinline__ LaneWeights(const uint32_t* lane_pairs)
-      : shared_(lane_pairs) {
-    if constexpr (kInRegisters) {
+  __device__ __forceinline__ GradientOperands(const float* weights, int first_source, int lane) {
+    const int row = lane / 4;       // of a transposed block
+    const int pair = lane % 4 * 2;  // first column of two
+    scale = weights[kMap.scale];
+    const float inverse = PowerOfTwo::of(scale).inverse;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        pairs_[i] = lane_pairs[i * kWarpLanes];
-      }
+    for (int g = 0; g < kQueryGroups; ++g) {
+      const float* const by_source =
+          weights + (8 * g + pair) * kMap.pitch + first_source + row;  // queries `pair` and next
+      prob[g] = SplitPair::of(by_source[kMap.prob], by_source[kMap.prob + kMap.pitch]);
+      query[g] =
+          pack_half(by_source[kMap.query] * inverse, by_source[kMap.query + kMap.pitch] * inverse);
+      const float2 by_query = *reinterpret_cast<const float2*>(
+          weights + kMap.query + (8 * g + row) * kMap.pitch + first_source + pair);
+      dquery[g] = SplitPair::of(by_query.x, by_query.y);
     }
+    const float on_diagonal = weights[kMap.key + first_source + row];
+    key = SplitPair::of(row == pair ? on_diagonal : 0.0f, row == pair + 1 ? on_diagonal : 0.0f);
   }
-
-  __device__ __forceinline__ uint32_t operator[](int block) const {
-    if constexpr (kInRegisters) {
-      return pairs_[block];
-    } else {
-      return *static_cast<const volatile uint32_t*>(shared_ + block * kWarpLanes);
-    }
-  }
-
- private:
-  const uint32_t* shared_;
-  uint32_t pairs_[kInRegisters ? kCount : 1];
 };
 
 /// A warp's view of eight gradients in a slot of results: tile j is 16 columns of them, transposed.
@@ -144,8 +126,8 @@ class GradientTile<Bf16> {
   }
 
   __device__ __forceinline__ void store(int j, const Accum& value) const {
-    store_strip_transposed(rows_ + j * 32, {pack_bf16(value.c[0], value.c[1]),
-                                            pack_bf16(value.c[2], value.c[3])});
+    store_strip_transposed(rows_ + j * 32,
+                           {pack_bf16(value.c[0], value.c[1]), pack_bf16(value.c[2], value.c[3])});
   }
 
  private:
@@ -190,25 +172,25 @@ class GradientTile<float> {
 /// What one compute warp does.
 template <int kQueryGroups, int kTiles, int kSourceGroups, class Gradient>
 struct AttendBackwardWarp {
-  using Blocks = WeightBlocks<kQueryGroups, kSourceGroups>;
+  using Operands = GradientOperands<kQueryGroups, kSourceGroups>;
   static constexpr int kRowPairs = (kQueryGroups + 1) / 2;
-  static constexpr int kStrips = kQueryGroups + kSourceGroups;  // of a tile: dout, then sources
-  // The queries and du take 6 registers for each tile and eight queries.
-  static constexpr bool kWeightsInRegisters = 6 * kTiles * kQueryGroups + Blocks::kCount <= 164;
+  static constexpr int kStrips = kQueryGroups + kSourceGroups;  // of a tile in P1: dout, sources
+  static constexpr int kGradientStrips = kQueryGroups + 1;      // in P2: dout, eight sources
+  // Tiles that P2 works on at once. The compiler keeps loads behind stores, so tiles one after the
+  // other would wait for each other; with three eights of queries there are no registers for two.
+  static constexpr int kAtOnce = kQueryGroups == 3 ? 1 : 2;
 
   const AttendBackwardParams<Gradient>& p;
   SharedHead& head;
   char* base;  // of shared memory
   const Sums& sums;
   int warp, lane;
-  int strip_offset[(kStrips + 1) / 2];  // where this lane points at for a pair of strips
-  Strip query[kTiles][kQueryGroups];    // (d, s) float16, divided by query_scale
+  Strip query[kTiles][kQueryGroups];  // (d, s) float16, divided by query_scale
   float query_scale;
   Accum du[kTiles][kQueryGroups];  // (d, s)
 
   __device__ __forceinline__ AttendBackwardWarp(const AttendBackwardParams<Gradient>& params,
-                                                SharedHead& shared_head,
-                                                const Share& share,
+                                                SharedHead& shared_head, const Share& share,
                                                 const Sums& shared_sums)
       : p(params),
         head(shared_head),
@@ -216,16 +198,6 @@ struct AttendBackwardWarp {
         sums(shared_sums),
         warp(warp_of_cta()),
         lane(lane_of_warp()) {
-#pragma unroll
-    for (int pair = 0; pair < (kStrips + 1) / 2; ++pair) {
-      const int wanted = 2 * pair + lane / 16;
-      const int strip = wanted < kStrips ? wanted : kStrips - 1;
-      const int i = row_in_strip(lane);
-      const int s = min(strip * 8 + i, p.num_queries - 1);
-      const int n = (strip - kQueryGroups) * 8 + i;
-      const int row = strip < kQueryGroups ? p.num_sources + s : n < p.num_sources ? n : 0;
-      strip_offset[pair] = row * p.map.pitch + (warp * kTiles * 16 + column_in_strip(lane)) * 2;
-    }
     load_queries(share);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -244,9 +216,13 @@ struct AttendBackwardWarp {
 
   __device__ __forceinline__ void load_queries(const Share& share) {
     float greatest = 0.0f;
+#pragma unroll 4  // loads of several queries are in flight at once
     for (int s = 0; s < p.num_queries; ++s) {
-      for (int i = lane; i < kTiles * 16; i += kWarpLanes) {
-        greatest = fmaxf(greatest, fabsf(query_at(share, s, warp * kTiles * 16 + i)));
+#pragma unroll
+      for (int i = 0; i < (kTiles + 1) / 2; ++i) {
+        const int column = i * kWarpLanes + lane;
+        const float value = query_at(share, s, warp * kTiles * 16 + column);
+        greatest = fmaxf(greatest, column < kTiles * 16 ? fabsf(value) : 0.0f);
       }
     }
 #pragma unroll
@@ -270,22 +246,34 @@ struct AttendBackwardWarp {
     }
   }
 
-  /// Tile j of a token's inputs: strips of dout, then of the sources.
-  template <bool kTransposed>
-  __device__ __forceinline__ void load_tile(const char* token, int j, Strip (&strips)[kStrips]) const {
+  /// Where this lane points at in a token's inputs for a pair of strips: those of dout come first,
+  /// then those of the sources from `first_source` on.
+  __device__ __forceinline__ int strip_offset(int pair, int strips, int first_source) const {
+    const int strip = min(2 * pair + lane / 16, strips - 1);
+    const int i = row_in_strip(lane);
+    const int s = min(strip * 8 + i, p.num_queries - 1);
+    const int n = first_source + (strip - kQueryGroups) * 8 + i;
+    const int row = strip < kQueryGroups ? p.num_sources + s : n < p.num_sources ? n : 0;
+    return row * p.map.pitch + (warp * kTiles * 16 + column_in_strip(lane)) * 2;
+  }
+
+  /// Tile j of a token's inputs, for the offsets of its pairs of strips.
+  template <bool kTransposed, int kPairs, int kCount>
+  __device__ __forceinline__ void load_tile(const char* token, const int (&offsets)[kPairs], int j,
+                                            Strip (&strips)[kCount]) const {
+    static_assert(kPairs == (kCount + 1) / 2);
 #pragma unroll
-    for (int pair = 0; pair < (kStrips + 1) / 2; ++pair) {
-      const char* place = token + strip_offset[pair] + j * 32;
-      const int second = 2 * pair + 1 < kStrips ? 2 * pair + 1 : 0;
-      if (2 * pair + 1 < kStrips) {
-        if constexpr (kTransposed) {
-          load_strips_transposed(place, strips[2 * pair], strips[second]);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const char* const place = token + offsets[pair] + j * 32;
+      if constexpr (kTransposed) {
+        if (2 * pair + 1 < kCount) {
+          load_strips_transposed(place, strips[2 * pair], strips[(2 * pair + 1) % kCount]);
         } else {
-          load_strips(place, strips[2 * pair], strips[second]);
+          load_strip_transposed(place, strips[2 * pair]);
         }
       } else {
-        if constexpr (kTransposed) {
-          load_strip_transposed(place, strips[2 * pair]);
+        if (2 * pair + 1 < kCount) {
+          load_strips(place, strips[2 * pair], strips[(2 * pair + 1) % kCount]);
         } else {
           load_strip(place, strips[2 * pair]);
         }
@@ -297,6 +285,11 @@ struct AttendBackwardWarp {
   __device__ __forceinline__ void products(int step, RingCursor stage) const {
     head.input_full[stage.slot].wait(stage.parity);
     const char* token = base + p.map.inputs + stage.slot * p.map.stage_bytes;
+    int offsets[(kStrips + 1) / 2];
+#pragma unroll
+    for (int pair = 0; pair < (kStrips + 1) / 2; ++pair) {
+      offsets[pair] = strip_offset(pair, kStrips, 0);
+    }
     for (int b = 0; b < p.plan.batch; ++b) {
       Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
 #pragma unroll
@@ -312,7 +305,7 @@ struct AttendBackwardWarp {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         Strip strips[kStrips];
-        load_tile<false>(token, j, strips);
+        load_tile<false>(token, offsets, j, strips);
 #pragma unroll
         for (int m = 0; m < kRowPairs; ++m) {
           const Strip none = {0, 0};
@@ -351,78 +344,93 @@ struct AttendBackwardWarp {
 
   /// P2 of a step: dv_n of the warp's columns, and their share of du_s.
   __device__ __forceinline__ void gradients(int step, int input_slot, RingCursor result) {
-    const int buffer = pair_slot(step);
     head.result_ready[result.slot].wait(result.parity);
-    head.weights_full[buffer].wait(pair_parity(step));
+    head.weights_full[pair_slot(step)].wait(pair_parity(step));
     const char* token = base + p.map.inputs + input_slot * p.map.stage_bytes;
     char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
     char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
-    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(base + p.map.weights) +
-                            buffer * p.plan.batch * Blocks::kCount * kWarpLanes + lane;
+    const float* weights = reinterpret_cast<const float*>(base + p.map.weights) +
+                           pair_slot(step) * p.plan.batch * Operands::kMap.backward;
     for (int b = 0; b < p.plan.batch; ++b) {
-      const LaneWeights<Blocks::kCount, kWeightsInRegisters> weights(pairs);
-      const float factor = head.weight_scale[buffer][b] * query_scale;
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        Strip strips[kStrips];
-        load_tile<true>(token, j, strips);
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-          const GradientTile<Gradient> gradient(slot, scratch, p.map.result_pitch, 8 * n,
-                                                p.num_sources, warp * kTiles * 16, lane);
-          Accum from_queries = Accum::zero();  // (d, n)
-#pragma unroll
-          for (int s = 0; s + 1 < kQueryGroups; s += 2) {
-            mma_columns_half(from_queries, query[j][s], query[j][s + 1],
-                             weights[Blocks::query(s, n)], weights[Blocks::query(s + 1, n)]);
-          }
-          if constexpr (kQueryGroups % 2 == 1) {
-            mma_columns_half(from_queries, query[j][kQueryGroups - 1],
-                             weights[Blocks::query(kQueryGroups - 1, n)]);
-          }
-          Accum dv = p.accumulate ? gradient.load(j) : Accum::zero();  // (d, n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            dv.c[i] = fmaf(factor, from_queries.c[i], dv.c[i]);
-          }
-          // Pairs out of the sequence p_hi(0), p_hi(1), ..., p_lo(0), p_lo(1), ...
-#pragma unroll
-          for (int i = 0; i < kQueryGroups; ++i) {
-            const auto weight = [&](int k) {
-              return k < kQueryGroups ? weights[Blocks::prob(k, n)]
-                                      : weights[Blocks::prob_rest(k - kQueryGroups, n)];
-            };
-            mma_columns(dv, strips[2 * i % kQueryGroups], strips[(2 * i + 1) % kQueryGroups],
-                        weight(2 * i), weight(2 * i + 1));
-          }
-          const Strip v = strips[kQueryGroups + n];
-          mma_columns(dv, v, v, weights[Blocks::key(n)], weights[Blocks::key_rest(n)]);
-          gradient.store(j, dv);
-        }
-#pragma unroll
-        for (int s = 0; s < kQueryGroups; ++s) {
-          const Strip v = strips[kQueryGroups];
-          if constexpr (kSourceGroups == 2) {
-            const Strip w = strips[kQueryGroups + 1];
-            mma_columns(du[j][s], v, w, weights[Blocks::dquery(0, s)],
-                        weights[Blocks::dquery(1, s)]);
-            mma_columns(du[j][s], v, w, weights[Blocks::dquery_rest(0, s)],
-                        weights[Blocks::dquery_rest(1, s)]);
-          } else {
-            mma_columns(du[j][s], v, v, weights[Blocks::dquery(0, s)],
-                        weights[Blocks::dquery_rest(0, s)]);
-          }
-        }
+#pragma unroll 1
+      for (int n = 0; n < 8 * kSourceGroups; n += 8) {
+        gradients_of_eight(token, slot, scratch, weights, n);
       }
       token += (p.num_sources + p.num_queries) * p.map.pitch;
       slot += p.num_sources * p.map.result_pitch;
-      pairs += Blocks::kCount * kWarpLanes;
+      weights += Operands::kMap.backward;
     }
     fence_before_bulk_copies();
     __syncwarp();
     if (lane == 0) {
       head.input_free[input_slot].arrive();
       head.result_done[result.slot].arrive();
+    }
+  }
+
+  /// P2 of a token for the sources from `first_source` on.
+  __device__ __forceinline__ void gradients_of_eight(const char* token, char* slot, char* scratch,
+                                                     const float* weights, int first_source) {
+    const Operands operands(weights, first_source, lane);
+    const float factor = operands.scale * query_scale;
+    const GradientTile<Gradient> gradient(slot, scratch, p.map.result_pitch, first_source,
+                                          p.num_sources, warp * kTiles * 16, lane);
+    int offsets[(kGradientStrips + 1) / 2];
+#pragma unroll
+    for (int pair = 0; pair < (kGradientStrips + 1) / 2; ++pair) {
+      offsets[pair] = strip_offset(pair, kGradientStrips, first_source);
+    }
+#pragma unroll
+    for (int first = 0; first < kTiles; first += kAtOnce) {
+      Strip strips[kAtOnce][kGradientStrips];  // (d, s) of dout, then (d, n)
+      Accum dv[kAtOnce];                       // (d, n)
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i < kTiles) {
+          load_tile<true>(token, offsets, first + i, strips[i]);
+          dv[i] = p.accumulate ? gradient.load(first + i) : Accum::zero();
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i < kTiles) {
+          add_gradients(operands, factor, first + i, strips[i], dv[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i < kTiles) {
+          gradient.store(first + i, dv[i]);
+        }
+      }
+    }
+  }
+
+  /// The products of tile j: into dv, and into the du of the warp.
+  __device__ __forceinline__ void add_gradients(const Operands& operands, float factor, int j,
+                                                const Strip (&strips)[kGradientStrips], Accum& dv) {
+    const Strip v = strips[kQueryGroups];
+    Accum from_queries = Accum::zero();  // (d, n)
+#pragma unroll
+    for (int g = 0; g + 1 < kQueryGroups; g += 2) {
+      mma_columns_half(from_queries, query[j][g], query[j][g + 1], operands.query[g],
+                       operands.query[g + 1]);
+    }
+    if constexpr (kQueryGroups % 2 == 1) {
+      mma_columns_half(from_queries, query[j][kQueryGroups - 1], operands.query[kQueryGroups - 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      dv.c[i] = fmaf(factor, from_queries.c[i], dv.c[i]);
+    }
+#pragma unroll
+    for (int g = 0; g < kQueryGroups; ++g) {
+      mma_columns(dv, strips[g], strips[g], operands.prob[g].high, operands.prob[g].low);
+    }
+    mma_columns(dv, v, v, operands.key.high, operands.key.low);
+#pragma unroll
+    for (int g = 0; g < kQueryGroups; ++g) {
+      mma_columns(du[j][g], v, v, operands.dquery[g].high, operands.dquery[g].low);
     }
   }
 
@@ -448,27 +456,46 @@ struct AttendBackwardWarp {
   }
 };
 
-/// Statistics of a token that the softmax warp reads ahead: those of a lane's query and sources.
-template <int kSources>
+/// Statistics of a token, read a step ahead. Logits and inverse RMS are loaded side by side, 32 in
+/// a row, and pass through shared memory: each lane loading its own would touch as many cache lines
+/// as there are queries, once for each source.
+template <int kQueryGroups, int kSourceGroups>
 struct TokenStatistics {
-  float logit[kSources];
-  float inv_rms[kSources];
-  float lse, gate, dlse;
+  static constexpr int kLoads = 2 * kQueryGroups * kSourceGroups;
+
+  float logits[kLoads];   // elements lane + 32 i of the row (S * N)
+  float inv_rms;          // of source `lane`
+  float lse, gate, dlse;  // of the lane's query
 
   template <class Gradient>
   __device__ __forceinline__ void load(const AttendBackwardParams<Gradient>& p, int64_t t, int s,
-                                       int first_source) {
-    const float* const logits = p.logits + t * p.logits_stride + s * p.num_sources + first_source;
-    const float* const rms = p.inv_rms + t * p.inv_rms_stride + first_source;
+                                       int lane) {
+    const float* const row = p.logits + t * p.logits_stride;  // (S * N)
 #pragma unroll
-    for (int n = 0; n < kSources; ++n) {
-      const bool exists = first_source + n < p.num_sources;
-      logit[n] = exists ? __ldg(logits + n) : -INFINITY;  // so that p is 0
-      inv_rms[n] = exists ? __ldg(rms + n) : 0.0f;
+    for (int i = 0; i < kLoads; ++i) {
+      const int element = lane + i * kWarpLanes;
+      logits[i] = element < p.num_queries * p.num_sources ? __ldg(row + element) : 0.0f;
     }
+    inv_rms = lane < p.num_sources ? __ldg(p.inv_rms + t * p.inv_rms_stride + lane) : 0.0f;
     lse = __ldg(p.lse + s * p.lse_stride + t);
     gate = p.gate != nullptr ? __ldg(p.gate + s * p.gate_stride + t) : 1.0f;
     dlse = p.dlse != nullptr ? __ldg(p.dlse + s * p.dlse_stride + t) : 0.0f;
+  }
+
+  /// Stores the first two: logits (S, N), then inv_rms (N).
+  template <class Gradient>
+  __device__ __forceinline__ void spread(const AttendBackwardParams<Gradient>& p, float* shared,
+                                         int lane) const {
+    const int count = p.num_queries * p.num_sources;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (lane + i * kWarpLanes < count) {
+        shared[lane + i * kWarpLanes] = logits[i];
+      }
+    }
+    if (lane < p.num_sources) {
+      shared[count + lane] = inv_rms;
+    }
   }
 };
 
@@ -478,8 +505,8 @@ struct ScatteredSum {
   int index;  // which one
 };
 
-/// Adds up `values` over the lanes that differ in the bits from `kOffset` to 16. While a lane carries
-/// more than one value, each step halves them: it keeps one half and sends the other.
+/// Adds up `values` over the lanes that differ in the bits from `kOffset` to 16. While a lane
+/// carries more than one value, each step halves them: it keeps one half and sends the other.
 template <int kOffset, int kCount>
 __device__ __forceinline__ ScatteredSum sum_scattered(const float (&values)[kCount], int lane,
                                                       int index = 0) {
@@ -506,7 +533,7 @@ __device__ __forceinline__ ScatteredSum sum_scattered(const float (&values)[kCou
 template <int kQueryGroups, int kSourceGroups, class Gradient>
 __device__ __forceinline__ void attend_backward_softmax(const AttendBackwardParams<Gradient>& p,
                                                         SharedHead& head, const Share& share) {
-  using Blocks = WeightBlocks<kQueryGroups, kSourceGroups>;
+  constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
   using Lane = SoftmaxLane<kQueryGroups, kSourceGroups>;
   constexpr int kSources = Lane::kSources;
   const int lane = lane_of_warp();
@@ -516,30 +543,40 @@ __device__ __forceinline__ void attend_backward_softmax(const AttendBackwardPara
   const int s = min(mine.query, p.num_queries - 1);
   const int sources = p.num_sources - mine.first_source;  // those of this lane that exist: n < it
   const float key_factor = -1.0f / static_cast<float>(p.dim);
-  uint32_t* const all_weights =
-      reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(&head) + p.map.weights);
+  float* const all_weights =
+      reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + p.map.weights);
 
-  TokenStatistics<kSources> next;
-  next.load(p, share.clamped(share.token(0, 0)), s, mine.first_source);
+  TokenStatistics<kQueryGroups, kSourceGroups> next;
+  next.load(p, share.clamped(share.token(0, 0)), s, lane);
   for (int step = 0; step < share.steps; ++step) {
     const int buffer = pair_slot(step);
+    float* const scratch = sums.scratch(step);
     for (int b = 0; b < share.batch; ++b) {
-      const TokenStatistics<kSources> now = next;
-      const bool exists = active && share.token(step, b) < share.tokens;
-      float prob[kSources];
-#pragma unroll
-      for (int n = 0; n < kSources; ++n) {
-        // ex2.approx: 2 ulp of the exponential, on arguments that are at most 0.
-        prob[n] = exists ? __expf(now.logit[n] - now.lse) : 0.0f;
-      }
-      if (b == 0) {
-        head.partials_full[buffer].wait(pair_parity(step));
-        sums.exchange(head, step, lane);
-      }
+      const TokenStatistics<kQueryGroups, kSourceGroups> now = next;
       const bool last = b == share.batch - 1;
       if (!last || step + 1 < share.steps) {
         next.load(p, share.clamped(last ? share.token(step + 1, 0) : share.token(step, b + 1)), s,
-                  mine.first_source);
+                  lane);
+      }
+      const bool exists = active && share.token(step, b) < share.tokens;
+      if (b == 0) {
+        head.partials_full[buffer].wait(pair_parity(step));
+        sums.send(head, step, lane);
+      }
+      __syncwarp();  // the scratch has been read
+      now.spread(p, scratch, lane);
+      __syncwarp();
+      float logit[kSources], inv_rms[kSources], prob[kSources];
+#pragma unroll
+      for (int n = 0; n < kSources; ++n) {
+        const int k = n < sources ? mine.first_source + n : 0;
+        logit[n] = scratch[s * p.num_sources + k];
+        inv_rms[n] = scratch[p.num_queries * p.num_sources + k];
+        // ex2.approx: 2 ulp of the exponential, on arguments that are at most 0.
+        prob[n] = exists && n < sources ? __expf(logit[n] - now.lse) : 0.0f;
+      }
+      if (b == 0) {
+        sums.receive(head, step);
       }
       float dlogit[kSources];
       sums.read(step, b * p.num_queries + s, mine.first_source, dlogit);
@@ -558,45 +595,30 @@ __device__ __forceinline__ void attend_backward_softmax(const AttendBackwardPara
         // With one source p is 1 and the difference is zero by identity, not just by rounding.
         const float difference = p.num_sources == 1 ? 0.0f * dlogit[n] : dlogit[n] - delta;
         const float gradient = prob[n] * (difference + now.dlse);  // dlogit
-        const float r = now.inv_rms[n];
+        const float r = inv_rms[n];
         weight[n] = p.scale * gradient * r;
         greatest = fmaxf(greatest, fabsf(weight[n]));
-        key_weight[n] =
-            exists && n < sources ? gradient * now.logit[n] * (r * r * key_factor) : 0.0f;
+        key_weight[n] = exists && n < sources ? gradient * logit[n] * (r * r * key_factor) : 0.0f;
       }
       const ScatteredSum key = sum_scattered<Lane::kParts>(key_weight, lane);
 #pragma unroll
       for (int offset = 1; offset < kWarpLanes; offset *= 2) {
         greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, offset));
       }
-      const PowerOfTwo power = PowerOfTwo::of(greatest);
-
-      uint32_t* const weights =
-          all_weights + (buffer * share.batch + b) * Blocks::kCount * kWarpLanes;
-      const auto block = [&](int index) { return weights + index * kWarpLanes; };
+      float* const weights = all_weights + (buffer * share.batch + b) * kWeights.backward;
       if (active) {
-        const int g = s / 8;
+        float* const place = weights + s * kWeights.pitch + mine.first_source;
 #pragma unroll
         for (int n = 0; n < kSources; ++n) {
-          const int k = mine.first_source + n;
-          const int h = k / 8;
-          const float factor = prob[n] * now.gate;
-          set_weight(block(Blocks::prob(g, h)), s, k, bf16_bits(factor));
-          set_weight(block(Blocks::prob_rest(g, h)), s, k, bf16_bits(bf16_remainder(factor)));
-          set_weight(block(Blocks::query(g, h)), s, k, half_bits(weight[n] * power.inverse));
-          if (n % 2 == 0) {
-            block(Blocks::dquery(h, g))[weight_pair(k, s)] = pack_bf16(weight[n], weight[n + 1]);
-            block(Blocks::dquery_rest(h, g))[weight_pair(k, s)] =
-                pack_bf16(bf16_remainder(weight[n]), bf16_remainder(weight[n + 1]));
-          }
+          prob[n] *= now.gate;
         }
+        store_vector(place + kWeights.prob, prob);
+        store_vector(place + kWeights.query, weight);
       }
       // Lanes that hold the same sum write the same bits.
-      const int n = mine.first_source + key.index;
-      set_weight(block(Blocks::key(n / 8)), n, n, bf16_bits(key.value));
-      set_weight(block(Blocks::key_rest(n / 8)), n, n, bf16_bits(bf16_remainder(key.value)));
+      weights[kWeights.key + mine.first_source + key.index] = key.value;
       if (lane == 0) {
-        head.weight_scale[buffer][b] = power.value;
+        weights[kWeights.scale] = PowerOfTwo::of(greatest).value;
       }
     }
     __syncwarp();
@@ -609,8 +631,7 @@ __device__ __forceinline__ void attend_backward_softmax(const AttendBackwardPara
 /// The store warp: finished steps out of the ring of results, and old gradients into it.
 template <class Gradient>
 __device__ __forceinline__ void attend_backward_store(const AttendBackwardParams<Gradient>& p,
-                                                      SharedHead& head,
-                                                      const Share& share) {
+                                                      SharedHead& head, const Share& share) {
   const int lane = lane_of_warp();
   const int bytes = share.columns * static_cast<int>(sizeof(Gradient));
   const CachePolicy policy(p.plan.store_hint);
@@ -676,8 +697,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
   // with. Asking for more than that hangs.
-  constexpr int kServe = kSourceGroups == 2 ? (kQueryGroups == 2 ? 120 : 104)
-                                            : (kQueryGroups == 3 ? 88 : 72);
+  constexpr int kServe = kQueryGroups == 3 && kSourceGroups == 2   ? 104
+                         : kQueryGroups == 3 || kSourceGroups == 2 ? 88
+                                                                   : 72;
   constexpr int kCompute = (504 - kServe) / 2;
   if (warp_of_cta() >= kComputeWarps) {
     cutlass::arch::warpgroup_reg_dealloc<kServe>();
@@ -701,7 +723,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp_of_cta() < p.plan.warps) {
       const Share share(p.plan, p.tokens, p.dim);
       const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
-      AttendBackwardWarp<kQueryGroups, kTiles, kSourceGroups, Gradient> compute(p, head, share, sums);
+      AttendBackwardWarp<kQueryGroups, kTiles, kSourceGroups, Gradient> compute(p, head, share,
+                                                                                sums);
       RingCursor ahead;   // stage of P1
       RingCursor behind;  // stage of P2
       RingCursor result;

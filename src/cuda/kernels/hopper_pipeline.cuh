@@ -36,7 +36,8 @@ __device__ __forceinline__ int warp_of_cta() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
 }
 
-/// This thread's lane. Read anew at each use, so that no register holds it from one role to another.
+/// This thread's lane. Read anew at each use, so that no register holds it from one role to
+/// another.
 __device__ __forceinline__ int lane_of_warp() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
@@ -52,9 +53,8 @@ struct SharedHead {
   Barrier partials_full[2];        // all compute warps have stored their sums
   Barrier totals_full[2];          // the sums of all CTAs of the cluster are here
   Barrier weights_full[2];         // the softmax warp has stored the weights
-  float weight_scale[2][kBatchMax];  // factor of the weights kept in float16 (backward)
-  int loading;  // the step that the load warp is at
-  int issued;   // how many steps all clusters have begun to load, as last read
+  int loading;                     // the step that the load warp is at
+  int issued;                      // how many steps all clusters have begun to load, as last read
 };
 static_assert(sizeof(SharedHead) <= kHeadBytes);
 
@@ -129,7 +129,8 @@ __device__ __forceinline__ void post(int& place, int value) {
 // ---------------------------------------------------------------------------------- setting up
 
 /// Initialises barriers, and zeroes weights, partial sums and inputs: weights of rows that do not
-/// exist, sums of warps that do not, and columns of padding stay zero ever after. All threads call it; it ends with a barrier.
+/// exist, sums of warps that do not, and columns of padding stay zero ever after. All threads call
+/// it; it ends with a barrier.
 __device__ __forceinline__ void set_up(SharedHead& head, const SharedMap& map, const Plan& plan) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
@@ -186,7 +187,7 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
     if (lane == 0) {
       if (plan.window > 0) {
         wait_for_window(head, static_cast<int64_t>(step) * share.clusters + share.cluster,
-                        plan.window);
+                        share.clusters * plan.window / 100);
         if (share.rank == 0) {
           asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(issued) : "memory");
         }
@@ -293,50 +294,54 @@ struct Sums {
     return partials + ((pair_slot(step) * slices + warp) * rows + row) * cols;
   }
 
-  /// The sums of `step` over this CTA's columns go to every CTA of the cluster. Called by the
-  /// softmax warp when the partial sums are complete; ends when all totals are here.
-  __device__ __forceinline__ void exchange(SharedHead& head, int step, int lane) const {
+  /// Adds up the warps' sums of `step` and sends them to the other CTAs of the cluster. Called by
+  /// the softmax warp when the partial sums are complete; their memory is free for it afterwards.
+  __device__ __forceinline__ void send(SharedHead& head, int step, int lane) const {
     const int buffer = pair_slot(step);
     const int quads = rows * cols / 4;
     const float4* const from = reinterpret_cast<const float4*>(partials) + buffer * slices * quads;
     float4* const to = reinterpret_cast<float4*>(totals) + (buffer * cluster + rank) * quads;
     if (cluster > 1 && lane == 0) {
-      head.totals_full[buffer].arrive_and_expect(cluster * quads * 16);
+      head.totals_full[buffer].arrive_and_expect((cluster - 1) * quads * 16);
     }
     for (int i = lane; i < quads; i += kWarpLanes) {
-      float4 slice[kComputeWarps];
-#pragma unroll
-      for (int w = 0; w < kComputeWarps; ++w) {
-        slice[w] = from[min(w, warps) * quads + i];  // slice `warps` is zero
-      }
+      float4 sum = from[i];
 #pragma unroll
       for (int w = 1; w < kComputeWarps; ++w) {
-        add_to(slice[0], slice[w]);
+        add_to(sum, from[min(w, warps) * quads + i]);  // slice `warps` is zero
       }
-      if (cluster == 1) {
-        to[i] = slice[0];
-      } else {
-#pragma unroll
-        for (int peer = 0; peer < kClusterMax; ++peer) {
-          if (peer < cluster) {
-            store_to_peer(to + i, slice[0], head.totals_full[buffer], peer);
-          }
-        }
+      to[i] = sum;
+    }
+    if (cluster > 1) {
+      fence_before_bulk_copies();
+      __syncwarp();
+      // What these copies read is written again two steps on, after the peers have answered once
+      // more.
+      if (lane < cluster && lane != rank) {
+        copy_to_peer(to, quads * 16, head.totals_full[buffer], lane);
       }
     }
-    if (cluster == 1) {
-      __syncwarp();
-    } else {
-      head.totals_full[buffer].wait_cluster(pair_parity(step));
+    __syncwarp();
+  }
+
+  /// Waits until the sums of all CTAs are here.
+  __device__ __forceinline__ void receive(SharedHead& head, int step) const {
+    if (cluster > 1) {
+      head.totals_full[pair_slot(step)].wait_cluster(pair_parity(step));
     }
   }
 
-  /// `kCount` consecutive columns of a row of sums over all columns of D, after `exchange`. Columns
+  /// Memory that the softmax warp may use between `send` and its weights.
+  __device__ __forceinline__ float* scratch(int step) const {
+    return partials + pair_slot(step) * slices * rows * cols;
+  }
+
+  /// `kCount` consecutive columns of a row of sums over all columns of D, after `receive`. Columns
   /// beyond the last hold no sums: what is read there must not be used.
   template <int kCount>
   __device__ __forceinline__ void read(int step, int row, int col, float (&values)[kCount]) const {
-    const float* const first = totals + (pair_slot(step) * cluster * rows + row) * cols +
-                               (col < cols ? col : 0);
+    const float* const first =
+        totals + (pair_slot(step) * cluster * rows + row) * cols + (col < cols ? col : 0);
     switch (cluster) {
       case 1:
         return read_peers<1>(first, values);
@@ -356,12 +361,24 @@ struct Sums {
     for (int peer = 0; peer < kPeers; ++peer) {
       const float* const from = first + peer * rows * cols;
 #pragma unroll
-      for (int i = 0; i < kCount; i += 2) {
-        const float2 pair = *reinterpret_cast<const float2*>(from + i);
-        values[i] = peer == 0 ? pair.x : values[i] + pair.x;
-        values[i + 1] = peer == 0 ? pair.y : values[i + 1] + pair.y;
+      for (int i = 0; i < kCount; i += kCount < 4 ? 2 : 4) {
+        if constexpr (kCount < 4) {
+          const float2 pair = *reinterpret_cast<const float2*>(from + i);
+          add(values[i], pair.x, peer);
+          add(values[i + 1], pair.y, peer);
+        } else {
+          const float4 quad = *reinterpret_cast<const float4*>(from + i);
+          add(values[i], quad.x, peer);
+          add(values[i + 1], quad.y, peer);
+          add(values[i + 2], quad.z, peer);
+          add(values[i + 3], quad.w, peer);
+        }
       }
     }
+  }
+
+  static __device__ __forceinline__ void add(float& sum, float value, int peer) {
+    sum = peer == 0 ? value : sum + value;
   }
 };
 
@@ -395,20 +412,19 @@ struct SoftmaxLane {
   }
 };
 
-// A block of weights is the operand b of a product: element (k, n) is the half k % 2 of the pair
-// that lane 4 * (n % 8) + k % 8 / 2 holds.
-__device__ __forceinline__ int weight_pair(int k, int n) { return n % 8 * 4 + k % 8 / 2; }
-
-/// Stores one weight of a block.
-__device__ __forceinline__ void set_weight(uint32_t* block, int k, int n, uint16_t bits) {
-  reinterpret_cast<uint16_t*>(block)[weight_pair(k, n) * 2 + k % 2] = bits;
-}
-
-__device__ __forceinline__ uint16_t bf16_bits(float value) {
-  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
-}
-__device__ __forceinline__ uint16_t half_bits(float value) {
-  return __half_as_ushort(__float2half_rn(value));
+/// Stores a lane's values side by side; `place` is aligned to as many bytes as they have, or 16.
+template <int kCount>
+__device__ __forceinline__ void store_vector(float* place, const float (&values)[kCount]) {
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      *reinterpret_cast<float4*>(place + i) = {values[i], values[i + 1], values[i + 2],
+                                               values[i + 3]};
+    }
+  } else {
+    static_assert(kCount == 2);
+    *reinterpret_cast<float2*>(place) = {values[0], values[1]};
+  }
 }
 
 }  // namespace flash_attn_res::cuda::hopper

@@ -257,12 +257,12 @@ __global__ void __launch_bounds__(kReadBackwardMaxThreads, 1)
           add(dh[c], tile.get(stage, dmix_row, chunk, p.dmix.dtype));
         }
         if (p.dh.present()) {
-          store_chunk(p.dh.row(t), chunk * kChunk, p.dim, dh[c]);
+          store_chunk_as<T>(p.dh.row(t), chunk * kChunk, p.dim, dh[c]);
         }
         if (p.dphase1_out.present()) {
           Chunk out = zero_chunk();
           add_scaled(out, probs[0], dh[c]);
-          store_chunk(p.dphase1_out.row(t), chunk * kChunk, p.dim, out);
+          store_chunk_as<T>(p.dphase1_out.row(t), chunk * kChunk, p.dim, out);
         }
       }
     }
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kReadBackwardMaxThreads, 1)
                 dz = tile.get(stage, dpartial_row, chunk, p.dpartial_out.dtype);
               }
             } else if (p.has_dsources && p.accumulate) {
-              dz = load_chunk(p.dsources.row(j - p.first_key, t), col, p.dim);
+              dz = load_chunk_as<T>(p.dsources.row(j - p.first_key, t), col, p.dim);
             }
             add_scaled(dz, weight, dh[c]);
             if (has_query && col + kChunk > p.key_begin) {
@@ -350,10 +350,10 @@ __global__ void __launch_bounds__(kReadBackwardMaxThreads, 1)
             }
             if (is_partial) {
               if (p.dpartial.present()) {
-                store_chunk(p.dpartial.row(t), col, p.dim, dz);
+                store_chunk_as<T>(p.dpartial.row(t), col, p.dim, dz);
               }
             } else if (p.has_dsources) {
-              store_chunk(p.dsources.row(j - p.first_key, t), col, p.dim, dz);
+              store_chunk_as<T>(p.dsources.row(j - p.first_key, t), col, p.dim, dz);
             }
           }
         }

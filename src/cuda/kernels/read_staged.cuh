@@ -27,9 +27,16 @@ namespace flash_attn_res::cuda {
 
 inline constexpr int kReadMaxThreads = 512;
 
+/// Blocks of 512 threads that registers must allow: the kernel of two chunks fits 64 of them for
+/// 16-bit storage, without spills.
+template <class T, int kChunks>
+inline constexpr int kReadMinBlocks = kPlanes<T> == 1 && kChunks == 2 ? 2 : 1;
+
 /// Registers of a thread that the policy counts with.
-template <int kChunks>
-inline constexpr int kReadRegisters = kChunks == 2 ? 96 : 128;
+constexpr int read_registers(bool half, int chunks_per_thread) {
+  return half && chunks_per_thread == 2 ? 64 : 120;
+}
+
 inline constexpr int kReadTermBatch = 4;  // terms whose sums leave the warp together
 
 /// Shared memory of a block, in this order:
@@ -71,7 +78,7 @@ __device__ __forceinline__ float sum_over_warps(const float* sums, int warps, in
 }
 
 template <class T, int kChunks, int kRows>
-__global__ void __launch_bounds__(kReadMaxThreads, 1)
+__global__ void __launch_bounds__(kReadMaxThreads, kReadMinBlocks<T, kChunks>)
     read_staged_kernel(const __grid_constant__ ReadParams<kRows> p) {
   const int threads = static_cast<int>(blockDim.x);
   const int tid = static_cast<int>(threadIdx.x);
@@ -147,7 +154,7 @@ __global__ void __launch_bounds__(kReadMaxThreads, 1)
             add(sum, tile.get(stage, j, chunk, static_cast<DType>(p.rows.dtype[j])));
           }
           sum = round_to(p.partial_out.dtype, sum);
-          store_chunk(p.partial_out.row(t), chunk * kChunk, p.dim, sum);
+          store_chunk_as<T>(p.partial_out.row(t), chunk * kChunk, p.dim, sum);
           tile.put(stage, K - 1, chunk, sum);
         }
       }
@@ -257,7 +264,7 @@ __global__ void __launch_bounds__(kReadMaxThreads, 1)
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         if (p.mix.present() && tid + c * threads < chunks) {
-          store_chunk(p.mix.row(t), (tid + c * threads) * kChunk, p.dim, h[c]);
+          store_chunk_as<T>(p.mix.row(t), (tid + c * threads) * kChunk, p.dim, h[c]);
         }
         if (p.round_mix) {
           h[c] = round_to(p.x.dtype, h[c]);
@@ -289,9 +296,9 @@ __global__ void __launch_bounds__(kReadMaxThreads, 1)
             h[c].v[i] = h[c].v[i] * inv_rms_mix * g.v[i];
           }
         } else if (p.mix.present()) {
-          store_chunk(p.mix.row(t), chunk * kChunk, p.dim, h[c]);
+          store_chunk_as<T>(p.mix.row(t), chunk * kChunk, p.dim, h[c]);
         }
-        store_chunk(p.x.row(t), chunk * kChunk, p.dim, h[c]);
+        store_chunk_as<T>(p.x.row(t), chunk * kChunk, p.dim, h[c]);
       }
     }
     stage = stage + 1 == p.stages ? 0 : stage + 1;

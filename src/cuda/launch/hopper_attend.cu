@@ -24,9 +24,9 @@ Variant variant() {
 
 const void* find_kernel(int query_groups, int tiles, int source_groups) {
   static const Variant kVariants[] = {
-      variant<1, 8, 1>(), variant<1, 9, 1>(), variant<1, 16, 1>(), variant<2, 8, 1>(),
-      variant<2, 9, 1>(), variant<2, 16, 1>(), variant<3, 8, 1>(), variant<1, 8, 2>(),
-      variant<1, 9, 2>(), variant<1, 16, 2>(), variant<2, 8, 2>(), variant<2, 9, 2>(),
+      variant<1, 8, 1>(), variant<1, 9, 1>(),  variant<1, 16, 1>(), variant<2, 8, 1>(),
+      variant<2, 9, 1>(), variant<2, 16, 1>(), variant<3, 8, 1>(),  variant<1, 8, 2>(),
+      variant<1, 9, 2>(), variant<1, 16, 2>(), variant<2, 8, 2>(),  variant<2, 9, 2>(),
       variant<3, 8, 2>(),
   };
   for (const Variant& v : kVariants) {
@@ -57,8 +57,9 @@ Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim) {
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
   const int query_groups = groups_of_eight(num_queries);
-  Plan plan = choose_plan(dim, tile_choices(query_groups, groups_of_eight(num_sources)), 3, num_sources + num_queries,
-                          [&] { return sizes.extents(); });
+  Plan plan = choose_plan(dim, tile_choices(query_groups, groups_of_eight(num_sources)), 3, 3,
+                          num_sources + num_queries, [&] { return sizes.extents(); });
+  plan.store_hint = CacheHint::kEvictLast;  // 0.3 % at A, B and C
   return plan;
 }
 
@@ -111,11 +112,10 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   params.plan = other_plan != nullptr ? *other_plan : choose_attend(N, S, D);
   params.map = shared_map(params.plan, params.extents());
 
-  const void* const kernel =
-      find_kernel(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
+  const void* const kernel = find_kernel(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
   const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
-  cudaError_t error = resident_clusters(kernel, params.plan, params.map.bytes, T,
-                                        &params.plan.clusters);
+  cudaError_t error =
+      resident_clusters(kernel, params.plan, params.map.bytes, T, &params.plan.clusters);
   if (error == cudaSuccess && params.plan.window > 0) {
     error = cudaMemsetAsync(params.issued, 0, sizeof(int), stream);
   }

@@ -7,8 +7,8 @@ namespace {
 template <class Function>
 cudaError_t with_configuration(const void* kernel, const Plan& plan, int shared_bytes,
                                cudaStream_t stream, int clusters, Function&& function) {
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
       error != cudaSuccess) {
     return error;
   }
@@ -49,15 +49,15 @@ cudaError_t resident_clusters(const void* kernel, const Plan& plan, int shared_b
     }
   } else {
     // GPUs of one model differ in how their multiprocessors are grouped, so this is asked for.
-    error = with_configuration(kernel, plan, shared_bytes, nullptr, 1,
-                               [&](const cudaLaunchConfig_t& configuration) {
-                                 return cudaOccupancyMaxActiveClusters(&resident, kernel,
-                                                                       &configuration);
-                               });
+    error = with_configuration(
+        kernel, plan, shared_bytes, nullptr, 1, [&](const cudaLaunchConfig_t& configuration) {
+          return cudaOccupancyMaxActiveClusters(&resident, kernel, &configuration);
+        });
   }
   const int64_t steps = ceil_div(tokens, plan.batch);
-  *clusters = static_cast<int>(std::clamp<int64_t>(
-      std::min<int64_t>(resident, kMultiprocessorsMax / plan.cluster), 1, std::max<int64_t>(steps, 1)));
+  *clusters = static_cast<int>(
+      std::clamp<int64_t>(std::min<int64_t>(resident, kMultiprocessorsMax / plan.cluster), 1,
+                          std::max<int64_t>(steps, 1)));
   return error;
 }
 

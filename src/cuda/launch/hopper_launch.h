@@ -48,17 +48,19 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int prefer_slots, i
   return false;
 }
 
-/// Chooses how a call is split. `tile_choices`: the kernels there are, by 16-column tiles of a warp.
+/// Chooses how a call is split. `tile_choices`: the kernels there are, by 16-column tiles of a
+/// warp.
 ///
-/// Fewer CTAs a cluster come first, as long as three stages fit: a step is then longer, and with it
-/// the time in which the exchange between CTAs can hide (about 1 us). Steps that would still be
+/// Fewer CTAs a cluster come first, as long as `wanted_stages` fit: a step is then longer, and with
+/// it the time in which the exchange between CTAs can hide (about 1 us). Steps that would still be
 /// shorter than that take several tokens.
 template <class ExtentsOf>
-Plan choose_plan(int64_t dim, std::span<const int> tile_choices, int prefer_slots, int64_t token_rows, ExtentsOf extents_of) {
+Plan choose_plan(int64_t dim, std::span<const int> tile_choices, int prefer_slots,
+                 int wanted_stages, int64_t token_rows, ExtentsOf extents_of) {
   // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us.
   constexpr int64_t kStepBytes = 32 * 1024;
   const Extents extents = extents_of();
-  for (const int min_stages : {3, 2}) {
+  for (int min_stages = wanted_stages; min_stages >= 2; --min_stages) {
     for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
       std::optional<Plan> best;
       for (const int tiles : tile_choices) {
@@ -72,8 +74,8 @@ Plan choose_plan(int64_t dim, std::span<const int> tile_choices, int prefer_slot
             !choose_rings(plan, extents, prefer_slots, min_stages)) {
           continue;
         }
-        for (int batch = 2; batch <= kBatchMax &&
-                            token_rows * plan.columns * 2 * (batch / 2) < kStepBytes;
+        for (int batch = 2;
+             batch <= kBatchMax && token_rows * plan.columns * 2 * (batch / 2) < kStepBytes;
              batch *= 2) {
           Plan larger = plan;
           larger.batch = batch;

@@ -88,17 +88,11 @@ ReadPolicy choose_read(const ReadArgs& args, const ReadParams<kMaxStreamedRows>&
                             threads / kWarp, p.num_terms)
         .total;
   };
-  // Measured on an H100: with two chunks, 448 threads (D = 7168) leave registers for one block, and
-  // a merge runs at 60 % of copy; four chunks, 224 threads and two blocks give 72 %. At D = 2048
-  // the two are equal for a merge, and two chunks are better with updates (87 % against 64 %).
-  constexpr StagedKernel kTwo = {2, kReadMaxThreads, kReadRegisters<2>};
-  constexpr StagedKernel kFour = {4, kReadMaxThreads, kReadRegisters<4>};
-  constexpr int kWide = 4096;
-  if (!half) {
-    return choose_ring(p.dim, {kTwo}, limits, shared_bytes);
-  }
-  return p.dim < kWide ? choose_ring(p.dim, {kTwo, kFour}, limits, shared_bytes)
-                       : choose_ring(p.dim, {kFour, kTwo}, limits, shared_bytes);
+  // Two chunks a thread wherever they reach; four serve rows of 8192 to 16384 columns.
+  const StagedKernel two = {2, kReadMaxThreads, read_registers(half, 2)};
+  const StagedKernel four = {4, kReadMaxThreads, read_registers(half, 4)};
+  return half ? choose_ring(p.dim, {two, four}, limits, shared_bytes)
+              : choose_ring(p.dim, {two}, limits, shared_bytes);
 }
 
 using StagedParams = ReadParams<kMaxStagedRows>;
