@@ -15,7 +15,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/cpu.md"]
+PAGES = ["README.md", "docs/cpu.md", "docs/kernels.md"]
 
 
 def load(name: str) -> dict:
@@ -83,7 +83,74 @@ def cpu() -> str:
     return cpu_table(with_eager=True)
 
 
-TABLES = {"cpu": cpu}
+VARIANTS = {"plain": "plain", "block": "Block AttnRes", "full": "Full AttnRes"}
+
+
+def demo() -> str:
+    """The demo's comparison of the three residual connections."""
+    document = load("demo.json")
+    rows = []
+    for variant, entry in document["variants"].items():
+        ratio = entry["timing"]["ratio_to_plain"]
+        memory = entry["memory"]
+        rows.append(
+            [
+                VARIANTS[variant],
+                f"{entry['validation_loss']:.4f}",
+                f"{entry['timing']['step_ms']:.0f}",
+                "" if ratio is None else f"{100 * (ratio - 1):+.1f} %",
+                f"{(memory['peak_bytes'] - memory['baseline_bytes']) / 2**20:.0f}",
+            ]
+        )
+    header = ["residual", "validation loss, nats/byte", "ms/step", "over plain", "peak MiB"]
+    options = document["options"]
+    caption = (
+        f"`make demo`: {options['layers']} Transformer layers, width {options['dim']}, "
+        f"{options['steps']} steps on the Python standard library's sources, one seed, on "
+        f"{document['machine']['device']}."
+    )
+    return caption + "\n\n" + markdown(header, rows)
+
+
+KERNEL_OPS = {
+    "phase1_fwd": "phase 1 forward",
+    "phase1_bwd": "phase 1 backward, accumulating, gated",
+    "merge_fwd": "merge forward",
+    "merge_bwd": "merge backward",
+    "oneshot_fwd": "one-shot forward",
+    "oneshot_bwd": "one-shot backward",
+    "oneshot_norm_fwd": "one-shot forward with output norm",
+    "oneshot_norm_bwd": "one-shot backward with output norm",
+    "advance_fwd": "advance forward",
+    "advance_bwd": "advance backward",
+}
+
+
+def kernels() -> str:
+    """Percent of a device copy, operation by shape."""
+    document = load("h100-kernels.json")
+    rows = [row for row in document["rows"] if row["package"] == "flash_attn_res"]
+    shapes = list(dict.fromkeys(tuple(row["shape"].items()) for row in rows))
+    by_case = {(row["op"], tuple(row["shape"].items())): row for row in rows}
+    header = ["operation"] + [
+        " ".join(f"{axis}={size}" for axis, size in shape) for shape in shapes
+    ]
+    lines = []
+    for op, name in KERNEL_OPS.items():
+        line = [name]
+        for shape in shapes:
+            row = by_case.get((op, shape))
+            line.append("" if row is None else f"{row['percent_of_copy']:.0f} % ({row['us']:.0f} us)")
+        lines.append(line)
+    caption = (
+        f"{document['device']}, driver {document['driver']}, torch {document['versions']['torch']}, "
+        f"bfloat16; percent of a device copy ({document['copy_tb_s']:.2f} TB/s, bytes read and "
+        "written) measured in the same run."
+    )
+    return caption + "\n\n" + markdown(header, lines)
+
+
+TABLES = {"cpu": cpu, "demo": demo, "kernels": kernels}
 
 
 def fill(text: str) -> str:

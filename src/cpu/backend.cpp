@@ -106,7 +106,10 @@ AttendScratch carve(const AttendArgs& args, Carver& carver) {
   scratch.probs = carver.floats(S * N);
   scratch.inv_rms = carver.floats(N);
   scratch.lse = carver.floats(S);
-  scratch.queries = carver.floats(S > 1 ? packed_floats(S, args.queries.cols) : 0);
+  const int64_t R = args.queries.cols;
+  scratch.queries = carver.floats(packed_floats(S, R));
+  scratch.v_plain = carver.floats(packed_floats(N, args.sources[0].cols - R));
+  scratch.v_key = carver.floats(packed_floats(N, R));
   return scratch;
 }
 
@@ -128,6 +131,8 @@ AttendBackwardScratch carve(const AttendBackwardArgs& args, Carver& carver) {
   scratch.queries = carver.floats(packed_floats(S, R));
   scratch.dh_plain = carver.floats(args.dout.empty() ? 0 : packed_floats(S, plain));
   scratch.dh_key = carver.floats(args.dout.empty() ? 0 : packed_floats(S, R));
+  scratch.v_plain = carver.floats(args.dout.empty() ? 0 : packed_floats(N, plain));
+  scratch.v_key = carver.floats(packed_floats(N, R));
   scratch.probs = carver.floats(S * N);
   scratch.dp = carver.floats(S * N);
   scratch.dp_plain = carver.floats(S * N);
@@ -150,8 +155,9 @@ ReadScratch carve(const ReadArgs& args, Carver& carver) {
   scratch.logits = carver.floats(K);
   scratch.probs = carver.floats(K);
   scratch.inv_rms = carver.floats(K);
-  scratch.mix = carver.floats(normed ? args.x.cols : 0);
-  scratch.norm_weight = carver.floats(normed ? args.x.cols : 0);
+  scratch.query = carver.floats(args.query.present() ? packed_floats(1, args.query.cols) : 0);
+  scratch.mix = carver.floats(normed ? packed_floats(1, args.x.cols) : 0);
+  scratch.norm_weight = carver.floats(normed ? packed_floats(1, args.x.cols) : 0);
   scratch.total = static_cast<unsigned char*>(
       carver.bytes(args.partial_out.present() ? args.x.cols * size_of(args.partial_out.dtype) : 0));
   return scratch;
@@ -192,9 +198,11 @@ ReadBackwardScratch carve(const ReadBackwardArgs& args, Carver& carver) {
   scratch.probs = carver.floats(K);
   scratch.dp = carver.floats(K);
   scratch.key_factor = carver.floats(K);
-  scratch.mix = carver.floats(normed ? D : 0);
-  scratch.norm_weight = carver.floats(normed ? D : 0);
-  scratch.dh = carver.floats(D);
+  scratch.query = carver.floats(args.query.present() ? packed_floats(1, args.query.cols) : 0);
+  scratch.mix = carver.floats(normed ? packed_floats(1, D) : 0);
+  scratch.norm_weight = carver.floats(normed ? packed_floats(1, D) : 0);
+  // One more piece: the last step that begins in the key slice may end after the row.
+  scratch.dh = carver.floats(packed_floats(1, D) + kPiece);
   return scratch;
 }
 

@@ -38,6 +38,8 @@ struct Plan {
   int stages = 2;    // steps whose inputs are in shared memory
   int slots = 1;     // steps whose results are in shared memory
   int clusters = 1;  // clusters launched; they take steps in turn
+  int rounds = 0;    // steps of every cluster
+  int extra = 0;     // the first clusters, which have one step more
 
   bool prefetch = true;  // one warp brings the next step into L2
   int window = 50;       // steps that a cluster may lead, in percent of the clusters; 0: no limit

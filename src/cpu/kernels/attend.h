@@ -6,7 +6,8 @@
 //   out_s     = sum_n p_sn v_n
 //
 // A token's sources are visited twice: for the dot products, from memory, and for the mixture, from
-// the caches. Bytes from and to memory: N * D elements read, S * D written. Statistics and sums are
+// a packed float32 copy that the first visit leaves in L2 (rows of equal tensors lie a power of two
+// bytes apart more often than not, and would evict each other; see kPiece). Bytes from and to memory: N * D elements read, S * D written. Statistics and sums are
 // float32; nothing depends on other tokens. Saved for the backward: logits, inv_rms, lse.
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_ATTEND_H_
@@ -24,10 +25,6 @@ FLASH_ATTN_RES_INLINE float inverse_rms(float square_sum, int64_t count, float e
   return 1.0f / __builtin_sqrtf(square_sum / static_cast<float>(count) + eps);
 }
 
-/// From this many tokens on, a chunk works on a packed copy of the queries: copying them costs
-/// about as much as one token. The arithmetic, and so every bit of the results, is the same.
-inline constexpr int64_t kTokensToPack = 8;
-
 template <class Ev, class Eo>
 inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t begin,
                           int64_t end) {
@@ -40,14 +37,7 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
   for (int64_t s = 0; s < p.S; ++s) {
     u[s] = reader<Float32>(p.queries, s);
   }
-  int64_t jump = 0;
-  if (p.S > 1 && end - begin >= kTokensToPack) {
-    pack(u, p.S, p.R, w.queries);
-    jump = packed_jump(p.S);
-    for (int64_t s = 0; s < p.S; ++s) {
-      u[s] = packed_piece(w.queries, p.S, s, 0);
-    }
-  }
+  pack<Ev>(u, p.S, p.R, w.queries);
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t n = 0; n < p.N; ++n) {
       v[n] = reader<Ev>(p.sources[n], t);
@@ -57,7 +47,9 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
       out[s] = writer<Eo>(p.out[s], t, stream);
     }
 
-    dots<Sweep::kFirstWithSquares>(u, jump, p.S, key, p.N, p.R, w.logits, w.inv_rms);
+    pack<Ev>(v, p.N, key_start, w.v_plain);
+    dots_packing<Sweep::kFirstWithSquares>(w.queries, p.S, key, p.N, p.R, w.v_key, w.logits,
+                                           w.inv_rms);
     for (int64_t n = 0; n < p.N; ++n) {
       w.inv_rms[n] = inverse_rms(w.inv_rms[n], p.R, p.eps);
       if (given(p.inv_rms)) {
@@ -80,7 +72,8 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
       put_float(p.probs, t, i, w.probs[i]);
     }
 
-    mix(v, p.N, w.probs, out, p.S, p.D);
+    mix(w.v_plain, p.N, w.probs, out, p.S, 0, key_start);
+    mix(w.v_key, p.N, w.probs, out, p.S, key_start, p.R);
   }
   if (stream) {
     stream_fence();

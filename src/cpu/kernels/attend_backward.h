@@ -7,7 +7,8 @@
 //               sum_s scale dlogit_sn r_n u_s - (sum_s dlogit_sn logit_sn) (r_n^2 / R) k_n
 //   du_s     += sum over n of scale dlogit_sn r_n k_n
 //
-// A token is visited twice: for dp, from memory, and for dv and du, from the caches. Bytes from and
+// A token is visited twice: for dp, from memory, and for dv and du, from packed float32 copies of v
+// and dout that the first visit leaves in L2 (see kPiece). Bytes from and
 // to memory: (N + S) * D elements read, N * D written, N * D more read when accumulating. du is
 // summed in float32, token after token, in the chunk's own rows; the host adds the chunks' rows in
 // a fixed order, so that the result depends on the number of tokens and on nothing else.
@@ -61,18 +62,18 @@ inline void attend_factors(const AttendBackwardParams& p, const AttendBackwardSc
 
 /// dv and du of one token over `count` elements from `start` on: the key slice, or what is before
 /// it, which knows nothing of the logits.
-template <class Ev, class Es>
+template <class Es>
 inline void attend_gradients(const AttendBackwardParams& p, const AttendBackwardScratch& w,
                              int64_t t, int64_t start, int64_t count, bool keyed) {
-  const bool stream = p.stream;
   const bool with_dout = p.dout != nullptr;
   const float* packed_dh = keyed ? w.dh_key : w.dh_plain;
-  Reader<Float32> u[kMaxQueries];   // (S) rows of a piece
-  Reader<Float32> dh[kMaxQueries];  // (S)
-  Reader<Ev> v[kMaxSources];        // (N)
-  Reader<Es> old[kMaxSources];      // (N)
-  Writer<Es> dv[kMaxSources];       // (N)
-  GradientRows<Ev, Es> rows;
+  const float* packed_v = keyed ? w.v_key : w.v_plain;
+  Reader<Packed> u[kMaxQueries];   // (S) rows of a piece
+  Reader<Packed> dh[kMaxQueries];  // (S)
+  Reader<Packed> v[kMaxSources];   // (N)
+  Reader<Es> old[kMaxSources];     // (N)
+  Writer<Es> dv[kMaxSources];      // (N)
+  GradientRows<Packed, Es> rows;
   rows.S = p.S;
   rows.N = p.N;
   rows.dh = with_dout ? dh : nullptr;
@@ -90,10 +91,10 @@ inline void attend_gradients(const AttendBackwardParams& p, const AttendBackward
       dh[s] = packed_piece(packed_dh, p.S, s, i);
     }
     for (int64_t n = 0; n < p.N; ++n) {
-      v[n] = reader<Ev>(p.sources[n], t).from(start + i);
+      v[n] = packed_piece(packed_v, p.N, n, i);
       if (p.dsources != nullptr) {
         old[n] = held<Es>(p.dsources[n], t).from(start + i);
-        dv[n] = writer<Es>(p.dsources[n], t, stream).from(start + i);
+        dv[n] = writer<Es>(p.dsources[n], t, p.stream).from(start + i);
       }
     }
     if (keyed && w.dqueries != nullptr) {
@@ -105,19 +106,19 @@ inline void attend_gradients(const AttendBackwardParams& p, const AttendBackward
   }
 }
 
-template <class Ed, class Ev, class Es>
+/// E is the type of the sources, of dout and of dsources.
+template <class E>
 inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBackwardScratch& w,
                                    int64_t begin, int64_t end) {
   const int64_t key_start = p.D - p.R;
-  const int64_t jump = packed_jump(p.S);
-  Reader<Float32> dh[kMaxQueries];  // (S) rows of D or R
-  Reader<Ed> dout[kMaxQueries];     // (S) rows of D or R
-  Reader<Ev> v[kMaxSources];        // (N) rows of D
-  Reader<Ev> key[kMaxSources];      // (N) rows of R
+  Reader<Float32> u[kMaxQueries];  // (S) rows of R
+  Reader<E> dout[kMaxQueries];     // (S) rows of D or R
+  Reader<E> v[kMaxSources];        // (N) rows of D
+  Reader<E> key[kMaxSources];      // (N) rows of R
   for (int64_t s = 0; s < p.S; ++s) {
-    dh[s] = reader<Float32>(p.queries, s);
+    u[s] = reader<Float32>(p.queries, s);
   }
-  pack(dh, p.S, p.R, w.queries);
+  pack<E>(u, p.S, p.R, w.queries);
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t s = 0; s < p.S; ++s) {
       const float lse = float_at(p.lse, s, t);
@@ -129,30 +130,34 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
     }
     exponentials(w.probs, p.S * p.N);
 
+    for (int64_t n = 0; n < p.N; ++n) {
+      v[n] = reader<E>(p.sources[n], t);
+      key[n] = v[n].from(key_start);
+    }
     if (p.dout != nullptr) {
-      for (int64_t n = 0; n < p.N; ++n) {
-        v[n] = reader<Ev>(p.sources[n], t);
-        key[n] = v[n].from(key_start);
-      }
       for (int64_t s = 0; s < p.S; ++s) {
-        dout[s] = reader<Ed>(p.dout[s], t);
-        dh[s] = packed_piece(w.dh_plain, p.S, s, 0);
+        dout[s] = reader<E>(p.dout[s], t);
       }
       if (key_start > 0) {
-        pack(dout, p.S, key_start, w.dh_plain);
-        dots<Sweep::kFirst>(dh, jump, p.S, v, p.N, key_start, w.dp_plain, nullptr);
+        pack<E>(dout, p.S, key_start, w.dh_plain);
+        dots_packing<Sweep::kFirst>(w.dh_plain, p.S, v, p.N, key_start, w.v_plain, w.dp_plain,
+                                    nullptr);
       }
       for (int64_t s = 0; s < p.S; ++s) {
         dout[s] = dout[s].from(key_start);
-        dh[s] = packed_piece(w.dh_key, p.S, s, 0);
       }
-      pack(dout, p.S, p.R, w.dh_key);
-      dots<Sweep::kFirst>(dh, jump, p.S, key, p.N, p.R, w.dp, nullptr);
+      pack<E>(dout, p.S, p.R, w.dh_key);
+      dots_packing<Sweep::kFirst>(w.dh_key, p.S, key, p.N, p.R, w.v_key, w.dp, nullptr);
+    } else {
+      pack<E>(key, p.N, p.R, w.v_key);
     }
     attend_factors(p, w, t);
 
-    attend_gradients<Ev, Es>(p, w, t, 0, key_start, false);
-    attend_gradients<Ev, Es>(p, w, t, key_start, p.R, true);
+    attend_gradients<E>(p, w, t, 0, key_start, false);
+    attend_gradients<E>(p, w, t, key_start, p.R, true);
+  }
+  if (w.dqueries != nullptr) {
+    restore_order<E>(w.dqueries, whole_pieces(p.R) * p.S);
   }
   if (p.stream) {
     stream_fence();
@@ -162,26 +167,23 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
 inline void attend_backward(const AttendBackwardParams& p, const AttendBackwardScratch& w,
                             int64_t begin, int64_t end) {
   if (w.dqueries != nullptr) {
-    const int64_t pieces = (p.R + kPiece - 1) / kPiece;
-    for (int64_t i = 0; i < pieces * p.S * kPiece; ++i) {
-      w.dqueries[i] = 0.0f;
-    }
+    fill_zeros(w.dqueries, whole_pieces(p.R) * p.S);
   }
   const DType dtype = p.sources[0].dtype;
   const DType dout = p.dout != nullptr ? p.dout[0].dtype : dtype;
   const DType dsources = p.dsources != nullptr ? p.dsources[0].dtype : dtype;
   if (dout == dtype && dsources == dtype) {
     if (dtype == DType::kFloat32) {
-      return attend_backward_tokens<Float32, Float32, Float32>(p, w, begin, end);
+      return attend_backward_tokens<Float32>(p, w, begin, end);
     }
     if (dtype == DType::kBFloat16) {
-      return attend_backward_tokens<BFloat16, BFloat16, BFloat16>(p, w, begin, end);
+      return attend_backward_tokens<BFloat16>(p, w, begin, end);
     }
     if (dtype == DType::kFloat16) {
-      return attend_backward_tokens<Float16, Float16, Float16>(p, w, begin, end);
+      return attend_backward_tokens<Float16>(p, w, begin, end);
     }
   }
-  attend_backward_tokens<AnyFloat, AnyFloat, AnyFloat>(p, w, begin, end);
+  attend_backward_tokens<AnyFloat>(p, w, begin, end);
 }
 
 }  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET

@@ -2,10 +2,10 @@
 //
 //   out[a, b] = <x_a, v_b>        squares[b] = <v_b, v_b>
 //
-// Each dot product is one chain of float32 vector sums in the order of the elements, so that its
-// bits do not depend on the tile that computes it nor on the number of tokens. Tiles give the
-// independent chains that hide the latency of fma, and let one load (and conversion) serve several
-// products. Rows are cut into pieces that fit in L1 together, with the sums held in between.
+// Each dot product is one chain of float32 vector sums in the order of the elements (two chains where
+// there is a single x), so that its bits do not depend on the tile that computes it nor on the number
+// of tokens. Tiles give the independent chains that hide the latency of fma, and let one load serve
+// several products. Rows are cut into pieces that fit in L1 together, with the sums held in between.
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_DOTS_H_
 #define FLASH_ATTN_RES_CPU_KERNELS_DOTS_H_
@@ -108,62 +108,129 @@ inline void dot_column(const Reader<Ex>* x, int64_t A, const Reader<Ev>* v, int6
   }
 }
 
-/// At most kDotGroup rows of x and of v.
-template <Sweep kSweep, class Ex, class Ev>
-inline void dot_group(const Reader<Ex>* x, int64_t jump, int64_t A, const Reader<Ev>* v, int64_t B,
-                      int64_t count, float* out, int64_t out_stride, float* squares) {
-  Vec sums[kDotGroup * kDotGroup];  // (A,B), rows kDotGroup apart
-  Vec square_sums[kDotGroup];
-  for (int64_t b = 0; b < B; ++b) {
-    square_sums[b] = broadcast(0.0f);
-    for (int64_t a = 0; a < A; ++a) {
-      sums[a * kDotGroup + b] = broadcast(0.0f);
-    }
+/// Products of one packed row with B rows. Each product has one chain for each half of a pair: with a
+/// single row x there are too few products to hide the latency of fma otherwise.
+template <int B, Sweep kSweep, class Ev>
+FLASH_ATTN_RES_INLINE void dot_row(const Reader<Packed>& x, const Reader<Ev>* rows, int64_t count,
+                                   float* out, float* squares) {
+  constexpr bool kSquares = kSweep == Sweep::kFirstWithSquares;
+  Reader<Ev> v[B];
+  Pair sum[B];
+  Pair square[B];
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) {
+    v[b] = rows[b];
+    sum[b] = zero_pair();
+    square[b] = zero_pair();
   }
-  // A single row of x is visited once anyway.
-  const int64_t piece = A == 1 && jump == 0 ? count : kPiece;
-  Reader<Ex> xp[kDotGroup];
-  for (int64_t begin = 0; begin < count; begin += piece) {
-    const int64_t end = begin + piece < count ? begin + piece : count;
-    for (int64_t a = 0; a < A; ++a) {
-      xp[a] = x[a];
-      xp[a].data += begin / kPiece * jump;
+  for_steps(0, count, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    const Pair xi = x.get(i, part);
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      if constexpr (kSweep != Sweep::kAgain) {
+        v[b].prefetch(i);
+      }
+      const Pair vi = v[b].get(i, part);
+      sum[b] = fma(xi, vi, sum[b]);
+      if constexpr (kSquares) {
+        square[b] = fma(vi, vi, square[b]);
+      }
     }
-    int64_t b = 0;
-    for (; A == 1 && b + 4 <= B; b += 4) {
-      dot_tile<1, 4, kSweep>(xp, v + b, begin, end, sums + b, square_sums + b);
-    }
-    for (; b + 2 <= B; b += 2) {
-      dot_column<2, kSweep>(xp, A, v + b, begin, end, sums + b, square_sums + b);
-    }
-    if (b < B) {
-      dot_column<1, kSweep>(xp, A, v + b, begin, end, sums + b, square_sums + b);
-    }
-  }
-  for (int64_t a = 0; a < A; ++a) {
-    for (int64_t b = 0; b < B; ++b) {
-      out[a * out_stride + b] = reduce_add(sums[a * kDotGroup + b]);
-    }
-  }
-  if constexpr (kSweep == Sweep::kFirstWithSquares) {
-    for (int64_t b = 0; b < B; ++b) {
-      squares[b] = reduce_add(square_sums[b]);
+  });
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) {
+    out[b] = reduce_add(sum[b]);
+    if constexpr (kSquares) {
+      squares[b] = reduce_add(square[b]);
     }
   }
 }
 
-/// out (A,B) row-major; squares (B), written with Sweep::kFirstWithSquares only. `jump` is the
-/// number of bytes that a row of x skips after each piece: 0 for rows in one run.
-template <Sweep kSweep, class Ex, class Ev>
-inline void dots(const Reader<Ex>* x, int64_t jump, int64_t A, const Reader<Ev>* v, int64_t B,
-                 int64_t count, float* out, float* squares) {
-  for (int64_t b = 0; b < B; b += kDotGroup) {
-    const int64_t width = B - b < kDotGroup ? B - b : kDotGroup;
-    dot_group<kSweep>(x, jump, A < kDotGroup ? A : kDotGroup, v + b, width, count, out + b, B,
-                      squares + b);
-    for (int64_t a = kDotGroup; a < A; a += kDotGroup) {
-      dot_group<Sweep::kAgain>(x + a, jump, A - a < kDotGroup ? A - a : kDotGroup, v + b, width,
-                               count, out + a * B + b, B, squares + b);
+/// out (B), and squares (B) with Sweep::kFirstWithSquares, of one packed row x and B rows v.
+template <Sweep kSweep, class Ev>
+inline void dots(const Reader<Packed>& x, const Reader<Ev>* v, int64_t B, int64_t count, float* out,
+                 float* squares) {
+  int64_t b = 0;
+  if constexpr (kSweep != Sweep::kFirstWithSquares) {  // with squares four rows take all registers
+    for (; b + 4 <= B; b += 4) {
+      dot_row<4, kSweep>(x, v + b, count, out + b, nullptr);
+    }
+  }
+  for (; b + 2 <= B; b += 2) {
+    dot_row<2, kSweep>(x, v + b, count, out + b, squares + b);
+  }
+  if (b < B) {
+    dot_row<1, kSweep>(x, v + b, count, out + b, squares + b);
+  }
+}
+
+/// <v, v>, summed in the order in which dots sums it.
+template <class Ev>
+inline float square_sum(const Reader<Ev>& v, int64_t count) {
+  Pair sum = zero_pair();
+  for_steps(0, count, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    v.prefetch(i);
+    const Pair vi = v.get(i, part);
+    sum = fma(vi, vi, sum);
+  });
+  return reduce_add(sum);
+}
+
+/// At most kDotGroup packed rows of x with as many packed rows of v, one piece.
+template <Sweep kSweep>
+inline void dot_piece(const Reader<Packed>* x, int64_t A, const Reader<Packed>* v, int64_t B,
+                      int64_t width, Vec* sums, Vec* squares) {
+  int64_t b = 0;
+  for (; b + 2 <= B; b += 2) {
+    dot_column<2, kSweep>(x, A, v + b, 0, width, sums + b, squares + b);
+  }
+  if (b < B) {
+    dot_column<1, kSweep>(x, A, v + b, 0, width, sums + b, squares + b);
+  }
+}
+
+/// out (A,B) row-major, and squares (B) with Sweep::kFirstWithSquares, of packed rows x and of rows
+/// v that are packed on the way, as (pieces, B, kPiece) floats, for the sweeps that follow.
+template <Sweep kSweep, class Ev>
+inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t B, int64_t count,
+                         float* packed, float* out, float* squares) {
+  Vec sums[kDotGroup * kDotGroup];  // (A,B), rows kDotGroup apart
+  Vec square_sums[kDotGroup];
+  Reader<Packed> xp[kDotGroup];
+  Reader<Packed> vp[kDotGroup];
+  for (int64_t b0 = 0; b0 < B; b0 += kDotGroup) {
+    const int64_t columns = B - b0 < kDotGroup ? B - b0 : kDotGroup;
+    for (int64_t a0 = 0; a0 < A; a0 += kDotGroup) {
+      const int64_t rows = A - a0 < kDotGroup ? A - a0 : kDotGroup;
+      for (int64_t b = 0; b < columns; ++b) {
+        square_sums[b] = broadcast(0.0f);
+        for (int64_t a = 0; a < rows; ++a) {
+          sums[a * kDotGroup + b] = broadcast(0.0f);
+        }
+      }
+      for (int64_t begin = 0; begin < count; begin += kPiece) {
+        const int64_t width = count - begin < kPiece ? count - begin : kPiece;
+        for (int64_t a = 0; a < rows; ++a) {
+          xp[a] = packed_piece(x, A, a0 + a, begin);
+        }
+        for (int64_t b = 0; b < columns; ++b) {
+          vp[b] = packed_piece(packed, B, b0 + b, begin);
+        }
+        if (a0 == 0) {
+          pack_piece<Ev>(v + b0, columns, begin, width, packed, B, b0);
+          dot_piece<kSweep>(xp, rows, vp, columns, width, sums, square_sums);
+        } else {
+          dot_piece<Sweep::kAgain>(xp, rows, vp, columns, width, sums, square_sums);
+        }
+      }
+      for (int64_t b = 0; b < columns; ++b) {
+        for (int64_t a = 0; a < rows; ++a) {
+          out[(a0 + a) * B + b0 + b] = reduce_add(sums[a * kDotGroup + b]);
+        }
+        if (kSweep == Sweep::kFirstWithSquares && a0 == 0) {
+          squares[b0 + b] = reduce_add(square_sums[b]);
+        }
+      }
     }
   }
 }

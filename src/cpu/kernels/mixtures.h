@@ -25,13 +25,11 @@ struct TileBuffer {
   alignas(64) float data[kTileRows * kPiece];
 
   FLASH_ATTN_RES_INLINE float* row(int64_t r) { return data + r * kPiece; }
-  FLASH_ATTN_RES_INLINE Writer<Float32> writer(int64_t r) {
-    return {reinterpret_cast<unsigned char*>(row(r)), false};
-  }
+  FLASH_ATTN_RES_INLINE Writer<Packed> writer(int64_t r) { return {row(r)}; }
   /// Writes `width` elements of row r out.
   template <class E>
   FLASH_ATTN_RES_INLINE void flush(int64_t r, const Writer<E>& out, int64_t width) {
-    const Reader<Float32> in = {reinterpret_cast<const unsigned char*>(row(r)), 0};
+    const Reader<Packed> in = {row(r)};
     for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
       out.put(i, in.get(i, part), part);
     });
@@ -86,35 +84,31 @@ FLASH_ATTN_RES_INLINE void mix_tile(const Reader<Ev>* v, int64_t N, const float*
   });
 }
 
-/// out_s = sum_n p_sn v_n for S queries.
-template <class Ev, class Eo>
-inline void mix(const Reader<Ev>* v, int64_t N, const float* p, const Writer<Eo>* out, int64_t S,
-                int64_t count) {
-  if (S == 1) {
-    mix_tile<1>(v, N, p, out, 0, count);
-    return;
-  }
+/// out_s = sum_n p_sn v_n for S queries, elements [start, start + count) of out, from packed rows.
+template <class Eo>
+inline void mix(const float* packed, int64_t N, const float* p, const Writer<Eo>* out, int64_t S,
+                int64_t start, int64_t count) {
   TileBuffer buffer;
-  Writer<Float32> held[kTileRows];
+  Writer<Packed> held[kTileRows];
   for (int r = 0; r < kTileRows; ++r) {
     held[r] = buffer.writer(r);
   }
-  Reader<Ev> piece[kMaxSources];  // (N)
+  Reader<Packed> v[kMaxSources];  // (N)
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t width = count - begin < kPiece ? count - begin : kPiece;
     for (int64_t n = 0; n < N; ++n) {
-      piece[n] = v[n].from(begin);
+      v[n] = packed_piece(packed, N, n, begin);
     }
     int64_t s = 0;
     for (; s + kTileRows <= S; s += kTileRows) {
-      mix_tile<kTileRows>(piece, N, p + s * N, held, 0, width);
+      mix_tile<kTileRows>(v, N, p + s * N, held, 0, width);
       for (int r = 0; r < kTileRows; ++r) {
-        buffer.flush(r, out[s + r].from(begin), width);
+        buffer.flush(r, out[s + r].from(start + begin), width);
       }
     }
     for (; s < S; ++s) {
-      const Writer<Eo> row = out[s].from(begin);
-      mix_tile<1>(piece, N, p + s * N, &row, 0, width);
+      const Writer<Eo> row = out[s].from(start + begin);
+      mix_tile<1>(v, N, p + s * N, &row, 0, width);
     }
   }
 }
@@ -124,9 +118,9 @@ template <class Ev, class Es>
 struct GradientRows {
   int64_t S;                  // queries
   int64_t N;                  // distance between the factors of two queries
-  const Reader<Float32>* dh;  // (S), or null: no dh term
+  const Reader<Packed>* dh;  // (S), or null: no dh term
   const float* dh_factor;     // (S,N)
-  const Reader<Float32>* u;   // (S), or null: not in the key slice
+  const Reader<Packed>* u;   // (S), or null: not in the key slice
   const float* u_factor;      // (S,N)
   const Reader<Ev>* v;        // (N)
   const float* key_factor;    // (N)
@@ -140,9 +134,9 @@ FLASH_ATTN_RES_INLINE void gradient_tile(const GradientRows<Ev, Es>& rows, int64
   // Local copies: the stores below might change the originals for all the compiler knows.
   const int64_t S = rows.S;
   const int64_t N = rows.N;
-  const Reader<Float32>* const dh = rows.dh;
+  const Reader<Packed>* const dh = rows.dh;
   const float* const dh_factor = rows.dh_factor + n;
-  const Reader<Float32>* const u = rows.u;
+  const Reader<Packed>* const u = rows.u;
   const float* const u_factor = rows.u_factor + n;
   const bool with_old = rows.old != nullptr;
   Reader<Ev> v[B];
@@ -202,7 +196,7 @@ inline void gradients(const GradientRows<Ev, Es>& rows, int64_t count_n, int64_t
   int64_t n = 0;
   if (rows.S > 1) {
     TileBuffer buffer;
-    Writer<Float32> results[kTileRows];
+    Writer<Packed> results[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
       results[r] = buffer.writer(r);
     }
@@ -226,8 +220,7 @@ FLASH_ATTN_RES_INLINE void accumulate_tile(const Reader<Ev>* v, int64_t N, const
     Pair sum[A];
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a) {
-      const void* row = du + a * du_stride;
-      sum[a] = Reader<Float32>{static_cast<const unsigned char*>(row), 0}.get(i, part);
+      sum[a] = Reader<Packed>{du + a * du_stride}.get(i, part);
     }
     for (int64_t n = 0; n < N; ++n) {
       const Pair vn = v[n].get(i, part);
@@ -238,8 +231,7 @@ FLASH_ATTN_RES_INLINE void accumulate_tile(const Reader<Ev>* v, int64_t N, const
     }
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a) {
-      void* row = du + a * du_stride;
-      Writer<Float32>{static_cast<unsigned char*>(row), false}.put(i, sum[a], part);
+      Writer<Packed>{du + a * du_stride}.put(i, sum[a], part);
     }
   });
 }

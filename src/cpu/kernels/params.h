@@ -40,7 +40,9 @@ struct AttendScratch {
   float* probs;    // (S,N)
   float* inv_rms;  // (N)
   float* lse;      // (S)
-  float* queries;  // (pieces,S,kPiece)  u, used when a chunk has tokens enough to repay the copy
+  float* queries;  // (pieces,S,kPiece)  u
+  float* v_plain;  // (pieces,N,kPiece)  the token's sources before the key slice
+  float* v_key;    // (pieces,N,kPiece)  the token's sources on the key slice
 };
 
 struct AttendBackwardParams {
@@ -67,6 +69,8 @@ struct AttendBackwardScratch {
   float* queries;     // (pieces,S,kPiece)  u
   float* dh_plain;    // (pieces,S,kPiece)  dout before the key slice
   float* dh_key;      // (pieces,S,kPiece)  dout on the key slice
+  float* v_plain;     // (pieces,N,kPiece)  the sources before the key slice
+  float* v_key;       // (pieces,N,kPiece)  the sources on the key slice
   float* dqueries;    // (pieces,S,kPiece)  this chunk's part of du, or null
 };
 
@@ -100,8 +104,9 @@ struct ReadScratch {
   float* logits;         // (K)
   float* probs;          // (K)
   float* inv_rms;        // (K)
+  float* query;          // (R)  u as packed floats
   float* mix;            // (D)  h, where the output norm needs it twice
-  float* norm_weight;    // (D)  g as floats
+  float* norm_weight;    // (D)  g as packed floats
   unsigned char* total;  // (D)  partial' in its storage dtype
 };
 
@@ -136,10 +141,11 @@ struct ReadBackwardScratch {
   float* probs;         // (K)
   float* dp;            // (K)  dp, then scale * dlogit * r
   float* key_factor;    // (K)  -dlogit logit r^2 / R
+  float* query;         // (R)  u as packed floats
   float* mix;           // (D)  h
   float* dh;            // (D)
   float* dquery;        // (R)  this chunk's part of du, whole pieces, or null
-  float* norm_weight;   // (D)  g as floats
+  float* norm_weight;   // (D)  g as packed floats
   float* dnorm_weight;  // (D)  this chunk's part of dg, or null
 };
 

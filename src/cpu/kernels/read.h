@@ -26,17 +26,29 @@ namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 /// Most terms of one read: phase 1, the sources and the partial sum.
 inline constexpr int64_t kMaxTerms = kMaxSources + 2;
 
-/// g as floats, ones where there is no weight.
+/// g in the order of the kernel, ones where there is no weight.
+template <class E>
 inline void load_norm_weight(const ConstMatrix& weight, int64_t D, float* g) {
-  const Writer<Float32> out = {reinterpret_cast<unsigned char*>(g), false};
+  const Writer<Packed> out = {g};
   if (!given(weight)) {
     const Pair one = {broadcast(1.0f), broadcast(1.0f)};
     for_steps(0, D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS { out.put(i, one, part); });
     return;
   }
   const Reader<AnyFloat> in = reader<AnyFloat>(weight, 0);
-  for_steps(0, D,
-            [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS { out.put(i, in.get(i, part), part); });
+  for_steps(0, D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    out.put(i, arranged<E>(in.get(i, part)), part);
+  });
+}
+
+/// u in the order of the kernel, as one run.
+template <class E>
+inline void load_query(const ConstMatrix& query, int64_t R, float* u) {
+  const Reader<Float32> in = reader<Float32>(query, 0);
+  const Writer<Packed> out = {u};
+  for_steps(0, R, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    out.put(i, arranged<E>(in.get(i, part)), part);
+  });
 }
 
 /// partial' of token t, written to partial_out and to `total`, both in the dtype of partial_out.
@@ -71,11 +83,15 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
   Reader<E> z[kMaxTerms];    // (K) rows of D
   Reader<E> key[kMaxTerms];  // (K) rows of R; the phase-1 term's is not used
   if (p.normed) {
-    load_norm_weight(p.norm_weight, p.D, w.norm_weight);
+    load_norm_weight<E>(p.norm_weight, p.D, w.norm_weight);
   }
-  const Reader<Float32> g = {reinterpret_cast<const unsigned char*>(w.norm_weight), 0};
-  const Reader<Float32> mix_in = {reinterpret_cast<const unsigned char*>(w.mix), 0};
-  const Writer<Float32> mix_out = {reinterpret_cast<unsigned char*>(w.mix), false};
+  if (given(p.query)) {
+    load_query<E>(p.query, p.R, w.query);
+  }
+  const Reader<Packed> u = {w.query};
+  const Reader<Packed> g = {w.norm_weight};
+  const Reader<Packed> mix_in = {w.mix};
+  const Writer<Packed> mix_out = {w.mix};
 
   for (int64_t t = begin; t < end; ++t) {
     int64_t j = 0;
@@ -102,12 +118,11 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
       w.inv_rms[0] = 0.0f;
     }
     if (given(p.query)) {
-      const Reader<Float32> u = reader<Float32>(p.query, 0);
-      dots<Sweep::kFirstWithSquares>(&u, 0, 1, key + first_key, num_keys, p.R, w.logits + first_key,
+      dots<Sweep::kFirstWithSquares>(u, key + first_key, num_keys, p.R, w.logits + first_key,
                                      w.inv_rms + first_key);
     } else if (num_keys == 1) {
       // A single term: its probability is 1 whatever the query.
-      dots<Sweep::kFirst>(key + first_key, 0, 1, key + first_key, 1, p.R, w.inv_rms, nullptr);
+      w.inv_rms[first_key] = square_sum(key[first_key], p.R);
       w.logits[0] = 0.0f;
     }
     for (j = first_key; j < p.K; ++j) {
@@ -162,7 +177,7 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
         mix.put(i, h[0], part);
       }
       if (p.round_mix) {
-        h[0] = rounded(h[0], p.x.dtype);
+        h[0] = rounded<E>(h[0], p.x.dtype);
       }
       square = fma(h[0], h[0], square);
       mix_out.put(i, h[0], part);

@@ -24,17 +24,10 @@
 
 namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 
-FLASH_ATTN_RES_INLINE Reader<Float32> scratch_reader(const float* row) {
-  return {reinterpret_cast<const unsigned char*>(row), 0};
-}
-FLASH_ATTN_RES_INLINE Writer<Float32> scratch_writer(float* row) {
-  return {reinterpret_cast<unsigned char*>(row), false};
-}
-
 /// dh of token t into scratch, without an output norm.
 template <class E>
 inline void read_dh_plain(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t t) {
-  const Writer<Float32> dh = scratch_writer(w.dh);
+  const Writer<Packed> dh = {w.dh};
   const Reader<E> dx = reader<E>(p.dx, t);
   const Reader<E> dmix = reader<E>(p.dmix, t);
   for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
@@ -57,7 +50,7 @@ inline void read_dh_normed(const ReadBackwardParams& p, const ReadBackwardScratc
                            const Reader<E>* z, int64_t t) {
   const Reader<E> dx = reader<E>(p.dx, t);
   const Reader<E> dmix = reader<E>(p.dmix, t);
-  const Reader<Float32> g = scratch_reader(w.norm_weight);
+  const Reader<Packed> g = {w.norm_weight};
   const float rh = float_at(p.mix_inv_rms, 0, t);
   Pair y_dot_h = zero_pair();
   for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
@@ -68,27 +61,27 @@ inline void read_dh_normed(const ReadBackwardParams& p, const ReadBackwardScratc
     Pair h[1];
     mixture_at<1>(z, p.K, w.probs, i, part, h);
     if (p.round_mix) {
-      h[0] = rounded(h[0], p.dx.dtype);
+      h[0] = rounded<E>(h[0], p.dx.dtype);
     }
     const Pair dxi = dx.get(i, part);
     y_dot_h = fma(mul(g.get(i, part), dxi), h[0], y_dot_h);
-    scratch_writer(w.mix).put(i, h[0], part);
+    Writer<Packed>{w.mix}.put(i, h[0], part);
     if (w.dnorm_weight != nullptr) {
-      const Pair held_sum = scratch_reader(w.dnorm_weight).get(i, part);
+      const Pair held_sum = Reader<Packed>{w.dnorm_weight}.get(i, part);
       const Pair sum = fma(mul(broadcast(rh), dxi), h[0], held_sum);
-      scratch_writer(w.dnorm_weight).put(i, sum, part);
+      Writer<Packed>{w.dnorm_weight}.put(i, sum, part);
     }
   });
   const float factor = -(rh * rh * rh / static_cast<float>(p.D)) * reduce_add(y_dot_h);
   for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
     const Pair y = mul(g.get(i, part), dx.get(i, part));
     Pair sum = mul(broadcast(rh), y);
-    sum = fma(broadcast(factor), scratch_reader(w.mix).get(i, part), sum);
+    sum = fma(broadcast(factor), Reader<Packed>{w.mix}.get(i, part), sum);
     if (given(p.dmix)) {
       dmix.prefetch(i);
       sum = add(sum, dmix.get(i, part));
     }
-    scratch_writer(w.dh).put(i, sum, part);
+    Writer<Packed>{w.dh}.put(i, sum, part);
   });
 }
 
@@ -116,9 +109,9 @@ inline void read_gradients(const ReadBackwardParams& p, const ReadBackwardScratc
                            const Reader<E>* z, int64_t j, int64_t count, const Reader<E>* old,
                            const Writer<E>* dz) {
   const int64_t key_start = p.D - p.R;
-  const Reader<Float32> dh = scratch_reader(w.dh);
-  const Reader<Float32> dh_key = dh.from(key_start);
-  const Reader<Float32> u = given(p.query) ? reader<Float32>(p.query, 0) : dh;
+  const Reader<Packed> dh = {w.dh};
+  const Reader<Packed> dh_key = dh.from(key_start);
+  const Reader<Packed> u = {w.query};
   // At most four terms a time: that is what one tile takes.
   for (int64_t first = 0; first < count; first += 4) {
     const int64_t width = count - first < 4 ? count - first : 4;
@@ -163,7 +156,7 @@ template <class E>
 inline void scale_dh(const ReadBackwardParams& p, const ReadBackwardScratch& w, float factor,
                      const Writer<E>& out) {
   for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
-    out.put(i, mul(broadcast(factor), scratch_reader(w.dh).get(i, part)), part);
+    out.put(i, mul(broadcast(factor), Reader<Packed>{w.dh}.get(i, part)), part);
   });
 }
 
@@ -179,7 +172,10 @@ inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackward
   Reader<E> old[kMaxSources];  // (N) rows of D
   Writer<E> dz[kMaxSources];   // (N) rows of D
   if (normed) {
-    load_norm_weight(p.norm_weight, p.D, w.norm_weight);
+    load_norm_weight<E>(p.norm_weight, p.D, w.norm_weight);
+  }
+  if (given(p.query)) {
+    load_query<E>(p.query, p.R, w.query);
   }
 
   for (int64_t t = begin; t < end; ++t) {
@@ -199,13 +195,13 @@ inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackward
     }
     softmax_rows(w.logits, 1, p.K, w.probs, nullptr);
 
-    const Reader<Float32> dh = scratch_reader(w.dh);
+    const Reader<Packed> dh = {w.dh};
     if (normed) {
       read_dh_normed<E>(p, w, z, t);
-      dots<Sweep::kAgain>(&dh, 0, 1, z, p.K, p.D, w.dp, nullptr);
+      dots<Sweep::kAgain>(dh, z, p.K, p.D, w.dp, nullptr);
     } else {
       read_dh_plain<E>(p, w, t);
-      dots<Sweep::kFirst>(&dh, 0, 1, z, p.K, p.D, w.dp, nullptr);
+      dots<Sweep::kFirst>(dh, z, p.K, p.D, w.dp, nullptr);
     }
     read_factors(p, w, t);
 
@@ -234,6 +230,12 @@ inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackward
       accumulate(key + first_key, p.K - first_key, w.dp + first_key, 0, w.dquery, 0, 1, 0, p.R);
     }
   }
+  if (w.dquery != nullptr) {
+    restore_order<E>(w.dquery, whole_pieces(p.R));
+  }
+  if (w.dnorm_weight != nullptr) {
+    restore_order<E>(w.dnorm_weight, whole_pieces(p.D));
+  }
   if (stream) {
     stream_fence();
   }
@@ -250,16 +252,17 @@ inline bool read_backward_rows_are(const ReadBackwardParams& p, DType dtype) {
 
 inline void read_backward(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t begin,
                           int64_t end) {
-  for (int64_t i = 0; w.dquery != nullptr && i < p.R; ++i) {
-    w.dquery[i] = 0.0f;
+  if (w.dquery != nullptr) {
+    fill_zeros(w.dquery, whole_pieces(p.R));
   }
-  for (int64_t i = 0; w.dnorm_weight != nullptr && i < p.D; ++i) {
-    w.dnorm_weight[i] = 0.0f;
+  if (w.dnorm_weight != nullptr) {
+    fill_zeros(w.dnorm_weight, whole_pieces(p.D));
   }
   if (read_backward_rows_are(p, DType::kFloat32)) {
     return read_backward_tokens<Float32>(p, w, begin, end);
   }
-  if (read_backward_rows_are(p, DType::kBFloat16)) {
+  // dh is read from the beginning and from the key slice on: the split order allows no other step.
+  if (read_backward_rows_are(p, DType::kBFloat16) && (p.D - p.R) % kStep == 0) {
     return read_backward_tokens<BFloat16>(p, w, begin, end);
   }
   if (read_backward_rows_are(p, DType::kFloat16)) {

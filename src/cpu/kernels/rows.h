@@ -4,6 +4,12 @@
 // how a pair of vectors is loaded and stored. A Reader or Writer is one row of such elements.
 // for_steps walks a row in steps of kStep elements, the last one shorter: a kernel's step is
 // written once and called with `Whole` or `Tail`, which pick the full or the partial access.
+//
+// BFloat16 moves each step in split order (simd/target.h). Rows that meet it in arithmetic are rows
+// of scratch, written in the same order and in whole steps (Packed): a kernel is written for one
+// order E, brings parameters into it with arranged<E> and gradients of parameters back out of it
+// with restore_order<E>, and must start every row at the same distance, modulo kStep, from where
+// the rows that it combines it with start.
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_ROWS_H_
 #define FLASH_ATTN_RES_CPU_KERNELS_ROWS_H_
@@ -20,7 +26,7 @@ namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 inline constexpr int kStep = 2 * kLanes;
 
 struct Float32 {
-  static constexpr DType kDType = DType::kFloat32;
+  static constexpr bool kSplit = false;
   static constexpr int kBytes = 4;
   static FLASH_ATTN_RES_INLINE Pair load(const void* p) { return load_f32(p); }
   static FLASH_ATTN_RES_INLINE void store(void* p, Pair a) { store_f32(p, a); }
@@ -28,7 +34,16 @@ struct Float32 {
 };
 
 struct BFloat16 {
-  static constexpr DType kDType = DType::kBFloat16;
+  static constexpr bool kSplit = true;
+  static constexpr int kBytes = 2;
+  static FLASH_ATTN_RES_INLINE Pair load(const void* p) { return load_bf16_split(p); }
+  static FLASH_ATTN_RES_INLINE void store(void* p, Pair a) { store_bf16_split(p, a); }
+  static FLASH_ATTN_RES_INLINE void stream(void* p, Pair a) { stream_bf16_split(p, a); }
+};
+
+/// The same in natural order.
+struct BFloat16InOrder {
+  static constexpr bool kSplit = false;
   static constexpr int kBytes = 2;
   static FLASH_ATTN_RES_INLINE Pair load(const void* p) { return load_bf16(p); }
   static FLASH_ATTN_RES_INLINE void store(void* p, Pair a) { store_bf16(p, a); }
@@ -36,7 +51,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
-  static constexpr DType kDType = DType::kFloat16;
+  static constexpr bool kSplit = false;
   static constexpr int kBytes = 2;
   static FLASH_ATTN_RES_INLINE Pair load(const void* p) { return load_f16(p); }
   static FLASH_ATTN_RES_INLINE void store(void* p, Pair a) { store_f16(p, a); }
@@ -45,7 +60,16 @@ struct Float16 {
 
 /// Elements whose dtype is looked up at each access. Slower in cache, as fast from memory; it keeps
 /// calls that mix dtypes from multiplying the number of compiled kernels.
-struct AnyFloat {};
+struct AnyFloat {
+  static constexpr bool kSplit = false;
+};
+
+/// Floats of scratch in the order of the kernel. Rows are as long as whole steps, so that a tail
+/// needs no care; the elements after the row's end are zeros or never used.
+struct Packed {
+  static constexpr bool kSplit = false;
+  static constexpr int kBytes = 4;
+};
 
 /// A step of kStep elements.
 struct Whole {};
@@ -110,7 +134,7 @@ template <class Part>
 __attribute__((noinline)) inline Pair load_any(const unsigned char* p, DType dtype, Part part) {
   switch (dtype) {
     case DType::kBFloat16:
-      return Reader<BFloat16>{p, 0}.get(0, part);
+      return Reader<BFloat16InOrder>{p, 0}.get(0, part);
     case DType::kFloat16:
       return Reader<Float16>{p, 0}.get(0, part);
     default:
@@ -161,7 +185,7 @@ __attribute__((noinline)) inline void store_any(unsigned char* p, Pair a, DType 
                                                 Part part) {
   switch (dtype) {
     case DType::kBFloat16:
-      return Writer<BFloat16>{p, stream}.put(0, a, part);
+      return Writer<BFloat16InOrder>{p, stream}.put(0, a, part);
     case DType::kFloat16:
       return Writer<Float16>{p, stream}.put(0, a, part);
     default:
@@ -183,6 +207,29 @@ struct Writer<AnyFloat> {
     const int64_t offset = i * (dtype == DType::kFloat32 ? 4 : 2);
     return {data + offset, stream && offset % kStreamAlign == 0, dtype};
   }
+};
+
+template <>
+struct Reader<Packed> {
+  const float* data;
+
+  template <class Part>
+  FLASH_ATTN_RES_INLINE Pair get(int64_t i, Part) const {
+    return load_f32(data + i);
+  }
+  FLASH_ATTN_RES_INLINE void prefetch(int64_t) const {}
+  FLASH_ATTN_RES_INLINE Reader from(int64_t i) const { return {data + i}; }
+};
+
+template <>
+struct Writer<Packed> {
+  float* data;
+
+  template <class Part>
+  FLASH_ATTN_RES_INLINE void put(int64_t i, Pair a, Part) const {
+    store_f32(data + i, a);
+  }
+  FLASH_ATTN_RES_INLINE Writer from(int64_t i) const { return {data + i}; }
 };
 
 /// Row t of a view.
@@ -229,40 +276,85 @@ FLASH_ATTN_RES_INLINE void put_float(const Matrix& view, int64_t row, int64_t co
 FLASH_ATTN_RES_INLINE bool given(const ConstMatrix& view) { return view.dtype != DType::kNone; }
 FLASH_ATTN_RES_INLINE bool given(const Matrix& view) { return view.dtype != DType::kNone; }
 
-/// The value that a store to dtype would keep.
+/// The value that a store to dtype would keep; E, where it is not AnyFloat, is that dtype's type.
+template <class E>
 FLASH_ATTN_RES_INLINE Pair rounded(Pair a, DType dtype) {
   alignas(64) unsigned char held[kStep * 4];
-  Writer<AnyFloat>{held, false, dtype}.put(0, a, Whole{});
-  return Reader<AnyFloat>{held, 0, dtype}.get(0, Whole{});
+  if constexpr (__is_same(E, AnyFloat)) {
+    store_any(held, a, dtype, false, Whole{});
+    return load_any(held, dtype, Whole{});
+  } else {
+    E::store(held, a);
+    return E::load(held);
+  }
 }
 
-/// Rows of `count` elements as (pieces, num_rows, kPiece) floats. Fetches the next token's rows.
+/// Floats of a packed row of `count` elements.
+FLASH_ATTN_RES_INLINE int64_t whole_pieces(int64_t count) {
+  return (count + kPiece - 1) / kPiece * kPiece;
+}
+
+FLASH_ATTN_RES_INLINE void fill_zeros(float* row, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    row[i] = 0.0f;
+  }
+}
+
+/// A pair in natural order, in the order of the kernel.
 template <class E>
-inline void pack(const Reader<E>* rows, int64_t num_rows, int64_t count, float* packed) {
-  for (int64_t begin = 0; begin < count; begin += kPiece) {
-    const int64_t width = count - begin < kPiece ? count - begin : kPiece;
-    for (int64_t s = 0; s < num_rows; ++s) {
-      const Reader<E> in = rows[s].from(begin);
-      void* piece = packed + begin * num_rows + s * kPiece;
-      const Writer<Float32> out = {static_cast<unsigned char*>(piece), false};
-      for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
-        in.prefetch(i);
-        out.put(i, in.get(i, part), part);
-      });
+FLASH_ATTN_RES_INLINE Pair arranged(Pair natural) {
+  if constexpr (E::kSplit) {
+    return split(natural);
+  } else {
+    return natural;
+  }
+}
+
+/// `count` floats of scratch, whole steps, from the order of the kernel to the natural one.
+template <class E>
+inline void restore_order(float* row, int64_t count) {
+  if constexpr (E::kSplit) {
+    for (int64_t i = 0; i < count; i += kStep) {
+      store_f32(row + i, join(load_f32(row + i)));
     }
   }
 }
 
 /// Row s of the piece that begins at element `begin` of packed rows.
-FLASH_ATTN_RES_INLINE Reader<Float32> packed_piece(const float* packed, int64_t num_rows, int64_t s,
-                                                   int64_t begin) {
-  const void* piece = packed + begin * num_rows + s * kPiece;
-  return {static_cast<const unsigned char*>(piece), 0};
+FLASH_ATTN_RES_INLINE Reader<Packed> packed_piece(const float* packed, int64_t num_rows, int64_t s,
+                                                  int64_t begin) {
+  return {packed + begin * num_rows + s * kPiece};
 }
 
-/// Bytes that a packed row skips after each of its pieces.
-FLASH_ATTN_RES_INLINE int64_t packed_jump(int64_t num_rows) {
-  return (num_rows - 1) * kPiece * static_cast<int64_t>(sizeof(float));
+/// `width` elements from `begin` on of each row into packed rows, `first` being the index of
+/// rows[0] there. Fetches the next token's rows. kOrder is the order of the kernel where the rows
+/// are parameters in natural order, and E itself otherwise.
+template <class kOrder, class E>
+FLASH_ATTN_RES_INLINE void pack_piece(const Reader<E>* rows, int64_t count, int64_t begin,
+                                      int64_t width, float* packed, int64_t num_rows,
+                                      int64_t first) {
+  for (int64_t r = 0; r < count; ++r) {
+    const Reader<E> in = rows[r].from(begin);
+    const Writer<Packed> out = {packed + begin * num_rows + (first + r) * kPiece};
+    for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+      in.prefetch(i);
+      const Pair a = in.get(i, part);
+      if constexpr (E::kSplit) {
+        out.put(i, a, part);
+      } else {
+        out.put(i, arranged<kOrder>(a), part);
+      }
+    });
+  }
+}
+
+/// Rows of `count` elements as (pieces, num_rows, kPiece) floats.
+template <class kOrder, class E>
+inline void pack(const Reader<E>* rows, int64_t num_rows, int64_t count, float* packed) {
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const int64_t width = count - begin < kPiece ? count - begin : kPiece;
+    pack_piece<kOrder>(rows, num_rows, begin, width, packed, num_rows, 0);
+  }
 }
 
 FLASH_ATTN_RES_INLINE Pair zero_pair() { return {broadcast(0.0f), broadcast(0.0f)}; }

@@ -66,6 +66,7 @@ FLASH_ATTN_RES_INLINE void stream_f32(void* p, Pair a) {
   _mm256_stream_ps(f + 8, a.hi.v);
 }
 
+// bf16 in natural order: elements 0-7 and 8-15.
 FLASH_ATTN_RES_INLINE Vec widen_bf16(__m128i h) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
 }
@@ -74,28 +75,58 @@ FLASH_ATTN_RES_INLINE Pair load_bf16(const void* p) {
   return {widen_bf16(_mm_loadu_si128(h)), widen_bf16(_mm_loadu_si128(h + 1))};
 }
 
-// Round to nearest even on the bits; a NaN is made quiet and keeps the top of its payload, because
-// rounding it as a number could carry into Inf.
-FLASH_ATTN_RES_INLINE __m256i round_bf16(Vec a) {
+// The split order: the even elements of 16, then the odd ones.
+FLASH_ATTN_RES_INLINE Pair split(Pair a) {
+  const __m256 even = _mm256_shuffle_ps(a.lo.v, a.hi.v, 0x88);  // 0 2 8 10 | 4 6 12 14
+  const __m256 odd = _mm256_shuffle_ps(a.lo.v, a.hi.v, 0xdd);
+  return {{_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8))},
+          {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8))}};
+}
+FLASH_ATTN_RES_INLINE Pair join(Pair a) {
+  const __m256 low = _mm256_unpacklo_ps(a.lo.v, a.hi.v);   // 0 1 2 3 | 8 9 10 11
+  const __m256 high = _mm256_unpackhi_ps(a.lo.v, a.hi.v);  // 4 5 6 7 | 12 13 14 15
+  return {{_mm256_permute2f128_ps(low, high, 0x20)}, {_mm256_permute2f128_ps(low, high, 0x31)}};
+}
+FLASH_ATTN_RES_INLINE Pair load_bf16_split(const void* p) {
+  const __m256i x = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))}, {_mm256_castsi256_ps(odd)}};
+}
+
+// Round to nearest even on the bits; the result is the upper half of each lane, what is below it is
+// garbage. A NaN is made quiet and keeps the top of its payload, because rounding it as a number
+// could carry into Inf; `with_nan` says whether there may be one.
+FLASH_ATTN_RES_INLINE __m256i round_bf16(Vec a, bool with_nan) {
   const __m256i x = _mm256_castps_si256(a.v);
-  const __m256i top = _mm256_srli_epi32(x, 16);
-  const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
-  const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(x, bias), 16);
-  const __m256i quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+  const __m256i biased = _mm256_add_epi32(x, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_add_epi32(biased, odd);
+  if (!with_nan) {
+    return rounded;
+  }
+  const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
   const __m256 is_nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
   return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan));
 }
-FLASH_ATTN_RES_INLINE __m256i narrow_bf16(Pair a) {
-  const __m256i packed = _mm256_packus_epi32(round_bf16(a.lo), round_bf16(a.hi));
-  return _mm256_permute4x64_epi64(packed, 0xd8);  // packing works per 128-bit half
+FLASH_ATTN_RES_INLINE __m256i narrow_bf16_split(Pair a, bool with_nan) {
+  const __m256i even = _mm256_srli_epi32(round_bf16(a.lo, with_nan), 16);
+  return _mm256_blend_epi16(even, round_bf16(a.hi, with_nan), 0xaa);
 }
-FLASH_ATTN_RES_INLINE void store_bf16(void* p, Pair a) {
-  _mm256_storeu_si256(static_cast<__m256i*>(p), narrow_bf16(a));
+FLASH_ATTN_RES_INLINE __m256i narrow_bf16_split(Pair a) {
+  // One comparison finds a NaN in either vector; there hardly ever is one.
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a.lo.v, a.hi.v, _CMP_UNORD_Q)) != 0, 0)) {
+    return narrow_bf16_split(a, true);
+  }
+  return narrow_bf16_split(a, false);
 }
-FLASH_ATTN_RES_INLINE void stream_bf16(void* p, Pair a) {
-  _mm256_stream_si256(static_cast<__m256i*>(p), narrow_bf16(a));
+FLASH_ATTN_RES_INLINE void store_bf16_split(void* p, Pair a) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), narrow_bf16_split(a));
 }
+FLASH_ATTN_RES_INLINE void stream_bf16_split(void* p, Pair a) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), narrow_bf16_split(a));
+}
+FLASH_ATTN_RES_INLINE void store_bf16(void* p, Pair a) { store_bf16_split(p, split(a)); }
+FLASH_ATTN_RES_INLINE void stream_bf16(void* p, Pair a) { stream_bf16_split(p, split(a)); }
 
 FLASH_ATTN_RES_INLINE Pair load_f16(const void* p) {
   const __m128i* h = static_cast<const __m128i*>(p);

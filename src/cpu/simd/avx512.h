@@ -70,6 +70,7 @@ FLASH_ATTN_RES_INLINE void stream_f32(void* p, Pair a) {
   _mm512_stream_ps(f + 16, a.hi.v);
 }
 
+// bf16 in natural order: elements 0-15 and 16-31.
 FLASH_ATTN_RES_INLINE Vec widen_bf16(__m256i h) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
@@ -78,19 +79,39 @@ FLASH_ATTN_RES_INLINE Pair load_bf16(const void* p) {
   return {widen_bf16(_mm256_loadu_si256(h)), widen_bf16(_mm256_loadu_si256(h + 1))};
 }
 
-// Round to nearest even on the bits; a NaN is made quiet and keeps the top of its payload, because
-// rounding it as a number could carry into Inf.
-FLASH_ATTN_RES_INLINE __m256i round_bf16(Vec a) {
-  const __m512i x = _mm512_castps_si512(a.v);
-  const __m512i top = _mm512_srli_epi32(x, 16);
-  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(x, bias), 16);
-  const __m512i quiet = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet));
+// The split order: the even elements of 32, then the odd ones.
+FLASH_ATTN_RES_INLINE Pair split(Pair a) {
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {{_mm512_permutex2var_ps(a.lo.v, even, a.hi.v)},
+          {_mm512_permutex2var_ps(a.lo.v, odd, a.hi.v)}};
 }
-FLASH_ATTN_RES_INLINE __m512i narrow_bf16(Pair a) {
+FLASH_ATTN_RES_INLINE Pair join(Pair a) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return {{_mm512_permutex2var_ps(a.lo.v, low, a.hi.v)},
+          {_mm512_permutex2var_ps(a.lo.v, high, a.hi.v)}};
+}
+FLASH_ATTN_RES_INLINE Pair load_bf16_split(const void* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  const __m512i odd = _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))}, {_mm512_castsi512_ps(odd)}};
+}
+
+// Round to nearest even on the bits; the result is the upper half of each lane, what is below it is
+// garbage. A NaN is made quiet and keeps the top of its payload, because rounding it as a number
+// could carry into Inf.
+FLASH_ATTN_RES_INLINE __m512i round_bf16(Vec a) {
+  const __m512i x = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  const __m512i biased = _mm512_add_epi32(x, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_add_epi32(biased, odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, is_nan, x, _mm512_set1_epi32(0x400000));
+}
+FLASH_ATTN_RES_INLINE __m512i narrow_bf16_split(Pair a) {
 #if defined(FLASH_ATTN_RES_SIMD_AVX512_BF16)
   // The instruction rounds to nearest even and keeps NaN, but takes subnormal inputs as zero. Those
   // go through the integer path, so that every instruction set stores the same bits.
@@ -98,15 +119,21 @@ FLASH_ATTN_RES_INLINE __m512i narrow_bf16(Pair a) {
   const __mmask16 lo = _mm512_fpclass_ps_mask(a.lo.v, kSubnormal);
   const __mmask16 hi = _mm512_fpclass_ps_mask(a.hi.v, kSubnormal);
   if (__builtin_expect((lo | hi) == 0, 1)) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(a.hi.v, a.lo.v));
+    const Pair natural = join(a);
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(natural.hi.v, natural.lo.v));
   }
 #endif
-  return _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a.lo)), round_bf16(a.hi), 1);
+  const __m512i even = _mm512_srli_epi32(round_bf16(a.lo), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, even, round_bf16(a.hi));
 }
-FLASH_ATTN_RES_INLINE void store_bf16(void* p, Pair a) { _mm512_storeu_si512(p, narrow_bf16(a)); }
-FLASH_ATTN_RES_INLINE void stream_bf16(void* p, Pair a) {
-  _mm512_stream_si512(static_cast<__m512i*>(p), narrow_bf16(a));
+FLASH_ATTN_RES_INLINE void store_bf16_split(void* p, Pair a) {
+  _mm512_storeu_si512(p, narrow_bf16_split(a));
 }
+FLASH_ATTN_RES_INLINE void stream_bf16_split(void* p, Pair a) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), narrow_bf16_split(a));
+}
+FLASH_ATTN_RES_INLINE void store_bf16(void* p, Pair a) { store_bf16_split(p, split(a)); }
+FLASH_ATTN_RES_INLINE void stream_bf16(void* p, Pair a) { stream_bf16_split(p, split(a)); }
 
 FLASH_ATTN_RES_INLINE Pair load_f16(const void* p) {
   const __m256i* h = static_cast<const __m256i*>(p);

@@ -82,6 +82,13 @@ FLASH_ATTN_RES_INLINE void store_bf16(void* p, Pair a) {
 }
 FLASH_ATTN_RES_INLINE void stream_bf16(void* p, Pair a) { store_bf16(p, a); }
 
+// Widening and narrowing take one instruction in natural order: that is the split order here.
+FLASH_ATTN_RES_INLINE Pair split(Pair a) { return a; }
+FLASH_ATTN_RES_INLINE Pair join(Pair a) { return a; }
+FLASH_ATTN_RES_INLINE Pair load_bf16_split(const void* p) { return load_bf16(p); }
+FLASH_ATTN_RES_INLINE void store_bf16_split(void* p, Pair a) { store_bf16(p, a); }
+FLASH_ATTN_RES_INLINE void stream_bf16_split(void* p, Pair a) { store_bf16(p, a); }
+
 FLASH_ATTN_RES_INLINE Pair load_f16(const void* p) {
   const uint8x16_t bytes = vld1q_u8(static_cast<const uint8_t*>(p));
   return {{vcvt_f32_f16(vreinterpret_f16_u8(vget_low_u8(bytes)))},

@@ -104,6 +104,13 @@ FLASH_ATTN_RES_INLINE void store_bf16(void* p, Pair a) {
 }
 FLASH_ATTN_RES_INLINE void stream_bf16(void* p, Pair a) { store_bf16(p, a); }
 
+// The compiler knows the natural order best: that is the split order here.
+FLASH_ATTN_RES_INLINE Pair split(Pair a) { return a; }
+FLASH_ATTN_RES_INLINE Pair join(Pair a) { return a; }
+FLASH_ATTN_RES_INLINE Pair load_bf16_split(const void* p) { return load_bf16(p); }
+FLASH_ATTN_RES_INLINE void store_bf16_split(void* p, Pair a) { store_bf16(p, a); }
+FLASH_ATTN_RES_INLINE void stream_bf16_split(void* p, Pair a) { store_bf16(p, a); }
+
 // The half's exponent and fraction are moved to the float's place; a product with 2^112 corrects
 // the bias and normalises subnormal halves. Inf and NaN get the float's largest exponent instead.
 FLASH_ATTN_RES_INLINE Vec widen_f16(Halves h) {

@@ -15,8 +15,14 @@
 //   load_{f32,bf16,f16}          2 * kLanes elements from any address, widened exactly
 //   store_{f32,bf16,f16}         rounded to nearest even; NaN stays NaN, overflow gives Inf
 //   stream_{f32,bf16,f16}        the same past the caches; the address is a multiple of
-//   kStreamAlign stream_fence                 orders streamed stores before what the thread
-//   publishes next
+//                                kStreamAlign
+//   stream_fence                 orders streamed stores before what the thread publishes next
+//   {load,store,stream}_bf16_split   the same in the split order of a pair
+//   split, join                  a pair from natural to split order, and back
+//
+// The split order of a pair is whatever makes widening and narrowing of bf16 cheapest: on x86 the
+// even elements in lo and the odd ones in hi, because a shift and a mask take them from the 32-bit
+// lanes as they lie in memory, without the shuffles that the natural order needs.
 //
 // All of a header's loads and stores move pairs, because a pair of half-width vectors fills one
 // full-width load or store.

@@ -697,9 +697,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
   // with. Asking for more than that hangs.
-  constexpr int kServe = kQueryGroups == 3 && kSourceGroups == 2   ? 104
-                         : kQueryGroups == 3 || kSourceGroups == 2 ? 88
-                                                                   : 72;
+  constexpr bool kManyWeights = kQueryGroups * kSourceGroups >= 4;
+  constexpr int kServe = kManyWeights || (kQueryGroups == 3 && kTiles < 8) ? 104
+                         : kQueryGroups == 3 || kSourceGroups == 2         ? 88
+                                                                           : 72;
   constexpr int kCompute = (504 - kServe) / 2;
   if (warp_of_cta() >= kComputeWarps) {
     cutlass::arch::warpgroup_reg_dealloc<kServe>();

@@ -94,8 +94,7 @@ struct Share {
       : tokens(num_tokens), clusters(plan.clusters), batch(plan.batch) {
     rank = plan.cluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
     cluster = static_cast<int>(blockIdx.x) / plan.cluster;
-    const int64_t all_steps = (tokens + batch - 1) / batch;
-    steps = static_cast<int>((all_steps - cluster + clusters - 1) / clusters);
+    steps = plan.rounds + (cluster < plan.extra ? 1 : 0);
     column = rank * plan.columns;
     columns = min(plan.columns, dim - column);
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/backend.h"
+#include "cuda/hopper.h"
 #include "cuda/kernels/attend_mix.cuh"
 #include "cuda/kernels/attend_scores.cuh"
 #include "cuda/kernels/attend_softmax.cuh"
@@ -42,7 +43,7 @@ int64_t attend_workspace_bytes(const AttendArgs& args) {
   Workspace workspace;
   const AttendScratch scratch(workspace, shape,
                               choose_scores(shape.S, shape.D, shape.R).num_slices);
-  return workspace.used();
+  return std::max(workspace.used(), hopper::attend_workspace_bytes(args));
 }
 
 Status attend(const AttendArgs& args, const Context& context) {
@@ -54,6 +55,9 @@ Status attend(const AttendArgs& args, const Context& context) {
   Call call("attend", shape_text({{"S", S}, {"N", N}, {"T", T}, {"D", D}}), context);
   if (!call.ok()) {
     return call.status();
+  }
+  if (hopper::serves(args, call.limits().major, call.limits().minor)) {
+    return hopper::attend(args, context);
   }
   const ScoresPolicy scores = choose_scores(S, D, R);
   Workspace workspace(context.workspace);

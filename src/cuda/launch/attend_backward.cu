@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/backend.h"
+#include "cuda/hopper.h"
 #include "cuda/kernels/attend_dots.cuh"
 #include "cuda/kernels/attend_dqueries.cuh"
 #include "cuda/kernels/attend_dsources.cuh"
@@ -50,7 +51,7 @@ int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args) {
   Workspace workspace;
   const AttendBackwardScratch scratch(workspace, AttendBackwardShape(args),
                                       args.dqueries.present());
-  return workspace.used();
+  return std::max(workspace.used(), hopper::attend_backward_workspace_bytes(args));
 }
 
 Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
@@ -68,6 +69,9 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
       launch_reduce(call, nullptr, 0, 0, args.dqueries, args.accumulate_dqueries);
     }
     return call.status();
+  }
+  if (hopper::serves(args, call.limits().major, call.limits().minor)) {
+    return hopper::attend_backward(args, context);
   }
   Workspace workspace(context.workspace);
   const AttendBackwardScratch scratch(workspace, shape, args.dqueries.present());

@@ -50,16 +50,17 @@ std::span<const int> tile_choices(int query_groups, int source_groups) {
 }  // namespace
 
 Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim) {
-  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0) {
+  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
+      too_narrow(num_sources, num_queries)) {
     return {};
   }
   AttendParams sizes = {};
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
-  const int query_groups = groups_of_eight(num_queries);
-  Plan plan = choose_plan(dim, tile_choices(query_groups, groups_of_eight(num_sources)), 3, 3,
-                          num_sources + num_queries, [&] { return sizes.extents(); });
-  plan.store_hint = CacheHint::kEvictLast;  // 0.3 % at A, B and C
+  Plan plan = choose_plan(
+      dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
+      sizes.extents(), num_sources + num_queries, /*most_slots=*/3, {.stages = 3, .slots = 1});
+  plan.store_hint = CacheHint::kEvictLast;  // 0.3 % at N, S, D of 4, 8, 2048 and 8, 24, 7168
   return plan;
 }
 
@@ -114,8 +115,7 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
 
   const void* const kernel = find_kernel(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
   const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
-  cudaError_t error =
-      resident_clusters(kernel, params.plan, params.map.bytes, T, &params.plan.clusters);
+  cudaError_t error = share_out(kernel, params.map.bytes, T, params.plan);
   if (error == cudaSuccess && params.plan.window > 0) {
     error = cudaMemsetAsync(params.issued, 0, sizeof(int), stream);
   }

@@ -107,8 +107,7 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
   const void* const kernel =
       find_kernel<Gradient>(groups_of_eight(S), plan.tiles, groups_of_eight(N));
   const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
-  cudaError_t error =
-      resident_clusters(kernel, params.plan, params.map.bytes, T, &params.plan.clusters);
+  cudaError_t error = share_out(kernel, params.map.bytes, T, params.plan);
   if (error == cudaSuccess && params.plan.window > 0) {
     error = cudaMemsetAsync(params.issued, 0, sizeof(int), stream);
   }
@@ -128,33 +127,39 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
 
 Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t dim,
                             int64_t gradient_bytes) {
-  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0) {
+  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
+      too_narrow(num_sources, num_queries)) {
     return {};
   }
   AttendBackwardParams<Bf16> sizes = {};
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
-  const int query_groups = groups_of_eight(num_queries);
-  // Two slots beat a third stage: 93 % against 87 % of copy at N = 8, S = 8, D = 7168.
-  Plan plan = choose_plan(dim, tile_choices(query_groups, groups_of_eight(num_sources)), 2, 2,
-                          3 * num_sources + num_queries, [&] {
-                            Extents extents = sizes.extents();
-                            extents.result_bytes = static_cast<int>(gradient_bytes);
-                            return extents;
-                          });
-  if (plan.cluster == 1 && plan.columns > 1024) {
-    plan.window = 0;  // rows of 4 KB: 1 to 3 % faster without; narrower rows 2 to 5 % slower
+  Extents extents = sizes.extents();
+  extents.result_bytes = static_cast<int>(gradient_bytes);
+  // One slot costs 5 to 20 %: the next step's gradients cannot come in while this one's go out.
+  Plan plan = choose_plan(
+      dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)), extents,
+      3 * num_sources + num_queries, /*most_slots=*/2, {.stages = 3, .slots = 2});
+  if (plan.cluster == 1 && plan.columns > 1024 && num_sources <= 3) {
+    plan.window = 0;  // 2 to 3 % faster without at D = 2048, N = 2 and 3; N = 4 is 1 to 2 % slower
   }
   return plan;
 }
-const DType gradient = args.dsources[0].dtype;
-return (gradient == DType::kBFloat16 || gradient == DType::kFloat32) &&
-       rows_can_be_copied<ConstMatrix>(args.sources, DType::kBFloat16) &&
-       rows_can_be_copied<ConstMatrix>(args.dout, DType::kBFloat16) &&
-       rows_can_be_copied<Matrix>(args.dsources, gradient) &&
-       choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim,
-                              size_of(gradient))
-               .columns > 0;
+
+bool serves(const AttendBackwardArgs& args, int major, int minor) {
+  const int64_t dim = args.sources[0].cols;
+  if (major != 9 || minor != 0 || args.queries.cols != dim || args.dout.empty() ||
+      args.dsources.empty() || !args.dqueries.present()) {
+    return false;
+  }
+  const DType gradient = args.dsources[0].dtype;
+  return (gradient == DType::kBFloat16 || gradient == DType::kFloat32) &&
+         rows_can_be_copied<ConstMatrix>(args.sources, DType::kBFloat16) &&
+         rows_can_be_copied<ConstMatrix>(args.dout, DType::kBFloat16) &&
+         rows_can_be_copied<Matrix>(args.dsources, gradient) &&
+         choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim,
+                                size_of(gradient))
+                 .columns > 0;
 }
 
 int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args) {
@@ -165,6 +170,9 @@ int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args) {
   const Plan plan =
       choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows,
                              args.sources[0].cols, size_of(args.dsources[0].dtype));
+  if (plan.columns == 0) {
+    return 0;
+  }
   const int64_t clusters = std::min(ceil_div(args.sources[0].rows, plan.batch),
                                     static_cast<int64_t>(kMultiprocessorsMax / plan.cluster));
   return kCounterBytes +

@@ -37,8 +37,7 @@ cudaError_t launch_clusters(const void* kernel, const Plan& plan, int shared_byt
                             });
 }
 
-cudaError_t resident_clusters(const void* kernel, const Plan& plan, int shared_bytes,
-                              int64_t tokens, int* clusters) {
+cudaError_t share_out(const void* kernel, int shared_bytes, int64_t tokens, Plan& plan) {
   int resident = 0;
   cudaError_t error = cudaSuccess;
   if (plan.cluster == 1) {
@@ -55,9 +54,11 @@ cudaError_t resident_clusters(const void* kernel, const Plan& plan, int shared_b
         });
   }
   const int64_t steps = ceil_div(tokens, plan.batch);
-  *clusters = static_cast<int>(
-      std::clamp<int64_t>(std::min<int64_t>(resident, kMultiprocessorsMax / plan.cluster), 1,
-                          std::max<int64_t>(steps, 1)));
+  const int64_t most = std::min<int64_t>(resident, kMultiprocessorsMax / plan.cluster);
+  const int64_t clusters = std::clamp<int64_t>(most, 1, std::max<int64_t>(steps, 1));
+  plan.clusters = static_cast<int>(clusters);
+  plan.rounds = static_cast<int>(steps / clusters);
+  plan.extra = static_cast<int>(steps % clusters);
   return error;
 }
 

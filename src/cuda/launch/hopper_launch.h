@@ -11,6 +11,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <tuple>
 
 #include "cuda/hopper_plan.h"
 #include "cuda/policy.h"
@@ -30,17 +31,17 @@ inline constexpr int kMultiprocessorsMax = 144;
 
 constexpr int groups_of_eight(int64_t count) { return static_cast<int>(ceil_div(count, 8)); }
 
-/// Depths of the two rings that fit, the deepest first; false when not even the shallowest does.
-/// `prefer_slots`: slots to have before more than three stages are taken.
-inline bool choose_rings(Plan& plan, const Extents& extents, int prefer_slots, int min_stages) {
-  const auto fits = [&](int stages, int slots) {
-    plan.stages = stages;
-    plan.slots = slots;
-    return shared_map(plan, extents).bytes <= kSharedBytesMax;
-  };
-  for (int slots = prefer_slots; slots >= 1; --slots) {
-    for (int stages = kRingMax; stages >= std::max(min_stages, 2); --stages) {
-      if (fits(stages, slots)) {
+/// Depths of the two rings.
+struct Rings {
+  int stages, slots;
+};
+
+/// Takes the deepest rings that fit: as many slots as possible from `most_slots` down to
+/// `least.slots`, then as many stages, but no fewer than `least.stages`. False when none fit.
+inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rings least) {
+  for (plan.slots = most_slots; plan.slots >= least.slots; --plan.slots) {
+    for (plan.stages = kRingMax; plan.stages >= least.stages; --plan.stages) {
+      if (shared_map(plan, extents).bytes <= kSharedBytesMax) {
         return true;
       }
     }
@@ -49,18 +50,17 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int prefer_slots, i
 }
 
 /// Chooses how a call is split. `tile_choices`: the kernels there are, by 16-column tiles of a
-/// warp.
+/// warp; `token_rows`: rows that a token moves; `wanted`: rings that run at full speed.
 ///
-/// Fewer CTAs a cluster come first, as long as `wanted_stages` fit: a step is then longer, and with
-/// it the time in which the exchange between CTAs can hide (about 1 us). Steps that would still be
-/// shorter than that take several tokens.
-template <class ExtentsOf>
-Plan choose_plan(int64_t dim, std::span<const int> tile_choices, int prefer_slots,
-                 int wanted_stages, int64_t token_rows, ExtentsOf extents_of) {
+/// Fewer CTAs a cluster come first, as long as the wanted rings fit: a step is then longer, and
+/// with it the time in which the exchange between CTAs can hide (about 1 us). Steps that would
+/// still be shorter than that take several tokens. Where the wanted rings fit nowhere, two stages
+/// and one slot will do.
+inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Extents& extents,
+                        int64_t token_rows, int most_slots, Rings wanted) {
   // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us.
   constexpr int64_t kStepBytes = 32 * 1024;
-  const Extents extents = extents_of();
-  for (int min_stages = wanted_stages; min_stages >= 2; --min_stages) {
+  for (const Rings least : {wanted, Rings{2, 1}}) {
     for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
       std::optional<Plan> best;
       for (const int tiles : tile_choices) {
@@ -69,22 +69,27 @@ Plan choose_plan(int64_t dim, std::span<const int> tile_choices, int prefer_slot
         plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), 8));
         plan.tiles = tiles;
         plan.warps = static_cast<int>(ceil_div(plan.columns, 16 * tiles));
-        const bool every_rank_works = (cluster - 1) * plan.columns < dim;
+        const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
         if (plan.warps > kComputeWarps || !every_rank_works ||
-            !choose_rings(plan, extents, prefer_slots, min_stages)) {
+            !choose_rings(plan, extents, most_slots, least)) {
           continue;
         }
-        for (int batch = 2;
-             batch <= kBatchMax && token_rows * plan.columns * 2 * (batch / 2) < kStepBytes;
-             batch *= 2) {
+        while (plan.batch < kBatchMax && token_rows * plan.columns * 2 * plan.batch < kStepBytes) {
           Plan larger = plan;
-          larger.batch = batch;
-          if (choose_rings(larger, extents, prefer_slots, 3)) {
-            plan = larger;
+          larger.batch *= 2;
+          if (!choose_rings(larger, extents, most_slots, wanted)) {
+            break;
           }
+          plan = larger;
         }
-        if (!best || plan.padded_columns() < best->padded_columns() ||
-            (plan.padded_columns() == best->padded_columns() && plan.warps > best->warps)) {
+        // Up to a tenth of padding for more warps: 89 against 82 % at N, S, D of 8, 24, 4096.
+        const auto wasteful = [](const Plan& p) {
+          return p.padded_columns() * 10 > p.columns * 11;
+        };
+        const auto rank = [&](const Plan& p) {
+          return std::tuple(wasteful(p), -p.warps, p.padded_columns());
+        };
+        if (!best || rank(plan) < rank(*best)) {
           best = plan;
         }
       }
@@ -94,6 +99,12 @@ Plan choose_plan(int64_t dim, std::span<const int> tile_choices, int prefer_slot
     }
   }
   return {};  // `columns` 0: not served
+}
+
+/// Tokens so narrow that a step of four of them is shorter than the softmax of the step, which then
+/// sets the pace: 25 to 38 % of copy at N = S = 1. The general kernels serve these better.
+inline bool too_narrow(int64_t num_sources, int64_t num_queries) {
+  return num_sources + num_queries <= 3;
 }
 
 /// Whether every row of the list is bfloat16 (or `other`) and may be copied in bulk.
@@ -112,9 +123,9 @@ bool rows_can_be_copied(std::span<const MatrixType> rows, DType dtype) {
 cudaError_t launch_clusters(const void* kernel, const Plan& plan, int shared_bytes,
                             cudaStream_t stream, void** arguments);
 
-/// Clusters of this plan that run at once on the current device, but no more than there are steps.
-cudaError_t resident_clusters(const void* kernel, const Plan& plan, int shared_bytes,
-                              int64_t tokens, int* clusters);
+/// Sets how many clusters the plan launches, as many as run at once on the current device but no
+/// more than there are steps, and how many steps each has.
+cudaError_t share_out(const void* kernel, int shared_bytes, int64_t tokens, Plan& plan);
 
 /// An error of the CUDA runtime as a status.
 Status launch_status(const char* op, const std::string& shapes, cudaError_t error);
