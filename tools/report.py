@@ -140,10 +140,13 @@ def kernels() -> str:
         line = [name]
         for shape in shapes:
             row = by_case.get((op, shape))
-            line.append("" if row is None else f"{row['percent_of_copy']:.0f} % ({row['us']:.0f} us)")
+            line.append(
+                "" if row is None else f"{row['percent_of_copy']:.0f} % ({row['us']:.0f} us)"
+            )
         lines.append(line)
     caption = (
-        f"{document['device']}, driver {document['driver']}, torch {document['versions']['torch']}, "
+        f"{document['device']}, driver {document['driver']}, "
+        f"torch {document['versions']['torch']}, "
         f"bfloat16; percent of a device copy ({document['copy_tb_s']:.2f} TB/s, bytes read and "
         "written) measured in the same run."
     )

@@ -63,8 +63,8 @@ static __global__ void __launch_bounds__(kWeightsThreads)
       const float lse = p.lse.at(s, t);
       const float gate = p.gate.present() ? p.gate.at(s, t) : 1.0f;
       const float dlse = p.dlse.present() ? p.dlse.at(s, t) : 0.0f;
-      // exp(logit - lse) sums to 1 up to the rounding of lse, which dp would magnify where the dp_sn
-      // are nearly equal: the mean is taken over what the weights do sum to.
+      // exp(logit - lse) sums to 1 up to the rounding of lse, which dp would magnify where the
+      // dp_sn are nearly equal: the mean is taken over what the weights do sum to.
       float delta = 0.0f;
       float total = 0.0f;
       for (int n = 0; n < p.num_sources; ++n) {

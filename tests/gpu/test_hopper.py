@@ -1,0 +1,80 @@
+"""Both ways through phase 1 on the same numbers: the Hopper kernels and the general ones.
+
+The Hopper kernels take rows that are aligned to 16 bytes; the same values in misaligned rows go to
+the general kernels. On other GPUs both runs are general, and must agree all the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+OPS = torch.ops.flash_attn_res
+EPS = 1e-6
+
+# N, S, T, D: every tile of sources (8, 16) and queries (8, 16, 24) and both sides of its edge, one
+# to eight CTAs a token, a token count that is no multiple of the batch, and one token.
+SHAPES = [
+    (4, 8, 133, 2048),
+    (8, 24, 97, 7168),
+    (10, 6, 101, 2304),
+    (1, 8, 65, 2048),
+    (2, 3, 64, 1024),
+    (3, 9, 77, 264),
+    (7, 16, 50, 4096),
+    (9, 17, 41, 5120),
+    (16, 24, 33, 1024),
+    (16, 1, 129, 2048),
+    (5, 4, 1, 8192),
+    (4, 12, 300, 72),
+]
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values, each row one element past an aligned address."""
+    *lead, dim = tensor.shape
+    room = tensor.new_empty(*lead, dim + 8)
+    view = room[..., 1 : 1 + dim]
+    view.copy_(tensor)
+    return view
+
+
+def run(sources: list[Tensor], queries: Tensor, dout: Tensor, dlse: Tensor, gate: Tensor) -> dict:
+    out, lse, logits, inv_rms = OPS.attend(sources, queries, 0.9, EPS, None)
+    dsources, dqueries = OPS.attend_backward(
+        dout, dlse, gate, sources, queries, lse, logits, inv_rms, 0.9, True, True
+    )
+    results = {"out": out, "lse": lse, "logits": logits, "inv_rms": inv_rms, "du": dqueries}
+    return results | {f"dv {n}": dv for n, dv in enumerate(dsources)}
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    assert torch.isfinite(ours).all()
+    return ((ours.cpu().double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-S{}-T{}-D{}".format(*s))
+def test_both_paths_agree_with_the_reference(shape: tuple[int, int, int, int]) -> None:
+    num_sources, num_queries, tokens, dim = shape
+    value = {"device": "cuda", "dtype": torch.bfloat16}
+    sources = [torch.randn(tokens, dim, **value) for _ in range(num_sources)]
+    queries = torch.randn(num_queries, dim, device="cuda") / dim**0.5
+    dout = torch.randn(num_queries, tokens, dim, **value)
+    dlse = torch.randn(num_queries, tokens, device="cuda")
+    gate = torch.rand(num_queries, tokens, device="cuda")
+
+    exact = run(
+        [s.cpu().double() for s in sources],
+        *(t.cpu().double() for t in (queries, dout, dlse, gate)),
+    )
+    fast = run(sources, queries, dout, dlse, gate)
+    general = run([misaligned(s) for s in sources], queries, misaligned(dout), dlse, gate)
+    again = run(sources, queries, dout, dlse, gate)
+    for name, reference in exact.items():
+        # The reference's result rounded to storage: what a perfect kernel would be off by.
+        rounding = relative(reference.to(fast[name].dtype).cpu(), reference)
+        for path, results in (("fast", fast), ("general", general)):
+            error = relative(results[name], reference)
+            assert error <= 1.1 * rounding + 1e-5, (name, path, error, rounding)
+        assert torch.equal(fast[name], again[name]), f"{name} differs between two runs"
