@@ -31,7 +31,8 @@ constexpr int64_t num_chunks(const ChunkPolicy& policy, int64_t tokens) {
 }
 
 /// Results go past the caches when a call moves more bytes than this: then they would not survive
-/// in a last-level cache anyway, and an ordinary store first reads the line that it overwrites.
+/// in a last-level cache anyway, and an ordinary store first reads the line that it overwrites. The
+/// size of a common last-level cache; not tuned.
 inline constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 }  // namespace flash_attn_res::cpu

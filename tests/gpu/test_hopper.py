@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import flash_attn_res  # noqa: F401  registers the operators
+
 OPS = torch.ops.flash_attn_res
 EPS = 1e-6
 

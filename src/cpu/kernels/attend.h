@@ -7,8 +7,9 @@
 //
 // A token's sources are visited twice: for the dot products, from memory, and for the mixture, from
 // a packed float32 copy that the first visit leaves in L2 (rows of equal tensors lie a power of two
-// bytes apart more often than not, and would evict each other; see kPiece). Bytes from and to memory: N * D elements read, S * D written. Statistics and sums are
-// float32; nothing depends on other tokens. Saved for the backward: logits, inv_rms, lse.
+// bytes apart more often than not, and would evict each other; see kPiece). Bytes from and to
+// memory: N * D elements read, S * D written. Statistics and sums are float32; nothing depends on
+// other tokens. Saved for the backward: logits, inv_rms, lse.
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_ATTEND_H_
 #define FLASH_ATTN_RES_CPU_KERNELS_ATTEND_H_

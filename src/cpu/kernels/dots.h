@@ -2,10 +2,11 @@
 //
 //   out[a, b] = <x_a, v_b>        squares[b] = <v_b, v_b>
 //
-// Each dot product is one chain of float32 vector sums in the order of the elements (two chains where
-// there is a single x), so that its bits do not depend on the tile that computes it nor on the number
-// of tokens. Tiles give the independent chains that hide the latency of fma, and let one load serve
-// several products. Rows are cut into pieces that fit in L1 together, with the sums held in between.
+// Each dot product is one chain of float32 vector sums in the order of the elements (two chains
+// where there is a single x), so that its bits do not depend on the tile that computes it nor on
+// the number of tokens. Tiles give the independent chains that hide the latency of fma, and let one
+// load serve several products. Rows are cut into pieces that fit in L1 together, with the sums held
+// in between.
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_DOTS_H_
 #define FLASH_ATTN_RES_CPU_KERNELS_DOTS_H_
@@ -108,8 +109,8 @@ inline void dot_column(const Reader<Ex>* x, int64_t A, const Reader<Ev>* v, int6
   }
 }
 
-/// Products of one packed row with B rows. Each product has one chain for each half of a pair: with a
-/// single row x there are too few products to hide the latency of fma otherwise.
+/// Products of one packed row with B rows. Each product has one chain for each half of a pair: with
+/// a single row x there are too few products to hide the latency of fma otherwise.
 template <int B, Sweep kSweep, class Ev>
 FLASH_ATTN_RES_INLINE void dot_row(const Reader<Packed>& x, const Reader<Ev>* rows, int64_t count,
                                    float* out, float* squares) {

@@ -116,16 +116,16 @@ inline void mix(const float* packed, int64_t N, const float* p, const Writer<Eo>
 /// The inputs of dv, for all rows n of one token. Factors are indexed [s * N + n].
 template <class Ev, class Es>
 struct GradientRows {
-  int64_t S;                  // queries
-  int64_t N;                  // distance between the factors of two queries
+  int64_t S;                 // queries
+  int64_t N;                 // distance between the factors of two queries
   const Reader<Packed>* dh;  // (S), or null: no dh term
-  const float* dh_factor;     // (S,N)
+  const float* dh_factor;    // (S,N)
   const Reader<Packed>* u;   // (S), or null: not in the key slice
-  const float* u_factor;      // (S,N)
-  const Reader<Ev>* v;        // (N)
-  const float* key_factor;    // (N)
-  const Reader<Es>* old;      // (N), or null: overwrite
-  const Writer<Es>* dv;       // (N)
+  const float* u_factor;     // (S,N)
+  const Reader<Ev>* v;       // (N)
+  const float* key_factor;   // (N)
+  const Reader<Es>* old;     // (N), or null: overwrite
+  const Writer<Es>* dv;      // (N)
 };
 
 template <int B, class Ev, class Es, class Eo>

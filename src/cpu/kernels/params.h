@@ -14,10 +14,10 @@
 
 namespace flash_attn_res::cpu {
 
-/// Elements of a row that are worked on in turn. Rows that many products share (queries, dh, du)
-/// are kept as (pieces, rows, kPiece) floats: one piece of all of them is contiguous. In place,
-/// rows of a power of two bytes would all fall on the same few sets of the L1 cache and evict each
-/// other.
+/// Elements of a row that are worked on in turn. Rows that many products share (u, dh, du, v of
+/// attend) are kept as (pieces, rows, kPiece) floats: one piece of all of them is contiguous. In
+/// place, rows of a power of two bytes would all fall on the same few sets of the L1 cache and
+/// evict each other.
 inline constexpr int64_t kPiece = 256;
 
 /// attend: see attend.h.

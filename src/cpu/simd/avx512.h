@@ -81,8 +81,7 @@ FLASH_ATTN_RES_INLINE Pair load_bf16(const void* p) {
 
 // The split order: the even elements of 32, then the odd ones.
 FLASH_ATTN_RES_INLINE Pair split(Pair a) {
-  const __m512i even =
-      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   return {{_mm512_permutex2var_ps(a.lo.v, even, a.hi.v)},
           {_mm512_permutex2var_ps(a.lo.v, odd, a.hi.v)}};
