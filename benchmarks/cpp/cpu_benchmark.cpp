@@ -78,7 +78,7 @@ class Tensor {
       }
     }
     const int64_t filled = pattern * size_of(dtype);
-    for (int64_t at = filled; at < buffer_.bytes(); at += filled) {
+    for (int64_t at = filled; filled > 0 && at < buffer_.bytes(); at += filled) {
       std::memcpy(buffer_.data() + at, buffer_.data(),
                   static_cast<size_t>(std::min(filled, buffer_.bytes() - at)));
     }

@@ -249,8 +249,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()
 
-    # A single measurement of the copy now and then reads a seventh too low; kernels never read better
-    # for it: the best of several stands.
+    # A single measurement of the copy now and then reads a seventh too low, which would flatter the
+    # kernels: the best of several stands.
     copy = max(measure_copy(options.repeats) for _ in range(3))
     print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.3f} TB/s")
     print(f"{'operation':18} {'shape':5} {'us':>9} {'GB/s':>7} {'% copy':>7}")
