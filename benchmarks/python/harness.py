@@ -53,13 +53,15 @@ def interleave(contenders: list[Contender], rounds: int, warmup: int = 2) -> Non
                 contender.times.clear()
 
 
-def copy_bytes_per_second(size_bytes: int = 256 << 20, rounds: int = 9) -> float:
-    """Bytes read plus written a second by a copy on all threads."""
-    source = torch.ones(size_bytes // 4)
+COPY_BYTES = 2 * (256 << 20)
+"""Read plus written by one run of :func:`copy_contender`."""
+
+
+def copy_contender() -> Contender:
+    """A copy on all threads, to run in the same rounds as what is held against it."""
+    source = torch.ones(COPY_BYTES // 8)
     target = torch.empty_like(source)
-    contender = Contender("copy", lambda: target.copy_(source))
-    interleave([contender], rounds)
-    return 2 * size_bytes / contender.percentile(50)
+    return Contender("copy", lambda: target.copy_(source))
 
 
 def keep_freed_memory() -> None:
