@@ -90,7 +90,7 @@ gpu-test: ## run tests/gpu on this machine's GPU and record the outcome
 	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$(PYTHON); fi; \
 	"$$python" tools/gpu_test.py
 
-lint: bootstrap ## check format, layering, C++ (clang-tidy) and Python (ruff, mypy)
+lint: install ## check format, layering, C++ (clang-tidy) and Python (ruff, mypy)
 	@cmake --preset cpu -DFLASH_ATTN_RES_CUDA=OFF --log-level=WARNING
 	@JOBS=$(JOBS) tools/lint
 
