@@ -76,9 +76,10 @@ struct Matrix {
   DType dtype = DType::kNone;
 
   constexpr bool present() const { return dtype != DType::kNone; }
-  // Implicit, as from T* to const T*.
-  // NOLINTNEXTLINE(google-explicit-constructor)
-  constexpr operator ConstMatrix() const { return {data, rows, cols, stride, dtype}; }
+  constexpr operator ConstMatrix()
+      const {  // NOLINT(google-explicit-constructor): as T* to const T*
+    return {data, rows, cols, stride, dtype};
+  }
 };
 
 enum class DeviceType : int32_t { kCpu = 0, kCuda = 1 };
