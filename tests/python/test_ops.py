@@ -81,6 +81,7 @@ def compare(ours: Run, reference: Run, plain: Run) -> None:
     magnitude = max((t.abs().max().item() for t in terms), default=0.0)
     magnitude *= max(1.0, largest_key_slope(ours.leaves))
     some_output = next(iter(ours.outputs.values()))
+    width = some_output.shape[-1]
     tokens = some_output.numel() / some_output.shape[-1]
     for name, grad in grads.items():
         assert grad.dtype == ours.leaves[name].dtype
@@ -89,8 +90,9 @@ def compare(ours: Run, reference: Run, plain: Run) -> None:
             grad,
             reference_grads[name],
             plain_grads[name],
-            # Gradients of parameters are sums over the tokens, whose errors add like a random walk.
-            magnitude=magnitude * (tokens**0.5 if name in SUMMED else 1),
+            # Gradients of parameters are sums over tokens of sums over the width, and their errors
+            # add like a random walk.
+            magnitude=magnitude * ((tokens * width) ** 0.5 if name in SUMMED else 1),
         )
 
 
