@@ -129,8 +129,10 @@ def test_compiled_stream_equals_eager(block_size: int) -> None:
     grads = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
     network(x).square().sum().backward()
+    largest = max(p.grad.abs().max().item() for p in network.parameters())
     for ours, parameter in zip(grads, network.parameters(), strict=True):
-        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
+        # Sums whose terms cancel: float32 noise is measured by the largest gradient of the network.
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=2e-6 * largest)
 
 
 def test_errors_surface_while_tracing() -> None:
