@@ -1,5 +1,5 @@
-// Phase 1 on Hopper (sm_90a): which calls its kernels serve, and how they are launched. Everything
-// else is left to the general kernels.
+// The Hopper kernels (sm_90a): which calls of phase 1 and of `read_backward` they serve, and how
+// they are launched. Everything else is left to the general kernels.
 
 #ifndef FLASH_ATTN_RES_CUDA_HOPPER_H_
 #define FLASH_ATTN_RES_CUDA_HOPPER_H_
@@ -7,7 +7,16 @@
 #include <cstdint>
 
 #include "cuda/hopper_plan.h"
+#include "cuda/hopper_read_plan.h"
 #include "flash_attn_res/attend.h"
+#include "flash_attn_res/read.h"
+
+namespace flash_attn_res::cuda {
+class Call;
+struct DeviceLimits;
+struct ReadBackwardScratch;
+struct ReadBackwardShape;
+}  // namespace flash_attn_res::cuda
 
 namespace flash_attn_res::cuda::hopper {
 
@@ -31,6 +40,23 @@ Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t di
 Status attend(const AttendArgs& args, const Context& context, const Plan* plan = nullptr);
 Status attend_backward(const AttendBackwardArgs& args, const Context& context,
                        const Plan* plan = nullptr);
+
+/// Whether the Hopper kernel can run this `read_backward`: sm_90, K <= 32, one 16-bit dtype for all
+/// values (dsources may be float32), rows aligned to 16 bytes, keys that begin at a multiple of
+/// eight columns, dx given where there is a norm. T > 0.
+bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits);
+
+/// Launch choices; `clusters` is still to be set from the device. `columns` is 0 where nothing
+/// fits.
+ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents, int64_t dim,
+                                      const DeviceLimits& limits);
+
+/// Runs a call that is served, and returns how many rows of partial sums of dquery and dnorm_weight
+/// it leaves in the scratch memory. `plan`: other launch choices than the policy's, for
+/// measurements.
+unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadBackwardShape& shape,
+                           const ReadBackwardScratch& scratch,
+                           const ReadBackwardPlan* plan = nullptr);
 
 }  // namespace flash_attn_res::cuda::hopper
 

@@ -1,4 +1,4 @@
-// 16-byte asynchronous copies from global to shared memory (sm_80 and later).
+// Asynchronous copies from global to shared memory (sm_80 and later).
 
 #ifndef FLASH_ATTN_RES_CUDA_DEVICE_ASYNC_COPY_CUH_
 #define FLASH_ATTN_RES_CUDA_DEVICE_ASYNC_COPY_CUH_
@@ -17,6 +17,12 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 __device__ __forceinline__ void copy_async_cached(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+
+/// Copies one float.
+__device__ __forceinline__ void copy_float(float* shared, const float* global) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
 }
 
 /// Closes a group of this thread's copies.

@@ -195,6 +195,18 @@ __device__ __forceinline__ Chunk load_chunk(const RowRef& row, int col, int dim)
   }
 }
 
+/// row[col]
+__device__ __forceinline__ float load_element(const RowRef& row, int64_t col) {
+  switch (row.dtype) {
+    case DType::kBFloat16:
+      return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row.data)[col]);
+    case DType::kFloat16:
+      return __half2float(reinterpret_cast<const __half*>(row.data)[col]);
+    default:
+      return reinterpret_cast<const float*>(row.data)[col];
+  }
+}
+
 __device__ __forceinline__ void store_chunk(const RowRef& row, int col, int dim, const Chunk& c) {
   switch (row.dtype) {
     case DType::kBFloat16:

@@ -7,7 +7,8 @@
 // bytes count * rows * cols floats; small beside what made them
 // sums  float32: 32 shares of the partials in order, then the shares in order
 //
-// A block has 32 columns and 32 shares, so that even one row of 2048 fills 64 blocks.
+// Two gradients with equal counts of partial sums are reduced side by side. A block has 32 columns
+// and 32 shares, so that even one row of 2048 fills 64 blocks.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_REDUCE_PARTIALS_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_REDUCE_PARTIALS_CUH_
@@ -19,24 +20,33 @@ namespace flash_attn_res::cuda {
 
 inline constexpr int kReduceShares = 32;
 
-struct ReducePartialsParams {
+struct ReducePartialsTask {
   const float* partials;  // [count, elements], rows `stride` apart
   int64_t stride;
-  int64_t count;
   ValueView result;  // [rows, cols]
   int64_t elements;  // rows * cols
   int64_t cols;
   bool accumulate;
 };
 
+struct ReducePartialsParams {
+  ReducePartialsTask tasks[2];  // one for each block index along y
+  int64_t count;
+};
+
 // block: (32 elements, 32 shares)
 static __global__ void __launch_bounds__(kWarp* kReduceShares)
-    reduce_partials_kernel(const __grid_constant__ ReducePartialsParams p) {
+    reduce_partials_kernel(const __grid_constant__ ReducePartialsParams params) {
+  const ReducePartialsTask& p = params.tasks[blockIdx.y];
+#if __CUDA_ARCH__ >= 900
+  // Launched while the kernel that makes the partial sums still runs: waits for its end.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   __shared__ float sums[kReduceShares][kWarp];
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
-  const int64_t share = (p.count + kReduceShares - 1) / kReduceShares;
-  const int64_t begin = min(p.count, share * threadIdx.y);
-  const int64_t end = min(p.count, begin + share);
+  const int64_t share = (params.count + kReduceShares - 1) / kReduceShares;
+  const int64_t begin = min(params.count, share * threadIdx.y);
+  const int64_t end = min(params.count, begin + share);
   float sum = 0.0f;
   if (element < p.elements) {
 #pragma unroll 8

@@ -66,7 +66,7 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
   }
   if (T == 0) {
     if (args.dqueries.present()) {
-      launch_reduce(call, nullptr, 0, 0, args.dqueries, args.accumulate_dqueries);
+      launch_reduce(call, 0, {nullptr, 0, args.dqueries, args.accumulate_dqueries});
     }
     return call.status();
   }
@@ -178,8 +178,8 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
           dim3(kWarp, static_cast<unsigned>(dqueries.tiles),
                static_cast<unsigned>(dqueries.shares)),
           dqueries.shared_bytes, dqueries_params);
-      launch_reduce(call, scratch.partials, dqueries.splits, S * R, args.dqueries,
-                    args.accumulate_dqueries);
+      launch_reduce(call, dqueries.splits,
+                    {scratch.partials, S * R, args.dqueries, args.accumulate_dqueries});
     }
   });
   return call.status();

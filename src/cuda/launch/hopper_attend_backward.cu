@@ -118,8 +118,8 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
   if (error != cudaSuccess) {
     return launch_status("attend_backward", shapes, error);
   }
-  launch_reduce(call, params.partials, params.plan.clusters, S * D, args.dqueries,
-                args.accumulate_dqueries);
+  launch_reduce(call, params.plan.clusters,
+                {params.partials, S * D, args.dqueries, args.accumulate_dqueries});
   return call.status();
 }
 

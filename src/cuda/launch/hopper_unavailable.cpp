@@ -17,6 +17,7 @@ Status unavailable(const char* op) {
 
 bool serves(const AttendArgs&, int, int) { return false; }
 bool serves(const AttendBackwardArgs&, int, int) { return false; }
+bool serves(const ReadBackwardArgs&, const DeviceLimits&) { return false; }
 
 int64_t attend_workspace_bytes(const AttendArgs&) { return 0; }
 int64_t attend_backward_workspace_bytes(const AttendBackwardArgs&) { return 0; }
@@ -25,6 +26,11 @@ Status attend(const AttendArgs&, const Context&, const Plan*) { return unavailab
 
 Status attend_backward(const AttendBackwardArgs&, const Context&, const Plan*) {
   return unavailable("attend_backward");
+}
+
+unsigned run_read_backward(Call&, const ReadBackwardArgs&, const ReadBackwardShape&,
+                           const ReadBackwardScratch&, const ReadBackwardPlan*) {
+  return 0;
 }
 
 }  // namespace flash_attn_res::cuda::hopper

@@ -65,14 +65,65 @@ bool Call::allow_shared(const void* kernel, int64_t shared_bytes) {
   return ok();
 }
 
-void Call::launch_erased(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
-                         void** arguments) {
+namespace {
+
+/// The configuration of a launch; its attributes live as long as it does.
+struct Configuration {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Configuration(const LaunchOptions& options, bool can_overlap, dim3 grid, dim3 block,
+                int64_t shared_bytes, cudaStream_t stream) {
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (options.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(options.cluster);
+      attribute.val.clusterDim.y = 1;
+      attribute.val.clusterDim.z = 1;
+    }
+    if (options.overlap && can_overlap) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+  Configuration& operator=(const Configuration&) = delete;
+};
+
+}  // namespace
+
+void Call::launch_erased(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
+                         int64_t shared_bytes, void** arguments) {
   if (!allow_shared(kernel, shared_bytes)) {
     return;
   }
-  check(
-      cudaLaunchKernel(kernel, grid, block, arguments, static_cast<size_t>(shared_bytes), stream_),
-      "the kernel launch");
+  const Configuration configuration(options, limits_.major >= 9, grid, block, shared_bytes,
+                                    stream_);
+  check(cudaLaunchKernelExC(&configuration.config, kernel, arguments), "the kernel launch");
+}
+
+unsigned Call::resident_clusters_erased(const void* kernel, int cluster, int threads,
+                                        int64_t shared_bytes, int64_t limit) {
+  if (cluster == 1) {
+    return resident_blocks_erased(kernel, threads, shared_bytes, limit);
+  }
+  if (!allow_shared(kernel, shared_bytes)) {
+    return 0;
+  }
+  // GPUs of one model differ in how their multiprocessors are grouped, so this is asked for.
+  const Configuration configuration({.cluster = cluster}, false,
+                                    dim3(static_cast<unsigned>(cluster)),
+                                    dim3(static_cast<unsigned>(threads)), shared_bytes, stream_);
+  int resident = 0;
+  check(cudaOccupancyMaxActiveClusters(&resident, kernel, &configuration.config),
+        "asking for the occupancy");
+  return static_cast<unsigned>(std::clamp<int64_t>(resident, 1, std::max<int64_t>(limit, 1)));
 }
 
 unsigned Call::resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,

@@ -32,6 +32,14 @@ class DeviceGuard {
   cudaError_t error_ = cudaSuccess;
 };
 
+/// How a kernel is launched beyond its grid.
+struct LaunchOptions {
+  int cluster = 1;  // CTAs of a cluster, along x (sm_90)
+  // The kernel may begin before the one before it in the stream has ended: it waits by itself
+  // (griddepcontrol.wait) before it reads what that one writes. Ignored before sm_90.
+  bool overlap = false;
+};
+
 /// One call of an operation: its name and shapes, for messages, its stream and device.
 class Call {
  public:
@@ -46,11 +54,18 @@ class Call {
   template <class... Parameters>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
               const Parameters&... parameters) {
+    launch_with({}, kernel, grid, block, shared_bytes, parameters...);
+  }
+
+  template <class... Parameters>
+  void launch_with(const LaunchOptions& options, void (*kernel)(Parameters...), dim3 grid,
+                   dim3 block, int64_t shared_bytes, const Parameters&... parameters) {
     if (!ok() || grid.x == 0) {
       return;
     }
     void* arguments[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    launch_erased(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, arguments);
+    launch_erased(options, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                  arguments);
   }
 
   /// Blocks of a grid that stays on the device: as many as run at once, at most `limit`.
@@ -61,11 +76,21 @@ class Call {
                                   limit);
   }
 
+  /// Clusters of `cluster` CTAs that run at once, at most `limit`.
+  template <class... Parameters>
+  unsigned resident_clusters(void (*kernel)(Parameters...), int cluster, int threads,
+                             int64_t shared_bytes, int64_t limit) {
+    return resident_clusters_erased(reinterpret_cast<const void*>(kernel), cluster, threads,
+                                    shared_bytes, limit);
+  }
+
  private:
   void check(cudaError_t error, const char* what);
   bool allow_shared(const void* kernel, int64_t shared_bytes);
-  void launch_erased(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
-                     void** arguments);
+  void launch_erased(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
+                     int64_t shared_bytes, void** arguments);
+  unsigned resident_clusters_erased(const void* kernel, int cluster, int threads,
+                                    int64_t shared_bytes, int64_t limit);
   unsigned resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,
                                   int64_t limit);
 
@@ -132,9 +157,17 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-/// result [rows, cols] = [result +] sum of `count` partial sums, `stride` floats apart.
-void launch_reduce(Call& call, const float* partials, int64_t count, int64_t stride,
-                   const Matrix& result, bool accumulate);
+/// result [rows, cols] = [result +] sum of partial sums, `stride` floats apart.
+struct Reduction {
+  const float* partials;
+  int64_t stride;
+  Matrix result;  // absent: nothing to do
+  bool accumulate;
+};
+
+/// Runs up to two reductions of `count` partial sums each in one launch, which begins while the
+/// kernel that made them ends.
+void launch_reduce(Call& call, int64_t count, const Reduction& first, const Reduction& second = {});
 
 }  // namespace flash_attn_res::cuda
 

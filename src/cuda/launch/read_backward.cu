@@ -5,93 +5,17 @@
 #include <cstdint>
 
 #include "cuda/backend.h"
+#include "cuda/hopper.h"
 #include "cuda/kernels/read_backward_staged.cuh"
 #include "cuda/kernels/read_streamed.cuh"
 #include "cuda/launch/dispatch.cuh"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/read_backward_params.h"
 
 namespace flash_attn_res::cuda {
 namespace {
 
 constexpr int kMaxStreamedRows = kMaxReadRows;
-
-struct ReadBackwardShape {
-  int64_t T, D, R, K;
-  int64_t padded_dim;  // floats of a row of partial sums
-  int64_t max_blocks;
-
-  explicit ReadBackwardShape(const ReadBackwardArgs& args)
-      : T(args.logits.rows),
-        D(args.phase1_out.present()
-              ? args.phase1_out.cols
-              : (args.sources.empty() ? args.partial.cols : args.sources[0].cols)),
-        R(args.query.present() ? args.query.cols : D),
-        K(args.logits.cols),
-        padded_dim(round_up(D, kChunk)),
-        max_blocks(std::min(T, max_read_backward_blocks(D))) {}
-};
-
-/// Pieces of the workspace.
-struct ReadBackwardScratch {
-  float* dquery;   // [blocks, padded D]
-  float* dweight;  // [blocks, padded D]
-  float* dh;       // [blocks, padded D], of the streamed kernel
-
-  ReadBackwardScratch(Workspace& workspace, const ReadBackwardShape& shape,
-                      const ReadBackwardArgs& args) {
-    const int64_t count = shape.max_blocks * shape.padded_dim;
-    dquery = args.dquery.present() ? workspace.floats(count) : nullptr;
-    dweight = args.dnorm_weight.present() ? workspace.floats(count) : nullptr;
-    dh = workspace.floats(count);
-  }
-};
-
-template <int kRows>
-ReadBackwardParams<kRows> make_params(const ReadBackwardArgs& args, const ReadBackwardShape& shape,
-                                      const ReadBackwardScratch& scratch) {
-  ReadBackwardParams<kRows> p = {};
-  p.first_key = args.phase1_out.present() ? 1 : 0;
-  p.has_partial = args.partial.present();
-  if (args.phase1_out.present()) {
-    p.rows.set(p.num_terms++, value_view(args.phase1_out));
-  }
-  for (const ConstMatrix& source : args.sources) {
-    p.rows.set(p.num_terms++, value_view(source));
-  }
-  if (args.partial.present()) {
-    p.rows.set(p.num_terms++, value_view(args.partial));
-  }
-  p.query = float_view(args.query);
-  p.scale = static_cast<float>(args.scale);
-  p.inv_key_dim = 1.0f / static_cast<float>(shape.R);
-  p.dim = static_cast<int>(shape.D);
-  p.key_begin = static_cast<int>(shape.D - shape.R);
-  p.norm = args.norm == OutputNorm::kRms;
-  p.round_mix = args.mix_rounding == MixRounding::kStorage;
-  p.mix_dtype = args.dx.dtype;
-  p.norm_weight = value_view(args.norm_weight);
-  p.logits = float_view(args.logits);
-  p.inv_rms = float_view(args.inv_rms);
-  p.mix_inv_rms = float_view(args.mix_inv_rms);
-  p.dx = value_view(args.dx);
-  p.dmix = value_view(args.dmix);
-  p.dpartial_out = value_view(args.dpartial_out);
-  p.dphase1_out = value_view(args.dphase1_out);
-  p.dh = value_view(args.dh);
-  p.dpartial = value_view(args.dpartial);
-  p.dphase1_lse = float_view(args.dphase1_lse);
-  p.gate = float_view(args.gate);
-  for (size_t n = 0; n < args.dsources.size(); ++n) {
-    p.dsources.set(static_cast<int>(n), value_view(args.dsources[n]));
-  }
-  p.has_dsources = !args.dsources.empty();
-  p.accumulate = args.accumulate_dsources;
-  p.dquery_partials = scratch.dquery;
-  p.dweight_partials = scratch.dweight;
-  p.dh_scratch = scratch.dh;
-  p.tokens = shape.T;
-  return p;
-}
 
 /// Rows that a tile of the staged kernel holds.
 template <int kRows>
@@ -187,26 +111,23 @@ Status read_backward(const ReadBackwardArgs& args, const Context& context) {
 
   unsigned blocks = 0;
   if (T > 0) {
-    const auto params = make_params<kMaxStreamedRows>(args, shape, scratch);
+    const auto params = make_read_backward_params<kMaxStreamedRows>(args, shape, scratch);
     const UniformType storage = storage_of(params, /*with_gradients=*/true);
-    const ReadPolicy policy = choose_read_backward(params, storage, call.limits());
-    if (policy.staged) {
-      blocks = run_staged(call, make_params<kMaxStagedRows>(args, shape, scratch), storage.get(),
-                          policy, max_blocks);
+    if (hopper::serves(args, call.limits())) {
+      blocks = hopper::run_read_backward(call, args, shape, scratch);
+    } else if (const ReadPolicy policy = choose_read_backward(params, storage, call.limits());
+               policy.staged) {
+      blocks = run_staged(call, make_read_backward_params<kMaxStagedRows>(args, shape, scratch),
+                          storage.get(), policy, max_blocks);
     } else {
       blocks = run_streamed(call, params, storage_of(params, /*with_gradients=*/false).get(),
                             max_blocks);
     }
   }
-  if (args.dquery.present()) {
-    // Without a query no key is met: the kernels leave zeros.
-    launch_reduce(call, T > 0 ? scratch.dquery + (D - R) : nullptr, blocks, padded_dim, args.dquery,
-                  args.accumulate_dquery);
-  }
-  if (args.dnorm_weight.present()) {
-    launch_reduce(call, scratch.dweight, blocks, padded_dim, args.dnorm_weight,
-                  args.accumulate_dnorm_weight);
-  }
+  // Without a query no key is met: the kernels leave zeros.
+  const float* const dquery = scratch.dquery == nullptr ? nullptr : scratch.dquery + (D - R);
+  launch_reduce(call, blocks, {dquery, padded_dim, args.dquery, args.accumulate_dquery},
+                {scratch.dweight, padded_dim, args.dnorm_weight, args.accumulate_dnorm_weight});
   return call.status();
 }
 

@@ -1,0 +1,80 @@
+// How a `read_backward` is laid out on a Hopper GPU: launch choices as data, and the map of shared
+// memory that host and kernel derive from them.
+
+#ifndef FLASH_ATTN_RES_CUDA_HOPPER_READ_PLAN_H_
+#define FLASH_ATTN_RES_CUDA_HOPPER_READ_PLAN_H_
+
+#include <cstdint>
+
+#include "cuda/hopper_plan.h"
+
+namespace flash_attn_res::cuda::hopper {
+
+inline constexpr int kReadTermsMax = 32;      // a lane has one term
+inline constexpr int kReadStagesMax = 8;      // tokens in the ring
+inline constexpr int kReadStatsStages = 4;    // tokens whose statistics are under way
+inline constexpr int kReadWarpsMax = 8;       // compute warps of a CTA, 256 columns each
+inline constexpr int kReadWarpColumns = 256;  // a lane has one chunk of 8 columns
+inline constexpr int kReadServiceWarps = 2;   // one loads, one makes the weights
+/// Two warps more than a CTA has: the compiler then keeps to the 80 registers with which a
+/// multiprocessor holds 24 warps.
+inline constexpr int kReadLaunchBound = (kReadWarpsMax + kReadServiceWarps + 2) * 32;
+inline constexpr int kReadResidentWarps = 24;
+
+/// Launch choices of one call.
+struct ReadBackwardPlan {
+  int cluster = 1;   // CTAs that share a token: each has `columns` of its D columns
+  int columns = 0;   // columns of a CTA (the last of a cluster may have fewer); multiple of 8
+  int warps = 0;     // compute warps of a CTA; two more serve them
+  int stages = 3;    // tokens in the ring of a CTA: two in use, the others on their way
+  int blocks = 1;    // CTAs that one multiprocessor runs at once, by registers and shared memory
+  int clusters = 1;  // clusters launched; they take tokens in turn
+  int window = 50;   // tokens that a cluster may lead, in percent of the clusters
+
+  friend bool operator==(const ReadBackwardPlan&, const ReadBackwardPlan&) = default;
+
+  FLASH_ATTN_RES_HOPPER_BOTH int threads() const { return (warps + kReadServiceWarps) * 32; }
+};
+
+/// Sizes of one call that fix its shared memory.
+struct ReadBackwardExtents {
+  int terms;        // K
+  int narrow_rows;  // rows of 16-bit values of a token: terms, dx, dmix, dpartial_out, dsources
+  int wide_rows;    // rows of float32 values: dsources that are added to
+  int sums;         // sums over D of a token, a multiple of 4: see the kernel
+};
+
+/// Where things lie in shared memory, in bytes from its start:
+///
+///   head      barriers (ReadBackwardHead)
+///   stats     [stats stages, 2 K + 1] float: logits, inv_rms, rh, as they come in
+///   probs     [2, K + 1] float: p_j, and rh
+///   weights   [2, K + 1] float4: p_j and the factors of u and z_j in dz_j; the last: along
+///   partials  [2, warps, sums] float: each warp's share of the sums over D
+///   totals    [2, cluster, sums] float: each CTA's share
+///   vectors   [2, columns] float: u and g
+///   ring      [stages, narrow rows * columns * 2 + wide rows * columns * 4]
+struct ReadBackwardMap {
+  int stats, probs, weights, partials, totals, vectors, ring, stage_bytes, bytes;
+};
+
+inline constexpr int kReadHeadBytes = 256;
+
+FLASH_ATTN_RES_HOPPER_BOTH ReadBackwardMap read_backward_map(const ReadBackwardPlan& plan,
+                                                             const ReadBackwardExtents& extents) {
+  ReadBackwardMap map{};
+  map.stats = kReadHeadBytes;
+  map.probs = map.stats + kReadStatsStages * (2 * extents.terms + 1) * 4;
+  map.weights = (map.probs + 2 * (extents.terms + 1) * 4 + 15) / 16 * 16;
+  map.partials = map.weights + 2 * (extents.terms + 1) * 16;
+  map.totals = map.partials + 2 * plan.warps * extents.sums * 4;
+  map.vectors = map.totals + 2 * plan.cluster * extents.sums * 4;
+  map.ring = (map.vectors + 2 * plan.columns * 4 + 127) / 128 * 128;
+  map.stage_bytes = (extents.narrow_rows + 2 * extents.wide_rows) * plan.columns * 2;
+  map.bytes = map.ring + plan.stages * map.stage_bytes;
+  return map;
+}
+
+}  // namespace flash_attn_res::cuda::hopper
+
+#endif  // FLASH_ATTN_RES_CUDA_HOPPER_READ_PLAN_H_
