@@ -45,8 +45,8 @@ class CallContext {
   const Context& get() const { return context_; }
 
  private:
-  /// PyTorch cuts [0, count) into one range a thread, in advance. Only the number of ranges is taken
-  /// from it; tasks are handed out one by one, since cores do not all run at one speed.
+  /// PyTorch cuts [0, count) into one range a thread, in advance. Only the number of ranges is
+  /// taken from it; tasks are handed out one by one, since cores do not all run at one speed.
   static void run_on_torch_threads(void*, int64_t count, void (*task)(void*, int64_t),
                                    void* task_context) {
     std::atomic<int64_t> next = 0;

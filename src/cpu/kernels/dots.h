@@ -16,8 +16,13 @@
 
 namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 
-/// Which visit of the rows v this is: the first one fetches the next token's rows as it goes.
+/// Which visit of the rows v this is: the first one fetches the next token's rows as it goes. With
+/// squares, in a forward, a mixture follows that fetches every other row.
 enum class Sweep { kFirst, kFirstWithSquares, kAgain };
+
+constexpr Fetch fetch_of(Sweep sweep) {
+  return sweep == Sweep::kFirstWithSquares ? Fetch::kEven : Fetch::kAll;
+}
 
 /// Rows whose sums are held at once, of x and of v.
 inline constexpr int64_t kDotGroup = 8;
@@ -128,7 +133,7 @@ FLASH_ATTN_RES_INLINE void dot_row(const Reader<Packed>& x, const Reader<Ev>* ro
     const Pair xi = x.get(i, part);
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      if constexpr (kSweep != Sweep::kAgain) {
+      if (kSweep != Sweep::kAgain && fetches(fetch_of(kSweep), b)) {
         v[b].prefetch(i);
       }
       const Pair vi = v[b].get(i, part);
@@ -152,9 +157,10 @@ template <Sweep kSweep, class Ev>
 inline void dots(const Reader<Packed>& x, const Reader<Ev>* v, int64_t B, int64_t count, float* out,
                  float* squares) {
   int64_t b = 0;
-  if constexpr (kSweep != Sweep::kFirstWithSquares) {  // with squares four rows take all registers
+  // Four rows with their squares need two pairs of sums each, and the operands.
+  if constexpr (kRegisters >= 24 || kSweep != Sweep::kFirstWithSquares) {
     for (; b + 4 <= B; b += 4) {
-      dot_row<4, kSweep>(x, v + b, count, out + b, nullptr);
+      dot_row<4, kSweep>(x, v + b, count, out + b, squares + b);
     }
   }
   for (; b + 2 <= B; b += 2) {
@@ -218,7 +224,7 @@ inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t
           vp[b] = packed_piece(packed, B, b0 + b, begin);
         }
         if (a0 == 0) {
-          pack_piece<Ev>(v + b0, columns, begin, width, packed, B, b0);
+          pack_piece<Ev, fetch_of(kSweep)>(v + b0, columns, begin, width, packed, B, b0);
           dot_piece<kSweep>(xp, rows, vp, columns, width, sums, square_sums);
         } else {
           dot_piece<Sweep::kAgain>(xp, rows, vp, columns, width, sums, square_sums);
