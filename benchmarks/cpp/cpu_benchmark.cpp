@@ -3,7 +3,7 @@
 //   cpu_benchmark [--benchmark_filter=...] [--benchmark_format=json] [--benchmark_out=FILE]
 //
 // Every row reports GB/s = bytes that the operation must move / time, and percent_of_copy = GB/s
-// over the rate of a plain copy with as many threads, bytes read and written counted alike,
+// over the rate of a copy past the caches with as many threads, bytes read and written alike,
 // measured at the start of the same process. Working sets are far larger than the last-level cache.
 
 #include <benchmark/benchmark.h>
@@ -22,6 +22,9 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace flash_attn_res {
@@ -135,12 +138,27 @@ int thread_count() {
 #endif
 }
 
-/// Copies with the threads that the library uses.
+/// Copies one piece, both ends aligned to a cache line, as fast as the machine can: past the caches
+/// where there is such a store. memcpy of the C library does that for single large blocks alone,
+/// and is a third slower here, because an ordinary store first reads the line that it overwrites.
+void copy_piece(unsigned char* to, const unsigned char* from, int64_t bytes) {
+#if defined(__SSE2__)
+  for (int64_t i = 0; i + 16 <= bytes; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+  _mm_sfence();
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+/// Copies with the threads that the library uses; `bytes` is a multiple of 16.
 void copy(unsigned char* to, const unsigned char* from, int64_t bytes) {
-  constexpr int64_t kPiece = 1 << 20;
+  constexpr int64_t kPiece = 1 << 17;
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t at = 0; at < bytes; at += kPiece) {
-    std::memcpy(to + at, from + at, static_cast<size_t>(std::min(kPiece, bytes - at)));
+    copy_piece(to + at, from + at, std::min(kPiece, bytes - at));
   }
 }
 
