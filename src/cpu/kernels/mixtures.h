@@ -150,6 +150,8 @@ struct GradientRows {
   const float* key_factor;   // (N)
   const Reader<Es>* old;     // (N), or null: overwrite
   const Writer<Es>* dv;      // (N)
+  bool fetch_odd;            // fetch the next token's rows v whose term is odd, where S is 1
+  int64_t term;              // the term that v[0] is
 };
 
 template <int B, class Ev, class Es, class Eo>
@@ -163,6 +165,7 @@ FLASH_ATTN_RES_INLINE void gradient_tile(const GradientRows<Ev, Es>& rows, int64
   const Reader<Packed>* const u = rows.u;
   const float* const u_factor = rows.u_factor + n;
   const bool with_old = rows.old != nullptr;
+  const bool fetch = B == 1 && rows.fetch_odd && !fetches(Fetch::kEven, rows.term + n);
   Reader<Ev> v[B];
   Reader<Es> old[B];
   Writer<Eo> dv[B];
@@ -179,6 +182,9 @@ FLASH_ATTN_RES_INLINE void gradient_tile(const GradientRows<Ev, Es>& rows, int64
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
       g[b] = zero_pair();
+      if (fetch) {
+        v[b].prefetch(i);
+      }
       if (with_old) {
         old[b].prefetch(i);
         g[b] = old[b].get(i, part);
