@@ -242,7 +242,8 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rounds = 5 if options.quick else 7
+    rounds = 5 if options.quick else 11
+    copy = copy_contender()
 
     print(f"{cpu_name()}, {options.threads} threads")
     print(f"{'op':14} {'shape':22} {'dtype':9} {'package':24} {'ms':>8} {'GB/s':>7} {'% copy':>7}")
@@ -254,7 +255,7 @@ def main() -> None:
             ("bwd", case.backward_contenders(), case.backward_bytes),
         ):
             # The bandwidth of a shared machine comes and goes: a copy runs in the same rounds.
-            copy = copy_contender()
+            copy.times.clear()
             interleave([copy, *contenders], rounds)
             rate = COPY_BYTES / copy.percentile(50)
             copies.append(rate)

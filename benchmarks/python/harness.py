@@ -58,7 +58,11 @@ COPY_BYTES = 2 * (256 << 20)
 
 
 def copy_contender() -> Contender:
-    """A copy on all threads, to run in the same rounds as what is held against it."""
+    """A copy on all threads, to run in the same rounds as what is held against it.
+
+    Make one for a whole program: how fast a copy runs depends on which pages it was given (by half
+    as much again, between allocations of one process), and every case should face the same one.
+    """
     source = torch.ones(COPY_BYTES // 8)
     target = torch.empty_like(source)
     return Contender("copy", lambda: target.copy_(source))

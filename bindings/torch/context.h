@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "bindings/torch/convert.h"
@@ -44,10 +45,13 @@ class CallContext {
   const Context& get() const { return context_; }
 
  private:
+  /// PyTorch cuts [0, count) into one range a thread, in advance. Only the number of ranges is
+  /// taken from it; tasks are handed out one by one, since cores do not all run at one speed.
   static void run_on_torch_threads(void*, int64_t count, void (*task)(void*, int64_t),
                                    void* task_context) {
-    torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    std::atomic<int64_t> next = 0;
+    torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+      for (int64_t i = next++; i < count; i = next++) {
         task(task_context, i);
       }
     });

@@ -48,7 +48,7 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
       out[s] = writer<Eo>(p.out[s], t, stream);
     }
 
-    pack<Ev>(v, p.N, key_start, w.v_plain);
+    pack<Ev, Fetch::kEven>(v, p.N, key_start, w.v_plain);
     dots_packing<Sweep::kFirstWithSquares>(w.queries, p.S, key, p.N, p.R, w.v_key, w.logits,
                                            w.inv_rms);
     for (int64_t n = 0; n < p.N; ++n) {
@@ -73,8 +73,8 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
       put_float(p.probs, t, i, w.probs[i]);
     }
 
-    mix(w.v_plain, p.N, w.probs, out, p.S, 0, key_start);
-    mix(w.v_key, p.N, w.probs, out, p.S, key_start, p.R);
+    mix(w.v_plain, v, p.N, w.probs, out, p.S, 0, key_start);
+    mix(w.v_key, key, p.N, w.probs, out, p.S, key_start, p.R);
   }
   if (stream) {
     stream_fence();

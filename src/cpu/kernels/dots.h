@@ -109,8 +109,9 @@ inline void dot_column(const Reader<Ex>* x, int64_t A, const Reader<Ev>* v, int6
   }
 }
 
-/// Products of one packed row with B rows. Each product has one chain for each half of a pair: with
-/// a single row x there are too few products to hide the latency of fma otherwise.
+/// Products of one packed row with B rows. A first sweep fetches the next token's rows b = 0, 2,
+/// ...; the mixture or the gradients fetch the others. Each product has one chain for each half of
+/// a pair: with a single row x there are too few products to hide the latency of fma otherwise.
 template <int B, Sweep kSweep, class Ev>
 FLASH_ATTN_RES_INLINE void dot_row(const Reader<Packed>& x, const Reader<Ev>* rows, int64_t count,
                                    float* out, float* squares) {
@@ -128,7 +129,7 @@ FLASH_ATTN_RES_INLINE void dot_row(const Reader<Packed>& x, const Reader<Ev>* ro
     const Pair xi = x.get(i, part);
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      if constexpr (kSweep != Sweep::kAgain) {
+      if (kSweep != Sweep::kAgain && fetches(Fetch::kEven, b)) {
         v[b].prefetch(i);
       }
       const Pair vi = v[b].get(i, part);
@@ -152,9 +153,10 @@ template <Sweep kSweep, class Ev>
 inline void dots(const Reader<Packed>& x, const Reader<Ev>* v, int64_t B, int64_t count, float* out,
                  float* squares) {
   int64_t b = 0;
-  if constexpr (kSweep != Sweep::kFirstWithSquares) {  // with squares four rows take all registers
+  // Four rows with their squares need two pairs of sums each, and the operands.
+  if constexpr (kRegisters >= 24 || kSweep != Sweep::kFirstWithSquares) {
     for (; b + 4 <= B; b += 4) {
-      dot_row<4, kSweep>(x, v + b, count, out + b, nullptr);
+      dot_row<4, kSweep>(x, v + b, count, out + b, squares + b);
     }
   }
   for (; b + 2 <= B; b += 2) {
@@ -195,6 +197,8 @@ inline void dot_piece(const Reader<Packed>* x, int64_t A, const Reader<Packed>* 
 template <Sweep kSweep, class Ev>
 inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t B, int64_t count,
                          float* packed, float* out, float* squares) {
+  // In a forward, with squares, the mixture fetches the other rows of the next token.
+  constexpr Fetch kFetch = kSweep == Sweep::kFirstWithSquares ? Fetch::kEven : Fetch::kAll;
   Vec sums[kDotGroup * kDotGroup];  // (A,B), rows kDotGroup apart
   Vec square_sums[kDotGroup];
   Reader<Packed> xp[kDotGroup];
@@ -218,7 +222,7 @@ inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t
           vp[b] = packed_piece(packed, B, b0 + b, begin);
         }
         if (a0 == 0) {
-          pack_piece<Ev>(v + b0, columns, begin, width, packed, B, b0);
+          pack_piece<Ev, kFetch>(v + b0, columns, begin, width, packed, B, b0);
           dot_piece<kSweep>(xp, rows, vp, columns, width, sums, square_sums);
         } else {
           dot_piece<Sweep::kAgain>(xp, rows, vp, columns, width, sums, square_sums);

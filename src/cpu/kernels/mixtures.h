@@ -20,6 +20,16 @@ namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 /// the time); so a tile goes to a buffer in L1, and from there row after row.
 inline constexpr int kTileRows = 4;
 
+/// A step of two whole cache lines needs no such buffer.
+template <class E>
+constexpr bool tiles_go_out_directly() {
+  if constexpr (__is_same(E, AnyFloat)) {
+    return false;
+  } else {
+    return kStep * E::kBytes >= 128;
+  }
+}
+
 /// The results of one tile: kTileRows rows of a piece.
 struct TileBuffer {
   alignas(64) float data[kTileRows * kPiece];
@@ -85,9 +95,10 @@ FLASH_ATTN_RES_INLINE void mix_tile(const Reader<Ev>* v, int64_t N, const float*
 }
 
 /// out_s = sum_n p_sn v_n for S queries, elements [start, start + count) of out, from packed rows.
-template <class Eo>
-inline void mix(const float* packed, int64_t N, const float* p, const Writer<Eo>* out, int64_t S,
-                int64_t start, int64_t count) {
+/// Fetches the rows of the next token that packing left out, Fetch::kEven, from where `rows` are.
+template <class Ev, class Eo>
+inline void mix(const float* packed, const Reader<Ev>* rows, int64_t N, const float* p,
+                const Writer<Eo>* out, int64_t S, int64_t start, int64_t count) {
   TileBuffer buffer;
   Writer<Packed> held[kTileRows];
   for (int r = 0; r < kTileRows; ++r) {
@@ -99,11 +110,24 @@ inline void mix(const float* packed, int64_t N, const float* p, const Writer<Eo>
     for (int64_t n = 0; n < N; ++n) {
       v[n] = packed_piece(packed, N, n, begin);
     }
+    for (int64_t n = 1; n < N; n += 2) {
+      for (int64_t i = 0; i < width; i += kStep) {
+        rows[n].prefetch(begin + i);
+      }
+    }
     int64_t s = 0;
     for (; s + kTileRows <= S; s += kTileRows) {
-      mix_tile<kTileRows>(v, N, p + s * N, held, 0, width);
-      for (int r = 0; r < kTileRows; ++r) {
-        buffer.flush(r, out[s + r].from(start + begin), width);
+      if constexpr (tiles_go_out_directly<Eo>()) {
+        Writer<Eo> direct[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) {
+          direct[r] = out[s + r].from(start + begin);
+        }
+        mix_tile<kTileRows>(v, N, p + s * N, direct, 0, width);
+      } else {
+        mix_tile<kTileRows>(v, N, p + s * N, held, 0, width);
+        for (int r = 0; r < kTileRows; ++r) {
+          buffer.flush(r, out[s + r].from(start + begin), width);
+        }
       }
     }
     for (; s < S; ++s) {
@@ -126,6 +150,8 @@ struct GradientRows {
   const float* key_factor;   // (N)
   const Reader<Es>* old;     // (N), or null: overwrite
   const Writer<Es>* dv;      // (N)
+  bool fetch_odd;            // fetch the next token's rows v whose term is odd, where S is 1
+  int64_t term;              // the term that v[0] is
 };
 
 template <int B, class Ev, class Es, class Eo>
@@ -139,6 +165,7 @@ FLASH_ATTN_RES_INLINE void gradient_tile(const GradientRows<Ev, Es>& rows, int64
   const Reader<Packed>* const u = rows.u;
   const float* const u_factor = rows.u_factor + n;
   const bool with_old = rows.old != nullptr;
+  const bool fetch = B == 1 && rows.fetch_odd && !fetches(Fetch::kEven, rows.term + n);
   Reader<Ev> v[B];
   Reader<Es> old[B];
   Writer<Eo> dv[B];
@@ -155,6 +182,9 @@ FLASH_ATTN_RES_INLINE void gradient_tile(const GradientRows<Ev, Es>& rows, int64
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
       g[b] = zero_pair();
+      if (fetch) {
+        v[b].prefetch(i);
+      }
       if (with_old) {
         old[b].prefetch(i);
         g[b] = old[b].get(i, part);
@@ -201,9 +231,13 @@ inline void gradients(const GradientRows<Ev, Es>& rows, int64_t count_n, int64_t
       results[r] = buffer.writer(r);
     }
     for (; n + kTileRows <= count_n; n += kTileRows) {
-      gradient_tile<kTileRows>(rows, n, results, 0, count);
-      for (int r = 0; r < kTileRows; ++r) {
-        buffer.flush(r, rows.dv[n + r], count);
+      if constexpr (tiles_go_out_directly<Es>()) {
+        gradient_tile<kTileRows>(rows, n, rows.dv + n, 0, count);
+      } else {
+        gradient_tile<kTileRows>(rows, n, results, 0, count);
+        for (int r = 0; r < kTileRows; ++r) {
+          buffer.flush(r, rows.dv[n + r], count);
+        }
       }
     }
   }

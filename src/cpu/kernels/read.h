@@ -111,6 +111,18 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
     for (j = first_key; j < p.K; ++j) {
       key[j] = z[j].from(key_start);
     }
+    // The rows of the next token that the dot products do not fetch are fetched with the mixture:
+    // the phase-1 term, and every other key row.
+    const Reader<E> phase1 = z[0];
+    const int64_t num_rest = num_keys / 2;
+    const auto fetch_rest = [&](int64_t i) FLASH_ATTN_RES_ALWAYS {
+      if (first_key == 1) {
+        phase1.prefetch(i);
+      }
+      for (int64_t r = 0; r < num_rest; ++r) {
+        z[first_key + 1 + 2 * r].prefetch(i);
+      }
+    };
 
     // logits (K) and inv_rms (K)
     if (first_key == 1) {
@@ -147,9 +159,7 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
       if (!given(p.mix)) {
         for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
           Pair h[1];
-          if (first_key == 1) {
-            z[0].prefetch(i);
-          }
+          fetch_rest(i);
           mixture_at<1>(z, p.K, w.probs, i, part, h);
           x.put(i, h[0], part);
         });
@@ -157,6 +167,7 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
         const Writer<E> mix = writer<E>(p.mix, t, p.stream);
         for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
           Pair h[1];
+          fetch_rest(i);
           mixture_at<1>(z, p.K, w.probs, i, part, h);
           x.put(i, h[0], part);
           mix.put(i, h[0], part);
@@ -169,9 +180,7 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
     const Writer<E> mix = given(p.mix) ? writer<E>(p.mix, t, p.stream) : x;
     for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
       Pair h[1];
-      if (first_key == 1) {
-        z[0].prefetch(i);
-      }
+      fetch_rest(i);
       mixture_at<1>(z, p.K, w.probs, i, part, h);
       if (given(p.mix)) {
         mix.put(i, h[0], part);

@@ -112,6 +112,8 @@ inline void read_gradients(const ReadBackwardParams& p, const ReadBackwardScratc
   const Reader<Packed> dh = {w.dh};
   const Reader<Packed> dh_key = dh.from(key_start);
   const Reader<Packed> u = {w.query};
+  // Through an output norm, the sweep for h has fetched every term.
+  const bool fetch_odd = !(p.normed && given(p.dx));
   // At most four terms a time: that is what one tile takes.
   for (int64_t first = 0; first < count; first += 4) {
     const int64_t width = count - first < 4 ? count - first : 4;
@@ -135,7 +137,9 @@ inline void read_gradients(const ReadBackwardParams& p, const ReadBackwardScratc
                                       z + term,
                                       nullptr,
                                       old != nullptr ? old + first : nullptr,
-                                      dz + first};
+                                      dz + first,
+                                      fetch_odd,
+                                      term};
     const GradientRows<E, E> keyed = {1,
                                       p.K,
                                       &dh_key,
@@ -145,7 +149,9 @@ inline void read_gradients(const ReadBackwardParams& p, const ReadBackwardScratc
                                       key,
                                       w.key_factor + term,
                                       old != nullptr ? old_key : nullptr,
-                                      dz_key};
+                                      dz_key,
+                                      fetch_odd,
+                                      term};
     gradients(plain, width, key_start);
     gradients(keyed, width, p.R);
   }

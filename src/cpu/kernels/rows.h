@@ -111,8 +111,17 @@ __attribute__((noinline)) inline void store_tail(unsigned char* p, Pair a, Tail 
   }
 }
 
-/// One row that is read. `ahead` is the distance in bytes to the row of the next token, which the
-/// first sweep over a row fetches into the cache while it computes.
+/// Which rows of the next token a sweep fetches into the cache while it computes. Where two sweeps
+/// take about as long, the first fetches every other row and the second the rows in between: memory
+/// is busy all the time instead of in the first sweep alone.
+enum class Fetch { kAll, kEven };
+
+FLASH_ATTN_RES_INLINE constexpr bool fetches(Fetch fetch, int64_t row) {
+  return fetch == Fetch::kAll || row % 2 == 0;
+}
+
+/// One row that is read. `ahead` is the distance in bytes to the row of the next token, which a
+/// sweep over a row fetches into the cache while it computes.
 template <class E>
 struct Reader {
   const unsigned char* data;
@@ -327,9 +336,9 @@ FLASH_ATTN_RES_INLINE Reader<Packed> packed_piece(const float* packed, int64_t n
 }
 
 /// `width` elements from `begin` on of each row into packed rows, `first` being the index of
-/// rows[0] there. Fetches the next token's rows. kOrder is the order of the kernel where the rows
-/// are parameters in natural order, and E itself otherwise.
-template <class kOrder, class E>
+/// rows[0] there. Fetches the next token's rows as kFetch says. kOrder is the order of the kernel
+/// where the rows are parameters in natural order, and E itself otherwise.
+template <class kOrder, Fetch kFetch, class E>
 FLASH_ATTN_RES_INLINE void pack_piece(const Reader<E>* rows, int64_t count, int64_t begin,
                                       int64_t width, float* packed, int64_t num_rows,
                                       int64_t first) {
@@ -337,7 +346,9 @@ FLASH_ATTN_RES_INLINE void pack_piece(const Reader<E>* rows, int64_t count, int6
     const Reader<E> in = rows[r].from(begin);
     const Writer<Packed> out = {packed + begin * num_rows + (first + r) * kPiece};
     for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
-      in.prefetch(i);
+      if (fetches(kFetch, r)) {
+        in.prefetch(i);
+      }
       const Pair a = in.get(i, part);
       if constexpr (E::kSplit) {
         out.put(i, a, part);
@@ -349,11 +360,11 @@ FLASH_ATTN_RES_INLINE void pack_piece(const Reader<E>* rows, int64_t count, int6
 }
 
 /// Rows of `count` elements as (pieces, num_rows, kPiece) floats.
-template <class kOrder, class E>
+template <class kOrder, Fetch kFetch = Fetch::kAll, class E>
 inline void pack(const Reader<E>* rows, int64_t num_rows, int64_t count, float* packed) {
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t width = count - begin < kPiece ? count - begin : kPiece;
-    pack_piece<kOrder>(rows, num_rows, begin, width, packed, num_rows, 0);
+    pack_piece<kOrder, kFetch>(rows, num_rows, begin, width, packed, num_rows, 0);
   }
 }
 

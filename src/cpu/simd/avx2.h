@@ -10,6 +10,7 @@
 namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 
 inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 16;
 inline constexpr int kStreamAlign = 32;  // bytes; what a non-temporal store asks of its address
 
 struct Vec {

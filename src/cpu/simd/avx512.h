@@ -11,6 +11,7 @@
 namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 
 inline constexpr int kLanes = 16;
+inline constexpr int kRegisters = 32;
 inline constexpr int kStreamAlign = 64;  // bytes; what a non-temporal store asks of its address
 
 struct Vec {

@@ -10,6 +10,7 @@
 namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 
 inline constexpr int kLanes = 4;
+inline constexpr int kRegisters = 32;
 inline constexpr int kStreamAlign = 16;  // bytes; streaming stores are plain stores here
 
 struct Vec {

@@ -7,7 +7,7 @@
 // cannot run. For the same reason nothing here uses templates or inline functions of the standard
 // library.
 //
-// A vector header defines, for vectors of kLanes floats:
+// A vector header defines, for vectors of kLanes floats, kRegisters of which the code can hold:
 //
 //   Vec, IntVec, Pair            kLanes floats, kLanes 32-bit integers, 2 * kLanes floats
 //   broadcast, load_floats, store_floats, add, sub, mul, fma (a * b + c), clamp, reduce_add
