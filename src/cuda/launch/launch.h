@@ -53,6 +53,9 @@ class Call {
     launch_erased(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, arguments);
   }
 
+  /// Copies one matrix to another of the same shape and dtype, behind the launches before it.
+  void copy(const ConstMatrix& from, const Matrix& to);
+
   /// Blocks of a grid that stays on the device: as many as run at once, at most `limit`.
   template <class... Parameters>
   unsigned resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes,
