@@ -173,7 +173,7 @@ TEST_P(CpuQuantize, SitesAgreeWithTheReference) {
     Quantized want(T, D, by_group, layout);
     Tensor sums[2] = {Tensor(dtype, T, D, layout), Tensor(dtype, T, D)};
     Tensor snapshots[2] = {Tensor(dtype, T, D, layout), Tensor(dtype, T, D)};
-    Tensor mixes[2] = {Tensor(dtype, T, D, layout), Tensor(dtype, T, D)};
+    Tensor mixes[2] = {Tensor(dtype, T, D, layout), Tensor(DType::kFloat32, T, D)};
     for (const bool reference : {false, true}) {
       Quantized& result = reference ? want : got;
       args.x = result.x.view();
