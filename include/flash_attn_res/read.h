@@ -87,7 +87,7 @@ struct ReadArgs {
   double norm_eps = 1e-6;        // > 0, of the output norm
   MixRounding mix_rounding = MixRounding::kFloat32;
 
-  Matrix x = {};  // [T, D]; a storage dtype, or kFloat8E4M3 with x_scale (CPU only so far)
+  Matrix x = {};  // [T, D]; a storage dtype, or kFloat8E4M3 with x_scale
   Matrix partial_out =
       {};               // [T, D]; needed with updates. May be the memory of partial or an update.
   Matrix mix = {};      // [T, D], optional: h

@@ -113,8 +113,7 @@ class Runner:
         side_stream: run phase 1 on a CUDA stream of its own, beside the sublayer that follows a
             boundary.
         fp8: ``"token"`` or ``"group"``: x of every site but the output one is
-            :class:`Quantized`, with one scale a token or a group of 128 columns. On the CPU alone
-            in this version.
+            :class:`Quantized`, with one scale a token or a group of 128 columns.
         power_of_two_scale: its scales are powers of two.
         round_mix: round the mixture to its storage dtype before the norm, as some engines do.
 

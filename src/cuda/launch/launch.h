@@ -139,6 +139,10 @@ class Workspace {
 void launch_reduce(Call& call, const float* partials, int64_t count, int64_t stride,
                    const Matrix& result, bool accumulate);
 
+/// x and x_scale from float32 rows [T, D] that lie one after the other.
+void launch_quantize(Call& call, const Matrix& rows, const Matrix& x, const Matrix& x_scale,
+                     ScaleRounding rounding);
+
 }  // namespace flash_attn_res::cuda
 
 #endif  // FLASH_ATTN_RES_CUDA_LAUNCH_LAUNCH_H_
