@@ -12,6 +12,7 @@
 
 #include "cuda/device/params.h"
 #include "cuda/policy.h"
+#include "flash_attn_res/read.h"
 #include "flash_attn_res/status.h"
 #include "flash_attn_res/types.h"
 
