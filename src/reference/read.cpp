@@ -75,7 +75,7 @@ void store_quantized(const ReadArgs& args, int64_t t, const Row& x) {
       }
     }
     // The scale is a float32 and divides as one: the values go with it, not with its ideal.
-    double scale = static_cast<float>(static_cast<float>(amax) / static_cast<float>(kLargest));
+    double scale = static_cast<float>(amax) / static_cast<float>(kLargest);
     if (scale < kSmallest) {
       scale = kSmallest;
     }

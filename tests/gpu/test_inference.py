@@ -3,6 +3,7 @@ CUDA graphs."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 from collections.abc import Iterator
@@ -339,8 +340,12 @@ def test_prepared_site_in_a_graph() -> None:
 @pytest.mark.parametrize("variant", ["plain", "block", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cpp_decoder(variant: str, dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """examples/cpp/decoder on the GPU; built as build/gpu, see docs/inference.md."""
-    program = ROOT / "build" / "gpu" / "examples" / "cpp" / "decoder" / "decoder"
+    """examples/cpp/decoder on the GPU; FLASH_ATTN_RES_DECODER names the program, if not build/cuda.
+
+    The preset "cuda" builds it with -DFLASH_ATTN_RES_EXAMPLES=ON.
+    """
+    built = ROOT / "build" / "cuda" / "examples" / "cpp" / "decoder" / "decoder"
+    program = pathlib.Path(os.environ.get("FLASH_ATTN_RES_DECODER", built))
     if not program.exists():
         pytest.skip(f"{program} has not been built")
     from test_train import train_tiny

@@ -467,6 +467,14 @@ def test_weights_of_kimi_k3_names(tmp_path: pathlib.Path) -> None:
         assert torch.equal(loaded.norm_weights, weights.norm_weights)
 
 
+def test_weights_behind_a_prefix() -> None:
+    tensors = kimi_names(2, 8)
+    inside = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    names = inference.KIMI_K3_NAMES.prefixed("language_model.")
+    weights = SiteWeights.from_state_dict(inside, names=names)
+    assert torch.equal(weights.queries, SiteWeights.from_state_dict(tensors).queries)
+
+
 def test_missing_and_misshapen_weights_are_named() -> None:
     tensors = kimi_names(3, 8)
     del tensors["model.layers.1.mlp_res_proj.weight"], tensors["model.norm.weight"]

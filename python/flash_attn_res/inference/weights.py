@@ -37,6 +37,11 @@ class SiteNames:
     output_key: str
     output_norm: str
 
+    def prefixed(self, prefix: str) -> SiteNames:
+        """The same names behind a prefix, such as ``"language_model."``."""
+        names = {name: prefix + value for name, value in dataclasses.asdict(self).items()}
+        return SiteNames(**names)
+
 
 KIMI_K3_NAMES = SiteNames(
     attention_query="model.layers.{layer}.self_attention_res_proj.weight",
