@@ -347,6 +347,12 @@ bool overlap(const ConstMatrix& a, const ConstMatrix& b) {
   return distance < row_bytes(first) || stride - distance < row_bytes(second);
 }
 
+std::string overlap_text(const std::string& result_name, const ConstMatrix& result,
+                         const std::string& name, const ConstMatrix& view) {
+  return result_name + " of shape " + shape_text(result) + " overlaps the memory of " + name +
+         " of shape " + shape_text(view);
+}
+
 /// What `read` writes may not lie over what it reads or writes elsewhere; partial_out alone may be
 /// the memory of partial or of an update.
 void check_aliasing(Checker& check, const ReadArgs& args) {
@@ -363,8 +369,7 @@ void check_aliasing(Checker& check, const ReadArgs& args) {
                            {"partial_out", args.partial_out}};
   const auto disjoint = [&](const Named& result, const std::string& name, const ConstMatrix& view) {
     if (check.ok() && overlap(result.view, view)) {
-      check.fail(std::string(result.name) + " of shape " + shape_text(result.view) +
-                 " overlaps the memory of " + name + " of shape " + shape_text(view));
+      check.fail(overlap_text(result.name, result.view, name, view));
     }
   };
   for (const Named& result : written) {
@@ -427,6 +432,14 @@ Status validate(const AttendArgs& args) {
                   Access::kWrite);
   check.statistic("inv_rms", args.inv_rms, T, N, "[T, N]", Presence::kOptional, Access::kWrite);
   check.statistic("probs", args.probs, T, S * N, "[T, S * N]", Presence::kOptional, Access::kWrite);
+  for (size_t s = 0; check.ok() && s < args.out.size(); ++s) {
+    for (size_t n = 0; check.ok() && n < args.sources.size(); ++n) {
+      if (overlap(args.out[s], args.sources[n])) {
+        check.fail(overlap_text(item_name("out", static_cast<int64_t>(s)), args.out[s],
+                                item_name("sources", static_cast<int64_t>(n)), args.sources[n]));
+      }
+    }
+  }
   return check.take();
 }
 

@@ -265,6 +265,10 @@ TEST_F(ValidateTest, Snapshot) {
 }
 
 TEST_F(ValidateTest, Aliasing) {
+  const std::vector<Matrix> outs = {out_first_.view(), second_.view()};
+  attend_.out = outs;
+  expect_refused(attend_, attend,
+                 "out[1] of shape [3, 8] overlaps the memory of sources[1] of shape [3, 8]");
   read_.x = first_.view();
   expect_refused(read_, read, "x of shape [3, 8] overlaps the memory of sources[0]");
   // Rows of one bank [T, N, D] interleave without meeting; neighbours by half a row do meet.
