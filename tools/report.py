@@ -185,7 +185,10 @@ def decode() -> str:
         f"{document['device']}, torch {document['versions']['torch']}, bfloat16, D=7168, CUDA "
         "graph replays: microseconds a call with a cold L2 cache (with a warm one)."
     )
-    return caption + "\n\n" + markdown(header, lines)
+    plot = ""
+    if (ROOT / "docs" / "images" / "decode.svg").exists():
+        plot = "![Time of a call over the number of tokens](images/decode.svg)\n\n"
+    return caption + "\n\n" + plot + markdown(header, lines)
 
 
 def fp8() -> str:

@@ -196,6 +196,7 @@ class Runner:
         op = "Runner.start"
         checked = _check.tensor(op, "embedding", embedding)
         self._check_value(op, "embedding", checked, None)
+        self._join()  # phase 1 of a step that was given up may still read the bank
         self.bank.reset()
         return Step(self, self._schedule(checked.shape[0]), checked)
 
