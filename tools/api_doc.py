@@ -13,6 +13,17 @@ import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "api.md"
+COMPAT = {
+    "seed": [
+        "phase_1_batched_attention_triton_op",
+        "phase_2_online_softmax_merge_triton_op",
+        "BlockAttentionResiduals",
+    ],
+    "fla": ["fused_attnres"],
+    "liger": ["liger_attn_res", "LigerAttnRes"],
+    "vllm": ["attn_res"],
+    "flashinfer": ["kimi_k3_attn_res", "prepare_kimi_k3_attn_res"],
+}
 HEADERS = ["types.h", "status.h", "attend.h", "read.h", "fold.h"]
 
 
@@ -72,7 +83,7 @@ def escape(text: str) -> str:
 def python_section() -> str:
     sys.path.insert(0, str(ROOT / "python"))
     import flash_attn_res
-    from flash_attn_res import plan, stream
+    from flash_attn_res import compat, inference, plan, stream
 
     parts = []
     for function in (flash_attn_res.attend, flash_attn_res.read):
@@ -83,6 +94,15 @@ def python_section() -> str:
     parts += class_entries("flash_attn_res.BlockAttnRes", flash_attn_res.BlockAttnRes)
     parts += class_entries("flash_attn_res.Stream", stream.Stream)
     parts += class_entries("flash_attn_res.Plan", plan.Plan)
+    for name in ("attend_out", "attend_workspace_bytes", "read_out", "read_workspace_bytes"):
+        parts += entry(f"flash_attn_res.inference.{name}", getattr(inference, name))
+    for name in ("Runner", "Step", "BlockBank", "SiteWeights"):
+        parts += class_entries(f"flash_attn_res.inference.{name}", getattr(inference, name))
+    for module, names in COMPAT.items():
+        for name in names:
+            member = getattr(getattr(compat, module), name)
+            write = class_entries if inspect.isclass(member) else entry
+            parts += write(f"flash_attn_res.compat.{module}.{name}", member)
     return "\n\n".join(parts)
 
 
@@ -124,9 +144,9 @@ def render() -> str:
         - [PyTorch operators](#pytorch-operators)
         - [C++ and C](#c-and-c)
         """
-    schemas = re.findall(
-        r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (ROOT / "bindings/torch/ops.cpp").read_text()
-    )
+    bindings = ROOT / "bindings" / "torch"
+    text = (bindings / "ops.cpp").read_text() + (bindings / "inference_ops.cpp").read_text()
+    schemas = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', text)
     operators = "\n".join(
         "flash_attn_res::" + "".join(re.findall(r'"([^"]*)"', schema)) for schema in schemas
     )
@@ -136,7 +156,8 @@ def render() -> str:
         "## Python",
         python_section(),
         "## PyTorch operators",
-        "Schemas of `torch.ops.flash_attn_res.*`; shapes are in `python/flash_attn_res/ops.py`.",
+        "Schemas of `torch.ops.flash_attn_res.*`; shapes are in `python/flash_attn_res/ops.py` "
+        "and `python/flash_attn_res/inference/operators.py`.",
         "```text\n" + operators.rstrip() + "\n```",
         "## C++ and C",
         "The C header `flash_attn_res/c_api.h` mirrors these functions for other languages; its "

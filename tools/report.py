@@ -15,7 +15,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/cpu.md", "docs/kernels.md"]
+PAGES = ["README.md", "docs/cpu.md", "docs/inference.md", "docs/kernels.md"]
 
 
 def load(name: str) -> dict:
@@ -153,7 +153,62 @@ def kernels() -> str:
     return caption + "\n\n" + markdown(header, lines)
 
 
-TABLES = {"cpu": cpu, "demo": demo, "kernels": kernels}
+DECODE_OPS = {
+    "advance": "advance",
+    "oneshot": "one-shot",
+    "k3_site": "Kimi K3 site",
+    "phase1": "phase 1",
+}
+DECODE_TOKENS = (1, 16, 128, 1024, 8192)
+
+
+def decode() -> str:
+    """Small batches: microseconds in CUDA graphs, cold L2, package by package."""
+    if not (RESULTS / "h100-decode.json").exists():
+        return "Not measured yet: `python benchmarks/python/decode.py` writes the result file."
+    document = load("h100-decode.json")
+    cases: dict[tuple, dict[int, dict]] = {}
+    for row in document["rows"]:
+        shape = row["shape"]
+        case = cases.setdefault((row["op"], shape["N"], shape["S"], row["package"]), {})
+        case[shape["T"]] = row
+    lines = []
+    for (op, N, S, package), by_tokens in cases.items():
+        sizes = [f"{axis}={size}" for axis, size in (("N", N), ("S", S)) if size > 1]
+        line = [" ".join([DECODE_OPS[op], *sizes]), package]
+        for tokens in DECODE_TOKENS:
+            row = by_tokens.get(tokens)
+            line.append("" if row is None else f"{row['us_cold']:.1f} ({row['us_warm']:.1f})")
+        lines.append(line)
+    header = ["operation", "package", *(f"T={tokens}" for tokens in DECODE_TOKENS)]
+    caption = (
+        f"{document['device']}, torch {document['versions']['torch']}, bfloat16, D=7168, CUDA "
+        "graph replays: microseconds a call with a cold L2 cache (with a warm one)."
+    )
+    plot = ""
+    if (ROOT / "docs" / "images" / "decode.svg").exists():
+        plot = "![Time of a call over the number of tokens](images/decode.svg)\n\n"
+    return caption + "\n\n" + plot + markdown(header, lines)
+
+
+def fp8() -> str:
+    """The error of a quantised x."""
+    document = load("fp8-error.json")
+    lines = []
+    for row in document["rows"]:
+        scale = f", one scale {row['scales']}" if row["scales"] else ""
+        lines.append(
+            [
+                row["stored"] + scale,
+                row["family"],
+                f"{row['rel_l2']:.1e}",
+                f"{row['max_over_rms']:.1e}",
+            ]
+        )
+    return markdown(["x stored as", "inputs", "error / norm", "largest error / RMS"], lines)
+
+
+TABLES = {"cpu": cpu, "decode": decode, "demo": demo, "fp8": fp8, "kernels": kernels}
 
 
 def fill(text: str) -> str:

@@ -105,15 +105,15 @@ def commit() -> str:
         return "unknown"
 
 
-def write_results(path: pathlib.Path, device: str, copy: float, rows: list[dict]) -> None:
-    """Writes a result file, whole or not at all."""
+def write_results(path: pathlib.Path, device: str, copy: float | None, rows: list[dict]) -> None:
+    """Writes a result file, whole or not at all. ``copy`` is bytes per second, if that matters."""
     document = {
         "device": device,
         "driver": "none" if not torch.cuda.is_available() else str(torch.version.cuda),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "copy_tb_s": copy / 1e12,
+        "copy_tb_s": None if copy is None else copy / 1e12,
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,10 +28,13 @@ inline Device device_of(const Tensor& tensor) {
 class CallContext {
  public:
   CallContext(const Tensor& like, int64_t workspace_bytes)
-      : workspace_(empty(like, {workspace_bytes}, ScalarType::Byte)) {
+      : CallContext(like, empty(like, {workspace_bytes}, ScalarType::Byte)) {}
+
+  /// With scratch memory of the caller's: nothing is allocated.
+  CallContext(const Tensor& like, const Tensor& workspace) : workspace_(workspace) {
     context_.device = device_of(like);
     context_.workspace = workspace_.mutable_data_ptr();
-    context_.workspace_bytes = workspace_bytes;
+    context_.workspace_bytes = workspace_.numel();
     context_.executor = &kTorchThreads;
     if (context_.device.type == DeviceType::kCuda) {
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,

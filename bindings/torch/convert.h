@@ -33,6 +33,8 @@ inline DType dtype_of(ScalarType type) {
       return DType::kFloat16;
     case ScalarType::Double:
       return DType::kFloat64;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8E4M3;
     default:
       STD_TORCH_CHECK(false, "flash_attn_res: dtype ", torch::headeronly::toString(type),
                       " is not supported, expected float32, bfloat16, float16 or float64");
@@ -144,6 +146,24 @@ inline std::vector<Matrix> write_list(const std::vector<Tensor>& results) {
     }
   }
   return views;
+}
+
+/// A result of the caller's [rows, cols] (or a vector, as one row), with any row stride.
+inline Matrix strided_view(const char* name, const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(last == 0 || last == 1, "flash_attn_res: ", name, " has ", tensor.dim(),
+                  " dimensions, expected 2");
+  const int64_t cols = tensor.size(last);
+  STD_TORCH_CHECK(cols <= 1 || tensor.stride(last) == 1, "flash_attn_res: ", name,
+                  " has rows that are not dense: the stride of its last dimension is ",
+                  tensor.stride(last), ", expected 1");
+  const int64_t rows = last == 0 ? 1 : tensor.size(0);
+  const int64_t stride = last == 0 ? cols : row_stride(tensor, 0, cols);
+  return {tensor.mutable_data_ptr(), rows, cols, stride, dtype_of(tensor.scalar_type())};
+}
+
+inline Matrix strided_view(const char* name, const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? strided_view(name, *tensor) : Matrix{};
 }
 
 /// A fresh contiguous tensor on the device of `like`.

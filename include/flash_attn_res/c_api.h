@@ -51,7 +51,8 @@ enum {
   FLASH_ATTN_RES_FLOAT32 = 1,
   FLASH_ATTN_RES_BFLOAT16 = 2,
   FLASH_ATTN_RES_FLOAT16 = 3,
-  FLASH_ATTN_RES_FLOAT64 = 4
+  FLASH_ATTN_RES_FLOAT64 = 4,
+  FLASH_ATTN_RES_FLOAT8_E4M3 = 5 /* the quantised x of read, nothing else */
 };
 
 typedef int32_t flash_attn_res_device_type;
@@ -62,6 +63,9 @@ enum { FLASH_ATTN_RES_NORM_NONE = 0, FLASH_ATTN_RES_NORM_RMS = 1 };
 
 typedef int32_t flash_attn_res_mix_rounding;
 enum { FLASH_ATTN_RES_MIX_FLOAT32 = 0, FLASH_ATTN_RES_MIX_STORAGE = 1 };
+
+typedef int32_t flash_attn_res_scale_rounding;
+enum { FLASH_ATTN_RES_SCALE_NONE = 0, FLASH_ATTN_RES_SCALE_POWER_OF_TWO = 1 };
 
 /* `rows` rows of `cols` consecutive elements; row r starts at element r * stride. Read only. */
 typedef struct flash_attn_res_const_matrix {
@@ -212,6 +216,10 @@ typedef struct flash_attn_res_read_args {
   flash_attn_res_matrix inv_rms;     /* [T, K] float, optional */
   flash_attn_res_matrix mix_inv_rms; /* [1, T] float, optional */
   flash_attn_res_matrix probs;       /* [T, K] float, optional */
+  flash_attn_res_matrix x_scale;     /* [T, 1] or [T, groups] float32, with x in float8 */
+  flash_attn_res_matrix snapshot;    /* [T, D], optional */
+  flash_attn_res_scale_rounding scale_rounding;
+  int32_t reserved; /* 0 */
 } flash_attn_res_read_args;
 static inline flash_attn_res_read_args flash_attn_res_default_read_args(void) {
   flash_attn_res_read_args args;

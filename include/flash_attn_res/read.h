@@ -15,6 +15,17 @@
 //   x         = h                                        OutputNorm::kNone
 //   x         = h * rsqrt(mean(h^2) + norm_eps) * g      OutputNorm::kRms (g: norm_weight, or 1)
 //
+// x may be stored as float8 e4m3 (the fn format of the OCP specification: 4 exponent bits, 3
+// fraction bits, largest value 448, no Inf) with one float32 scale for a token, or for each group
+// of 128 columns (the last one may be shorter). For the float32 values x_d of a group:
+//
+//   scale     = max(amax / 448, 2^-126)           amax = max |x_d|, ScaleRounding::kNone
+//   scale     = that, up to the next power of two                   ScaleRounding::kPowerOfTwo
+//   stored_d  = e4m3(x_d * (1 / scale))           nearest, ties to even, saturating at +-448
+//
+// so that x is stored * scale. A group of zeros stores zeros. A NaN or Inf in a group makes its
+// scale NaN or Inf, and with it every value that the group stands for NaN: nothing is hidden.
+//
 // Everything that happens at a site is a case of it (traffic in units of T * D elements):
 //
 //   case                               given                                  forward  backward
@@ -53,8 +64,11 @@ enum class OutputNorm : int32_t { kNone = 0, kRms = 1 };
 /// float32, others round to the storage dtype first.
 enum class MixRounding : int32_t {
   kFloat32 = 0,  // the norm sees the float32 mixture
-  kStorage = 1,  // h is rounded to the dtype of x before the norm
+  kStorage = 1,  // h is rounded to the dtype of x before the norm; x quantised: of the first value
 };
+
+/// The scales of a quantised x: as they come, or powers of two (UE8M0: the exponent says all).
+enum class ScaleRounding : int32_t { kNone = 0, kPowerOfTwo = 1 };
 
 /// Arguments of `read`. "float" stands for float32, or float64 when the values are float64.
 /// At least one of phase1_out, sources, partial and updates is given.
@@ -73,7 +87,7 @@ struct ReadArgs {
   double norm_eps = 1e-6;        // > 0, of the output norm
   MixRounding mix_rounding = MixRounding::kFloat32;
 
-  Matrix x = {};  // [T, D]
+  Matrix x = {};  // [T, D]; a storage dtype, or kFloat8E4M3 with x_scale
   Matrix partial_out =
       {};               // [T, D]; needed with updates. May be the memory of partial or an update.
   Matrix mix = {};      // [T, D], optional: h
@@ -81,6 +95,11 @@ struct ReadArgs {
   Matrix inv_rms = {};  // [T, K] float, optional; the backward needs it; 0 for the phase-1 term
   Matrix mix_inv_rms = {};  // [1, T] float, optional; the backward needs it with kRms
   Matrix probs = {};        // [T, K] float, optional
+
+  Matrix x_scale = {};  // [T, 1] or [T, ceil(D / 128)] float32: with a quantised x, and only then
+  ScaleRounding scale_rounding = ScaleRounding::kNone;
+  Matrix snapshot = {};  // [T, D] in the dtype of the sum, optional: partial' once more, where a
+                         // bank keeps it. Must not overlap anything that the call reads or writes.
 };
 
 /// Number of softmax terms K: phase 1 (0 or 1) + N + partial sum (0 or 1).

@@ -25,6 +25,7 @@ enum class DType : int32_t {
   kFloat16 = 3,
   kFloat64 =
       4,  // served by the double-precision reference: exact and slow, for tests and gradcheck
+  kFloat8E4M3 = 5,  // OCP e4m3fn: largest 448, no Inf; the quantised x of `read`, nothing else
 };
 
 /// Bytes of one element; 0 for `kNone` and for values outside the enumeration.
@@ -37,6 +38,8 @@ constexpr int64_t size_of(DType dtype) {
     case DType::kBFloat16:
     case DType::kFloat16:
       return 2;
+    case DType::kFloat8E4M3:
+      return 1;
     case DType::kNone:
       break;
   }
@@ -51,6 +54,9 @@ inline constexpr int64_t kMaxQueries = 128;
 
 /// Most pending updates that one `read` adds to the partial sum.
 inline constexpr int64_t kMaxUpdates = 2;
+
+/// Columns that share one scale when `read` quantises its result by groups.
+inline constexpr int64_t kScaleGroup = 128;
 
 /// A read-only view of `rows` rows of `cols` consecutive elements; row r starts at element
 /// r * stride. A default-constructed view is absent. Rows may overlap or repeat (stride 0) in

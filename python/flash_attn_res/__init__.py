@@ -1,6 +1,8 @@
 """Attention Residuals (arXiv 2603.15031) for PyTorch: compiled kernels, forward and backward.
 
 Start with :class:`BlockAttnRes` in a model, or :func:`attend` and :func:`read` on tensors.
+:mod:`flash_attn_res.inference` serves engines, :mod:`flash_attn_res.compat` has the operators of
+other packages under their own names.
 """
 
 from importlib import metadata as _metadata
@@ -9,6 +11,7 @@ from flash_attn_res._load import load_operators as _load_operators
 
 _load_operators()
 
+from flash_attn_res import compat, inference  # noqa: E402
 from flash_attn_res.functional import AttendResult, ReadResult, attend, read  # noqa: E402
 from flash_attn_res.modules import BlockAttnRes  # noqa: E402
 from flash_attn_res.plan import Plan  # noqa: E402
@@ -27,5 +30,7 @@ __all__ = [
     "Stream",
     "__version__",
     "attend",
+    "compat",
+    "inference",
     "read",
 ]

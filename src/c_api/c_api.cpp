@@ -40,6 +40,10 @@ static_assert(FLASH_ATTN_RES_NORM_NONE == static_cast<int32_t>(OutputNorm::kNone
 static_assert(FLASH_ATTN_RES_NORM_RMS == static_cast<int32_t>(OutputNorm::kRms));
 static_assert(FLASH_ATTN_RES_MIX_FLOAT32 == static_cast<int32_t>(MixRounding::kFloat32));
 static_assert(FLASH_ATTN_RES_MIX_STORAGE == static_cast<int32_t>(MixRounding::kStorage));
+static_assert(FLASH_ATTN_RES_SCALE_NONE == static_cast<int32_t>(ScaleRounding::kNone));
+static_assert(FLASH_ATTN_RES_SCALE_POWER_OF_TWO ==
+              static_cast<int32_t>(ScaleRounding::kPowerOfTwo));
+static_assert(FLASH_ATTN_RES_FLOAT8_E4M3 == static_cast<int32_t>(DType::kFloat8E4M3));
 
 // Structs grow at the end and by whole members: trailing padding would let a new member hide in the
 // struct_size of an old caller.
@@ -50,7 +54,7 @@ static_assert(offsetof(flash_attn_res_attend_args, probs) + sizeof(flash_attn_re
 static_assert(offsetof(flash_attn_res_attend_backward_args, dqueries) +
                   sizeof(flash_attn_res_matrix) ==
               sizeof(flash_attn_res_attend_backward_args));
-static_assert(offsetof(flash_attn_res_read_args, probs) + sizeof(flash_attn_res_matrix) ==
+static_assert(offsetof(flash_attn_res_read_args, reserved) + sizeof(int32_t) ==
               sizeof(flash_attn_res_read_args));
 static_assert(offsetof(flash_attn_res_read_backward_args, reserved) + sizeof(int32_t) ==
               sizeof(flash_attn_res_read_backward_args));
@@ -273,8 +277,12 @@ struct Read {
 
   Status assign(const CArgs* from) {
     CArgs c = flash_attn_res_default_read_args();
-    if (Status status = copy_struct(kName, "args", from, sizeof(c), c); !status.ok()) {
+    constexpr size_t kFirstSize = offsetof(CArgs, x_scale);  // what came later is optional
+    if (Status status = copy_struct(kName, "args", from, kFirstSize, c); !status.ok()) {
       return status;
+    }
+    if (c.reserved != 0) {
+      return invalid(kName, "reserved is " + std::to_string(c.reserved) + ", expected 0");
     }
     Status status = first_error({
         sources.assign(kName, "sources", c.sources, c.num_sources),
@@ -300,6 +308,9 @@ struct Read {
         .inv_rms = to_cpp(c.inv_rms),
         .mix_inv_rms = to_cpp(c.mix_inv_rms),
         .probs = to_cpp(c.probs),
+        .x_scale = to_cpp(c.x_scale),
+        .scale_rounding = static_cast<ScaleRounding>(c.scale_rounding),
+        .snapshot = to_cpp(c.snapshot),
     };
     return status;
   }

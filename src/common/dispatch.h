@@ -25,7 +25,8 @@ bool dispatch_dtype(DType dtype, Function&& function) {
     case DType::kFloat16:
       function.template operator()<Float16>();
       return true;
-    case DType::kFloat64:  // the reference's dtype: no kernel is compiled for it
+    case DType::kFloat64:     // the reference's dtype: no kernel is compiled for it
+    case DType::kFloat8E4M3:  // written by conversion from float32, never an operand
     case DType::kNone:
       break;
   }

@@ -22,6 +22,8 @@ inline double load(const ConstMatrix& view, int64_t row, int64_t col) {
       return to_float(static_cast<const BFloat16*>(view.data)[i]);
     case DType::kFloat16:
       return to_float(static_cast<const Float16*>(view.data)[i]);
+    case DType::kFloat8E4M3:
+      return to_float(static_cast<const Float8E4M3*>(view.data)[i]);
     case DType::kNone:
       break;
   }
@@ -45,6 +47,9 @@ inline void store(const Matrix& view, int64_t row, int64_t col, double value) {
     case DType::kFloat16:
       static_cast<Float16*>(view.data)[i] = to_float16(static_cast<float>(value));
       break;
+    case DType::kFloat8E4M3:
+      static_cast<Float8E4M3*>(view.data)[i] = to_float8_e4m3(static_cast<float>(value));
+      break;
     case DType::kNone:
       break;
   }
@@ -59,6 +64,8 @@ inline double round_to(DType dtype, double value) {
       return to_float(to_bfloat16(static_cast<float>(value)));
     case DType::kFloat16:
       return to_float(to_float16(static_cast<float>(value)));
+    case DType::kFloat8E4M3:
+      return to_float(to_float8_e4m3(static_cast<float>(value)));
     case DType::kFloat64:
     case DType::kNone:
       break;

@@ -2,9 +2,11 @@
 //
 // bfloat16: the upper half of a float32 (8 exponent bits, 7 fraction bits).
 // float16:  IEEE 754 binary16 (5 exponent bits, 10 fraction bits, subnormals kept).
+// float8:   e4m3fn of the OCP 8-bit specification (4 exponent bits, 3 fraction bits, subnormals
+//           kept, no Inf, largest 448).
 //
-// Overflow gives Inf, NaN stays NaN (quiet). Every SIMD store must give the same bits; tests hold
-// it to that.
+// Overflow gives Inf, in float8 the largest value of that sign; NaN stays NaN (quiet). Every SIMD
+// store must give the same bits; tests hold it to that.
 
 #ifndef FLASH_ATTN_RES_COMMON_FLOAT_TYPES_H_
 #define FLASH_ATTN_RES_COMMON_FLOAT_TYPES_H_
@@ -24,6 +26,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+/// Storage of one float8 e4m3fn.
+struct Float8E4M3 {
+  uint8_t bits;
+};
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(BFloat16 value) {
@@ -39,6 +46,17 @@ inline float to_float(Float16 value) {
   // Placing the 15 bits under float32's exponent leaves a factor 2^(127 - 15), which also
   // normalises subnormals exactly.
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
+}
+
+inline float to_float(Float8E4M3 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x80u) << 24;
+  const uint32_t magnitude = value.bits & 0x7fu;
+  if (magnitude == 0x7fu) {
+    return std::bit_cast<float>(sign | 0x7fc00000u);
+  }
+  // As for float16: the missing exponent bias is a factor 2^(127 - 7).
+  const float scaled = std::bit_cast<float>(magnitude << 20) * 0x1p120f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
 }
 
@@ -66,6 +84,24 @@ inline Float16 to_float16(float value) {
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+inline Float8E4M3 to_float8_e4m3(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    return {static_cast<uint8_t>(sign | 0x7fu)};
+  }
+  if (magnitude >= 0x43e00000u) {  // 448 and above: saturate
+    return {static_cast<uint8_t>(sign | 0x7eu)};
+  }
+  if (magnitude < 0x3c800000u) {  // below 2^-6: adding 2^14 aligns the subnormal's last bit, 2^-9
+    const float aligned = std::bit_cast<float>(magnitude) + 0x1p14f;
+    return {static_cast<uint8_t>(sign | (std::bit_cast<uint32_t>(aligned) - 0x46800000u))};
+  }
+  const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u) - 0x3c000000u;
+  return {static_cast<uint8_t>(sign | (rounded >> 20))};
 }
 
 }  // namespace flash_attn_res

@@ -19,6 +19,8 @@ const char* name_of(DType dtype) {
       return "float16";
     case DType::kFloat64:
       return "float64";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3";
   }
   return "an unknown dtype";
 }
@@ -272,6 +274,129 @@ ReadShape check_read_inputs(Checker& check, const Args& args, bool has_partial) 
   return shape;
 }
 
+/// x of a `read`, in a storage dtype or quantised with its scales.
+void check_x(Checker& check, const ReadArgs& args, int64_t tokens, int64_t dim) {
+  const bool quantized = args.x.dtype == DType::kFloat8E4M3;
+  check.matrix("x", args.x, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
+  if (!quantized) {
+    check.value_dtype("x", args.x);
+    check.require(!args.x_scale.present(), std::string("x_scale was given but x is ") +
+                                               name_of(args.x.dtype) + ", expected float8_e4m3");
+  } else {
+    const int64_t groups = (dim + kScaleGroup - 1) / kScaleGroup;
+    check.require(args.x_scale.present(),
+                  "x is float8_e4m3 but x_scale is missing, expected shape " +
+                      shape_text(tokens, 1) + " or " + shape_text(tokens, groups));
+    const int64_t columns = args.x_scale.cols == 1 ? 1 : groups;
+    check.matrix("x_scale", args.x_scale, tokens, columns, "[T, 1] or [T, ceil(D / 128)]",
+                 Presence::kRequired, Access::kWrite);
+    check.require(args.x_scale.dtype == DType::kFloat32,
+                  std::string("x_scale is ") + name_of(args.x_scale.dtype) + ", expected float32");
+  }
+  check.require(args.scale_rounding == ScaleRounding::kNone ||
+                    args.scale_rounding == ScaleRounding::kPowerOfTwo,
+                "scale_rounding is " + std::to_string(static_cast<int>(args.scale_rounding)) +
+                    ", expected kNone (0) or kPowerOfTwo (1)");
+}
+
+void check_snapshot(Checker& check, const ReadArgs& args, int64_t tokens, int64_t dim,
+                    bool has_partial) {
+  check.value("snapshot", args.snapshot, tokens, dim, "[T, D]", Presence::kOptional,
+              Access::kWrite);
+  if (!args.snapshot.present()) {
+    return;
+  }
+  check.require(has_partial, "snapshot was given without partial or updates");
+  const DType sum = args.partial_out.present() ? args.partial_out.dtype : args.partial.dtype;
+  check.require(!has_partial || args.snapshot.dtype == sum,
+                std::string("snapshot is ") + name_of(args.snapshot.dtype) +
+                    ", expected the dtype of the sum, " + name_of(sum));
+}
+
+/// Whether two views share a byte. Views whose rows interleave with different strides are taken for
+/// disjoint: telling is not worth the time of a call.
+bool overlap(const ConstMatrix& a, const ConstMatrix& b) {
+  if (!a.present() || !b.present() || a.rows * a.cols == 0 || b.rows * b.cols == 0) {
+    return false;
+  }
+  const auto begin_of = [](const ConstMatrix& m) { return reinterpret_cast<uintptr_t>(m.data); };
+  const auto row_bytes = [](const ConstMatrix& m) {
+    return static_cast<uintptr_t>(m.cols * size_of(m.dtype));
+  };
+  const auto stride_bytes = [](const ConstMatrix& m) {
+    return static_cast<uintptr_t>(m.stride * size_of(m.dtype));
+  };
+  const auto end_of = [&](const ConstMatrix& m) {
+    return begin_of(m) + static_cast<uintptr_t>(m.rows - 1) * stride_bytes(m) + row_bytes(m);
+  };
+  if (end_of(a) <= begin_of(b) || end_of(b) <= begin_of(a)) {
+    return false;
+  }
+  // Rows of one stride: do they meet somewhere along it? A single row goes with any stride.
+  const uintptr_t stride = a.rows > 1 ? stride_bytes(a) : stride_bytes(b);
+  if (a.rows > 1 && b.rows > 1 && stride_bytes(a) != stride_bytes(b)) {
+    return false;
+  }
+  if ((a.rows == 1 && b.rows == 1) || stride <= row_bytes(a) || stride <= row_bytes(b)) {
+    return true;
+  }
+  const bool a_first = begin_of(a) <= begin_of(b);
+  const ConstMatrix& first = a_first ? a : b;
+  const ConstMatrix& second = a_first ? b : a;
+  const uintptr_t distance = (begin_of(second) - begin_of(first)) % stride;
+  return distance < row_bytes(first) || stride - distance < row_bytes(second);
+}
+
+std::string overlap_text(const std::string& result_name, const ConstMatrix& result,
+                         const std::string& name, const ConstMatrix& view) {
+  return result_name + " of shape " + shape_text(result) + " overlaps the memory of " + name +
+         " of shape " + shape_text(view);
+}
+
+/// What `read` writes may not lie over what it reads or writes elsewhere; partial_out alone may be
+/// the memory of partial or of an update.
+void check_aliasing(Checker& check, const ReadArgs& args) {
+  if (!check.ok()) {
+    return;
+  }
+  struct Named {
+    const char* name;
+    const Matrix& view;
+  };
+  const Named written[] = {{"x", args.x},
+                           {"mix", args.mix},
+                           {"snapshot", args.snapshot},
+                           {"partial_out", args.partial_out}};
+  const auto disjoint = [&](const Named& result, const std::string& name, const ConstMatrix& view) {
+    if (check.ok() && overlap(result.view, view)) {
+      check.fail(overlap_text(result.name, result.view, name, view));
+    }
+  };
+  for (const Named& result : written) {
+    if (!result.view.present()) {
+      continue;
+    }
+    disjoint(result, "phase1_out", args.phase1_out);
+    for (size_t n = 0; n < args.sources.size(); ++n) {
+      if (overlap(result.view, args.sources[n])) {
+        disjoint(result, item_name("sources", static_cast<int64_t>(n)), args.sources[n]);
+      }
+    }
+    const bool is_sum = &result.view == &args.partial_out;
+    for (size_t i = 0; i < args.updates.size() && !is_sum; ++i) {
+      disjoint(result, item_name("updates", static_cast<int64_t>(i)), args.updates[i]);
+    }
+    if (!is_sum) {
+      disjoint(result, "partial", args.partial);
+    }
+    for (const Named& other : written) {
+      if (&other < &result) {
+        disjoint(result, other.name, other.view);
+      }
+    }
+  }
+}
+
 Precision precision_of_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? Precision::kWide : Precision::kStorage;
 }
@@ -307,6 +432,14 @@ Status validate(const AttendArgs& args) {
                   Access::kWrite);
   check.statistic("inv_rms", args.inv_rms, T, N, "[T, N]", Presence::kOptional, Access::kWrite);
   check.statistic("probs", args.probs, T, S * N, "[T, S * N]", Presence::kOptional, Access::kWrite);
+  for (size_t s = 0; check.ok() && s < args.out.size(); ++s) {
+    for (size_t n = 0; check.ok() && n < args.sources.size(); ++n) {
+      if (overlap(args.out[s], args.sources[n])) {
+        check.fail(overlap_text(item_name("out", static_cast<int64_t>(s)), args.out[s],
+                                item_name("sources", static_cast<int64_t>(n)), args.sources[n]));
+      }
+    }
+  }
   return check.take();
 }
 
@@ -329,6 +462,10 @@ Status validate(const AttendBackwardArgs& args) {
   check.value_list("dsources", args.dsources, T, D, Access::kWrite);
   check.statistic("dqueries", args.dqueries, S, R, "[S, R]", Presence::kOptional, Access::kWrite);
   return check.take();
+}
+
+DType mix_dtype(const ReadArgs& args) {
+  return args.x.dtype == DType::kFloat8E4M3 ? first_value(args).view.dtype : args.x.dtype;
 }
 
 int64_t read_terms(const ReadArgs& args) {
@@ -354,7 +491,7 @@ Status validate(const ReadArgs& args) {
   if (args.norm == OutputNorm::kRms) {
     check.positive("norm_eps", args.norm_eps);
   }
-  check.value("x", args.x, T, D, "[T, D]", Presence::kRequired, Access::kWrite);
+  check_x(check, args, T, D);
   check.value("partial_out", args.partial_out, T, D, "[T, D]",
               args.updates.empty() ? Presence::kOptional : Presence::kRequired, Access::kWrite);
   check.require(has_partial || !args.partial_out.present(),
@@ -367,6 +504,8 @@ Status validate(const ReadArgs& args) {
   check.require(args.norm == OutputNorm::kRms || !args.mix_inv_rms.present(),
                 "mix_inv_rms was given but norm is kNone");
   check.statistic("probs", args.probs, T, K, "[T, K]", Presence::kOptional, Access::kWrite);
+  check_snapshot(check, args, T, D, has_partial);
+  check_aliasing(check, args);
   return check.take();
 }
 

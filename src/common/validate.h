@@ -33,6 +33,10 @@ Precision precision_of(const AttendBackwardArgs& args);
 Precision precision_of(const ReadArgs& args);
 Precision precision_of(const ReadBackwardArgs& args);
 
+/// The dtype that MixRounding::kStorage rounds to: that of x, or of the first value where x is
+/// quantised.
+DType mix_dtype(const ReadArgs& args);
+
 /// "float32", "bfloat16", ... for messages.
 const char* name_of(DType dtype);
 

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 
+#include "common/validate.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/params.h"
 #include "cpu/parallel.h"
@@ -158,8 +159,9 @@ ReadScratch carve(const ReadArgs& args, Carver& carver) {
   scratch.query = carver.floats(args.query.present() ? packed_floats(1, args.query.cols) : 0);
   scratch.mix = carver.floats(normed ? packed_floats(1, args.x.cols) : 0);
   scratch.norm_weight = carver.floats(normed ? packed_floats(1, args.x.cols) : 0);
-  scratch.total = static_cast<unsigned char*>(
-      carver.bytes(args.partial_out.present() ? args.x.cols * size_of(args.partial_out.dtype) : 0));
+  scratch.x = carver.floats(args.x_scale.present() ? args.x.cols : 0);
+  const Matrix& sum = args.partial_out.present() ? args.partial_out : args.snapshot;
+  scratch.total = static_cast<unsigned char*>(carver.bytes(args.x.cols * size_of(sum.dtype)));
   return scratch;
 }
 
@@ -309,8 +311,12 @@ Status read(const ReadArgs& args, const Context& context) {
   params.norm_weight = args.norm_weight;
   params.norm_eps = static_cast<float>(args.norm_eps);
   params.round_mix = args.mix_rounding == MixRounding::kStorage;
+  params.mix_dtype = mix_dtype(args);
   params.x = args.x;
+  params.x_scale = args.x_scale;
+  params.power_of_two = args.scale_rounding == ScaleRounding::kPowerOfTwo;
   params.partial_out = args.partial_out;
+  params.snapshot = args.snapshot;
   params.mix = args.mix;
   params.logits = args.logits;
   params.inv_rms = args.inv_rms;
@@ -318,7 +324,7 @@ Status read(const ReadArgs& args, const Context& context) {
   params.probs = args.probs;
   params.stream = bytes_of(args.phase1_out) + bytes_of_all(args.sources) + bytes_of(args.partial) +
                       bytes_of_all(args.updates) + bytes_of(args.x) + bytes_of(args.partial_out) +
-                      bytes_of(args.mix) >
+                      bytes_of(args.snapshot) + bytes_of(args.mix) >
                   kStreamBytes;
 
   const Chunks chunks = chunks_of(args, context.workspace);

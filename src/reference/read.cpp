@@ -1,10 +1,12 @@
 // read and read_backward by their formulas (include/flash_attn_res/read.h).
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
 
 #include "common/element.h"
+#include "common/validate.h"
 #include "reference/formulas.h"
 #include "reference/reference.h"
 
@@ -54,6 +56,41 @@ double normed_mixture_at(const Terms& terms, const double* prob, int64_t t, int6
   return rounding == MixRounding::kStorage ? round_to(storage, h) : h;
 }
 
+/// Row t of x, given as a function of the column, stored as float8 with its scales.
+template <class Row>
+void store_quantized(const ReadArgs& args, int64_t t, const Row& x) {
+  constexpr double kLargest = 448;        // of e4m3
+  constexpr double kSmallest = 0x1p-126;  // scale: its reciprocal is a float32 still
+  const int64_t D = args.x.cols;
+  const int64_t width = args.x_scale.cols == 1 ? D : kScaleGroup;
+  for (int64_t group = 0; group < args.x_scale.cols; ++group) {
+    const int64_t begin = group * width;
+    const int64_t end = std::min(D, begin + width);
+    double amax = 0;
+    for (int64_t d = begin; d < end; ++d) {
+      const double magnitude = std::abs(x(d));
+      amax = magnitude > amax || std::isnan(magnitude) ? magnitude : amax;
+      if (std::isnan(amax)) {
+        break;
+      }
+    }
+    // The scale is a float32 and divides as one: the values go with it, not with its ideal.
+    double scale = static_cast<float>(amax) / static_cast<float>(kLargest);
+    if (scale < kSmallest) {
+      scale = kSmallest;
+    }
+    if (args.scale_rounding == ScaleRounding::kPowerOfTwo && std::isfinite(scale)) {
+      int exponent = 0;
+      const double fraction = std::frexp(scale, &exponent);  // in [0.5, 1)
+      scale = std::ldexp(1, fraction == 0.5 ? exponent - 1 : exponent);
+    }
+    store(args.x_scale, t, group, scale);
+    for (int64_t d = begin; d < end; ++d) {
+      store(args.x, t, d, x(d) / scale);
+    }
+  }
+}
+
 /// g[d], or 1 where there is no norm weight.
 double norm_weight_at(const ConstMatrix& weight, int64_t d) {
   return weight.present() ? load(weight, 0, d) : 1;
@@ -69,18 +106,22 @@ Status read(const ReadArgs& args, const Context&) {
   const int64_t R = args.query.present() ? args.query.cols : D;
 
   // partial' = partial + updates, rounded to its storage dtype.
-  if (args.partial_out.present()) {
+  const Matrix& sum_out = args.partial_out.present() ? args.partial_out : args.snapshot;
+  if (sum_out.present()) {
     for (int64_t t = 0; t < T; ++t) {
       for (int64_t d = 0; d < D; ++d) {
         double sum = args.partial.present() ? load(args.partial, t, d) : 0;
         for (const ConstMatrix& update : args.updates) {
           sum += load(update, t, d);
         }
-        store(args.partial_out, t, d, sum);
+        store(sum_out, t, d, sum);
+        if (args.snapshot.present()) {
+          store(args.snapshot, t, d, sum);
+        }
       }
     }
   }
-  const ConstMatrix partial = args.partial_out.present() ? args.partial_out : args.partial;
+  const ConstMatrix partial = sum_out.present() ? ConstMatrix(sum_out) : args.partial;
   const Terms terms(args.phase1_out, args.sources, partial);
   const int64_t K = terms.size();
 
@@ -115,14 +156,21 @@ Status read(const ReadArgs& args, const Context&) {
         store(args.mix, t, d, mixture_at(terms, prob, t, d));
       }
     }
-    if (args.norm == OutputNorm::kNone) {
-      for (int64_t d = 0; d < D; ++d) {
-        store(args.x, t, d, mixture_at(terms, prob, t, d));
+    // x, given as a function of the column, in its dtype
+    const auto store_x = [&](const auto& x) {
+      if (args.x_scale.present()) {
+        return store_quantized(args, t, x);
       }
+      for (int64_t d = 0; d < D; ++d) {
+        store(args.x, t, d, x(d));
+      }
+    };
+    if (args.norm == OutputNorm::kNone) {
+      store_x([&](int64_t d) { return mixture_at(terms, prob, t, d); });
       continue;
     }
     const auto h = [&](int64_t d) {
-      return normed_mixture_at(terms, prob, t, d, args.mix_rounding, args.x.dtype);
+      return normed_mixture_at(terms, prob, t, d, args.mix_rounding, mix_dtype(args));
     };
     double sum = 0;
     for (int64_t d = 0; d < D; ++d) {
@@ -132,9 +180,7 @@ Status read(const ReadArgs& args, const Context&) {
     if (args.mix_inv_rms.present()) {
       store(args.mix_inv_rms, 0, t, rh);
     }
-    for (int64_t d = 0; d < D; ++d) {
-      store(args.x, t, d, h(d) * rh * norm_weight_at(args.norm_weight, d));
-    }
+    store_x([&](int64_t d) { return h(d) * rh * norm_weight_at(args.norm_weight, d); });
   }
   return {};
 }

@@ -16,6 +16,7 @@
 #include "c_api_test.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -242,6 +243,36 @@ const char* c_api_read(void) {
   CHECK(near(e.x_data[0], 1.4) && near(e.x_data[1], 1.0));
   CHECK(near(e.mix_data[0], 1.75) && near(e.mix_data[1], 0.25));
   CHECK(near(e.mix_inv_rms_data[0], 0.8));
+  return NULL;
+}
+
+const char* c_api_read_quantized(void) {
+  read_example e;
+  make_read_example(&e);
+  unsigned char codes[2] = {0xff, 0xff};
+  float scale[1], snapshot[2];
+  const flash_attn_res_matrix x = {codes, 1, 2, 2, FLASH_ATTN_RES_FLOAT8_E4M3};
+  e.args.x = x;
+  e.args.x_scale = output(scale, 1, 1);
+  e.args.scale_rounding = FLASH_ATTN_RES_SCALE_POWER_OF_TWO;
+  e.args.snapshot = output(snapshot, 1, 2);
+  CHECK(run_read(&e.args) == FLASH_ATTN_RES_OK);
+  /* x = (1.75, 0.25): 1.75 / 448 is 2^-8, and the values are 448 and 64 of it. */
+  CHECK(scale[0] > 0.00390624f && scale[0] < 0.0078126f);
+  const int doubled = scale[0] > 0.005f; /* the mixture may lie an ulp above 1.75 */
+  CHECK(doubled ? codes[0] == 0x76 && codes[1] == 0x60 : codes[0] == 0x7e && codes[1] == 0x68);
+  CHECK(near(snapshot[0], 1.0) && near(snapshot[1], 1.0));
+
+  e.args.reserved = 1;
+  CHECK(run_read(&e.args) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("reserved is 1, expected 0"));
+
+  /* A program built before these members existed does not set them, whatever lies there. */
+  make_read_example(&e);
+  e.args.struct_size = offsetof(flash_attn_res_read_args, x_scale);
+  memset((char*)&e.args + e.args.struct_size, 0x5a, sizeof(e.args) - e.args.struct_size);
+  CHECK(run_read(&e.args) == FLASH_ATTN_RES_OK);
+  CHECK(near(e.x_data[0], 1.75) && near(e.x_data[1], 0.25));
   return NULL;
 }
 

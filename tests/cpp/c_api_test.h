@@ -13,6 +13,7 @@ const char* c_api_defaults(void);
 const char* c_api_attend(void);
 const char* c_api_attend_backward(void);
 const char* c_api_read(void);
+const char* c_api_read_quantized(void);
 const char* c_api_read_backward(void);
 const char* c_api_fold(void);
 const char* c_api_executor(void);

@@ -31,6 +31,14 @@ if(output MATCHES "nan|inf")
   message(FATAL_ERROR "The example printed numbers that are not finite:\n${output}")
 endif()
 
+# The larger example builds against the installed library too; the Python tests run it.
+if(DECODER)
+  run("${CMAKE_COMMAND}" -S "${SOURCE_DIR}/examples/cpp/decoder" -B "${WORK_DIR}/decoder" -G
+      "${GENERATOR}" "-DCMAKE_BUILD_TYPE=${BUILD_TYPE}" "-DCMAKE_PREFIX_PATH=${WORK_DIR}/prefix"
+      "-DCMAKE_CXX_COMPILER=${CXX_COMPILER}" "-DCMAKE_CXX_FLAGS=${CXX_FLAGS}")
+  run("${CMAKE_COMMAND}" --build "${WORK_DIR}/decoder")
+endif()
+
 # The headers are complete and stand on their own, each one.
 file(GLOB headers RELATIVE "${WORK_DIR}/prefix/include" "${WORK_DIR}/prefix/include/*/*.h")
 list(LENGTH headers count)

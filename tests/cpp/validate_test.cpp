@@ -220,6 +220,73 @@ TEST_F(ValidateTest, EnumsOutsideTheirRange) {
   expect_refused(read_, read, "mix_rounding is 5");
 }
 
+TEST_F(ValidateTest, QuantizedX) {
+  std::vector<unsigned char> bytes(kTokens * 300);
+  Buffer scale(kTokens, 1);
+  Buffer wide(kTokens, 3);
+  read_.x_scale = scale.view();
+  expect_refused(read_, read, "x_scale was given but x is float32, expected float8_e4m3");
+  read_.x = {bytes.data(), kTokens, kDim, kDim, DType::kFloat8E4M3};
+  read_.x_scale = {};
+  expect_refused(read_, read,
+                 "x is float8_e4m3 but x_scale is missing, expected shape [3, 1] or [3, 1]");
+  read_.x_scale = wide.view();
+  expect_refused(read_, read, "x_scale has shape [3, 3], expected [3, 1]");
+  read_.x_scale = scale.view();
+  read_.x_scale.dtype = DType::kBFloat16;
+  expect_refused(read_, read, "x_scale is bfloat16, expected float32");
+  read_.x_scale = scale.view();
+  read_.scale_rounding = static_cast<ScaleRounding>(4);
+  expect_refused(read_, read, "scale_rounding is 4, expected kNone (0) or kPowerOfTwo (1)");
+  read_.scale_rounding = ScaleRounding::kNone;
+  read_.mix = read_.x;
+  expect_refused(read_, read, "mix is float8_e4m3, expected float32, bfloat16 or float16");
+}
+
+TEST_F(ValidateTest, Snapshot) {
+  Buffer sum(kTokens, kDim);
+  Buffer snapshot(kTokens, kDim);
+  Buffer partial(kTokens, kDim);
+  read_.snapshot = snapshot.view();
+  expect_refused(read_, read, "snapshot was given without partial or updates");
+  read_.partial = partial.view();
+  read_.snapshot.dtype = DType::kBFloat16;
+  expect_refused(read_, read, "snapshot is bfloat16, expected the dtype of the sum, float32");
+  read_.snapshot = second_.view();
+  expect_refused(read_, read,
+                 "snapshot of shape [3, 8] overlaps the memory of sources[1] of shape [3, 8]");
+  read_.snapshot = partial.view();
+  expect_refused(read_, read, "snapshot of shape [3, 8] overlaps the memory of partial");
+  read_.snapshot = x_.view();
+  expect_refused(read_, read, "snapshot of shape [3, 8] overlaps the memory of x of shape [3, 8]");
+  read_.snapshot = sum.view();
+  read_.partial_out = sum.view();
+  expect_refused(read_, read, "partial_out of shape [3, 8] overlaps the memory of snapshot");
+}
+
+TEST_F(ValidateTest, Aliasing) {
+  const std::vector<Matrix> outs = {out_first_.view(), second_.view()};
+  attend_.out = outs;
+  expect_refused(attend_, attend,
+                 "out[1] of shape [3, 8] overlaps the memory of sources[1] of shape [3, 8]");
+  read_.x = first_.view();
+  expect_refused(read_, read, "x of shape [3, 8] overlaps the memory of sources[0]");
+  // Rows of one bank [T, N, D] interleave without meeting; neighbours by half a row do meet.
+  Buffer bank(kTokens * 3, kDim);
+  const auto row = [&](int64_t first) {
+    return Matrix{bank.values.data() + first, kTokens, kDim, 3 * kDim, DType::kFloat32};
+  };
+  const std::vector<ConstMatrix> sources = {row(0), row(kDim)};
+  read_.sources = sources;
+  read_.x = x_.view();
+  read_.partial = first_.view();
+  read_.snapshot = row(2 * kDim - 4);
+  expect_refused(read_, read, "snapshot of shape [3, 8] overlaps the memory of sources[1]");
+  read_.snapshot = row(2 * kDim);
+  EXPECT_EQ(text(read(read_)).find("overlaps"), std::string::npos);
+  EXPECT_EQ(read(read_).code(), StatusCode::kWorkspaceTooSmall);
+}
+
 TEST_F(ValidateTest, Workspace) {
   const int64_t needed = attend_backward_workspace_bytes(attend_backward_);
   ASSERT_GT(needed, 0);

@@ -90,8 +90,12 @@ struct ReadParams {
   ConstMatrix norm_weight;  // [1, D]
   float norm_eps;
   bool round_mix;      // MixRounding::kStorage
+  DType mix_dtype;     // what it rounds to
   Matrix x;            // [T, D]
+  Matrix x_scale;      // [T, 1] or [T, groups], with x in float8 and only then
+  bool power_of_two;   // ScaleRounding::kPowerOfTwo
   Matrix partial_out;  // [T, D]
+  Matrix snapshot;     // [T, D], of the dtype of the sum
   Matrix mix;          // [T, D]
   Matrix logits;       // [T, K]
   Matrix inv_rms;      // [T, K]
@@ -107,6 +111,7 @@ struct ReadScratch {
   float* query;          // (R)  u as packed floats
   float* mix;            // (D)  h, where the output norm needs it twice
   float* norm_weight;    // (D)  g as packed floats
+  float* x;              // (D)  x in float32, where it is quantised
   unsigned char* total;  // (D)  partial' in its storage dtype
 };
 

@@ -5,7 +5,7 @@
 //   r_j       = rsqrt(mean(k_j^2) + eps)              k_j: the last R coordinates of z_j
 //   logit_j   = phase1_lse for the phase-1 term, else scale * r_j * <u, k_j>
 //   p         = softmax_j(logit)          h = sum_j p_j z_j
-//   x         = h,  or  h * rsqrt(mean(h^2) + norm_eps) * g
+//   x         = h,  or  h * rsqrt(mean(h^2) + norm_eps) * g       (in float8: see quantize.h)
 //
 // A token's rows come from memory once: the sum is kept in its storage dtype in scratch, and the
 // second visit, for the mixture, finds everything in the caches. Bytes from and to memory: K + 1
@@ -19,6 +19,7 @@
 #include "cpu/kernels/dots.h"
 #include "cpu/kernels/mixtures.h"
 #include "cpu/kernels/params.h"
+#include "cpu/kernels/quantize.h"
 #include "cpu/kernels/softmax.h"
 
 namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
@@ -51,7 +52,12 @@ inline void load_query(const ConstMatrix& query, int64_t R, float* u) {
   });
 }
 
-/// partial' of token t, written to partial_out and to `total`, both in the dtype of partial_out.
+/// Where the new sum goes, for its dtype: the two destinations have the same one.
+FLASH_ATTN_RES_INLINE const Matrix& sum_of(const ReadParams& p) {
+  return given(p.partial_out) ? p.partial_out : p.snapshot;
+}
+
+/// partial' of token t, written to partial_out, snapshot and `total`, in the dtype of the sum.
 template <class E>
 inline void add_updates(const ReadParams& p, int64_t t, const Writer<E>& total) {
   Reader<E> addend[1 + kMaxUpdates];  // rows of D
@@ -62,7 +68,14 @@ inline void add_updates(const ReadParams& p, int64_t t, const Writer<E>& total) 
   for (int64_t i = 0; i < p.num_updates; ++i) {
     addend[count++] = reader<E>(p.updates[i], t);
   }
-  const Writer<E> out = writer<E>(p.partial_out, t, p.stream);
+  Writer<E> out[2];
+  int copies = 0;
+  if (given(p.partial_out)) {
+    out[copies++] = writer<E>(p.partial_out, t, p.stream);
+  }
+  if (given(p.snapshot)) {
+    out[copies++] = writer<E>(p.snapshot, t, p.stream);
+  }
   for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
     addend[0].prefetch(i);
     Pair sum = addend[0].get(i, part);
@@ -70,7 +83,9 @@ inline void add_updates(const ReadParams& p, int64_t t, const Writer<E>& total) 
       addend[a].prefetch(i);
       sum = add(sum, addend[a].get(i, part));
     }
-    out.put(i, sum, part);
+    for (int c = 0; c < copies; ++c) {
+      out[c].put(i, sum, part);
+    }
     total.put(i, sum, part);
   });
 }
@@ -82,6 +97,8 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
   const int64_t num_keys = p.K - first_key;
   Reader<E> z[kMaxTerms];    // (K) rows of D
   Reader<E> key[kMaxTerms];  // (K) rows of R; the phase-1 term's is not used
+  const bool quantized = given(p.x_scale);
+  const Matrix x_row = {w.x, 1, p.D, p.D, DType::kFloat32};
   if (p.normed) {
     load_norm_weight<E>(p.norm_weight, p.D, w.norm_weight);
   }
@@ -101,8 +118,8 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
     for (int64_t n = 0; n < p.N; ++n) {
       z[j++] = reader<E>(p.sources[n], t);
     }
-    if (given(p.partial_out)) {
-      const Matrix total = {w.total, 1, p.D, 0, p.partial_out.dtype};
+    if (given(sum_of(p))) {
+      const Matrix total = {w.total, 1, p.D, 0, sum_of(p).dtype};
       add_updates<E>(p, t, writer<E>(total, 0, false));
       z[j++] = held<E>(total, 0);
     } else if (given(p.partial)) {
@@ -154,7 +171,7 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
       }
     }
 
-    const Writer<E> x = writer<E>(p.x, t, p.stream);
+    const Writer<E> x = quantized ? writer<E>(x_row, 0, false) : writer<E>(p.x, t, p.stream);
     if (!p.normed) {
       if (!given(p.mix)) {
         for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
@@ -173,6 +190,9 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
           mix.put(i, h[0], part);
         });
       }
+      if (quantized) {
+        quantize_row(w.x, p.D, p.x, p.x_scale, p.power_of_two, t);
+      }
       continue;
     }
 
@@ -186,7 +206,7 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
         mix.put(i, h[0], part);
       }
       if (p.round_mix) {
-        h[0] = rounded<E>(h[0], p.x.dtype);
+        h[0] = rounded<E>(h[0], p.mix_dtype);
       }
       square = fma(h[0], h[0], square);
       mix_out.put(i, h[0], part);
@@ -198,6 +218,9 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
     for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
       x.put(i, mul(mul(broadcast(rh), mix_in.get(i, part)), g.get(i, part)), part);
     });
+    if (quantized) {
+      quantize_row(w.x, p.D, p.x, p.x_scale, p.power_of_two, t);
+    }
   }
   if (p.stream) {
     stream_fence();
@@ -206,11 +229,14 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
 
 /// Whether every row that a read touches has this dtype.
 inline bool read_rows_are(const ReadParams& p, DType dtype) {
-  bool same = p.x.dtype == dtype;
+  // A quantised x is written as float32 first.
+  bool same = (given(p.x_scale) ? DType::kFloat32 : p.x.dtype) == dtype;
+  same = same && (!p.round_mix || p.mix_dtype == dtype);
   same = same && (!given(p.phase1_out) || p.phase1_out.dtype == dtype);
   same = same && (p.N == 0 || p.sources[0].dtype == dtype);
   same = same && (!given(p.partial) || p.partial.dtype == dtype);
   same = same && (!given(p.partial_out) || p.partial_out.dtype == dtype);
+  same = same && (!given(p.snapshot) || p.snapshot.dtype == dtype);
   same = same && (!given(p.mix) || p.mix.dtype == dtype);
   for (int64_t i = 0; i < p.num_updates; ++i) {
     same = same && p.updates[i].dtype == dtype;

@@ -126,6 +126,19 @@ unsigned Call::resident_clusters_erased(const void* kernel, int cluster, int thr
   return static_cast<unsigned>(std::clamp<int64_t>(resident, 1, std::max<int64_t>(limit, 1)));
 }
 
+void Call::copy(const ConstMatrix& from, const Matrix& to) {
+  const auto bytes = [&](int64_t elements) {
+    return static_cast<size_t>(elements * size_of(to.dtype));
+  };
+  if (ok()) {
+    // The stride of a single row means nothing and may be smaller than the row.
+    check(cudaMemcpy2DAsync(to.data, bytes(std::max(to.stride, to.cols)), from.data,
+                            bytes(std::max(from.stride, from.cols)), bytes(to.cols),
+                            static_cast<size_t>(to.rows), cudaMemcpyDeviceToDevice, stream_),
+          "the copy of the snapshot");
+  }
+}
+
 unsigned Call::resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,
                                       int64_t limit) {
   if (limit <= limits_.multiprocessors || !allow_shared(kernel, shared_bytes)) {

@@ -12,6 +12,7 @@
 
 #include "cuda/device/params.h"
 #include "cuda/policy.h"
+#include "flash_attn_res/read.h"
 #include "flash_attn_res/status.h"
 #include "flash_attn_res/types.h"
 
@@ -67,6 +68,9 @@ class Call {
     launch_erased(options, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
                   arguments);
   }
+
+  /// Copies one matrix to another of the same shape and dtype, behind the launches before it.
+  void copy(const ConstMatrix& from, const Matrix& to);
 
   /// Blocks of a grid that stays on the device: as many as run at once, at most `limit`.
   template <class... Parameters>
@@ -168,6 +172,10 @@ struct Reduction {
 /// Runs up to two reductions of `count` partial sums each in one launch, which begins while the
 /// kernel that made them ends.
 void launch_reduce(Call& call, int64_t count, const Reduction& first, const Reduction& second = {});
+
+/// x and x_scale from float32 rows [T, D] that lie one after the other.
+void launch_quantize(Call& call, const Matrix& rows, const Matrix& x, const Matrix& x_scale,
+                     ScaleRounding rounding);
 
 }  // namespace flash_attn_res::cuda
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/validate.h"
 #include "cuda/backend.h"
 #include "cuda/kernels/read_staged.cuh"
 #include "cuda/kernels/read_streamed.cuh"
@@ -138,11 +139,27 @@ void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage
 
 }  // namespace
 
-int64_t read_workspace_bytes(const ReadArgs&) { return 0; }
+/// A quantised x is computed as float32 rows in the workspace, and quantised by a second launch.
+int64_t read_workspace_bytes(const ReadArgs& args) {
+  return args.x_scale.present() ? args.x.rows * args.x.cols * size_of(DType::kFloat32) : 0;
+}
 
-Status read(const ReadArgs& args, const Context& context) {
-  const int64_t T = args.x.rows;
-  const int64_t D = args.x.cols;
+Status read(const ReadArgs& given, const Context& context) {
+  const int64_t T = given.x.rows;
+  const int64_t D = given.x.cols;
+  ReadArgs args = given;
+  if (!args.partial_out.present()) {
+    args.partial_out = args.snapshot;  // the only place where the sum goes, if anywhere
+  }
+  const bool quantized = given.x_scale.present();
+  if (quantized) {
+    if (given.mix_rounding == MixRounding::kStorage && mix_dtype(given) != DType::kFloat32) {
+      return {StatusCode::kUnsupportedDevice,
+              "read: mix_rounding kStorage with x in float8_e4m3 is computed on the CPU alone, "
+              "expected kFloat32 on CUDA"};
+    }
+    args.x = {context.workspace, T, D, D, DType::kFloat32};
+  }
   if (Status status = check_dim("read", D); !status.ok() || T == 0) {
     return status;
   }
@@ -157,6 +174,12 @@ Status read(const ReadArgs& args, const Context& context) {
     run_staged(call, make_params<kMaxStagedRows>(args), storage.get(), policy);
   } else {
     run_streamed(call, params, storage.get());
+  }
+  if (quantized) {
+    launch_quantize(call, args.x, given.x, given.x_scale, given.scale_rounding);
+  }
+  if (given.partial_out.present() && given.snapshot.present()) {
+    call.copy(given.partial_out, given.snapshot);
   }
   return call.status();
 }
