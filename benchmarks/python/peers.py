@@ -1,8 +1,8 @@
 """Other packages' Attention Residuals behind one shape of call, for benchmarks.
 
-A case has an operation (:data:`OPS`), its inputs and the cotangents of its outputs (:class:`Case`).
-A peer turns an operation into a differentiable function of the case's leaves; where its dialect
-cannot say the operation it raises :class:`Unsupported` with the reason. Nothing is timed before
+A :class:`Case` has an operation (:data:`OPS`), its inputs and the cotangents of its outputs. A peer
+turns an operation into a differentiable function of the case's leaves; where its dialect cannot say
+the operation it raises :class:`UnsupportedError` with the reason. Nothing is timed before
 :func:`check` has held outputs and gradients against the formulas of docs/math.md on all tokens.
 
 The packages are installed at run time and never beside this one:
@@ -43,7 +43,7 @@ EPS = 1e-6
 SEED_NAME = "seed_attn_res"
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """The package has no such operation, or not at this shape."""
 
 
@@ -61,7 +61,9 @@ class Case:
 
     def __post_init__(self) -> None:
         def rows(*lead: int) -> Tensor:
-            return torch.empty(*lead, self.T, self.D, device=self.device, dtype=self.dtype).normal_()
+            return torch.empty(
+                *lead, self.T, self.D, device=self.device, dtype=self.dtype
+            ).normal_()
 
         count = self.S if self.op == "phase1" else 1
         # Values that bfloat16 has: a peer that stores its queries so loses nothing by it.
@@ -177,7 +179,7 @@ def load_seed(folder: pathlib.Path) -> types.ModuleType:
         return sys.modules[SEED_NAME]
     package = folder / "flash_attn_res"
     if not (package / "ops" / "phase_1.py").is_file():
-        raise Unsupported(f"the seed package is not installed in {folder}")
+        raise UnsupportedError(f"the seed package is not installed in {folder}")
     spec = importlib.util.spec_from_file_location(
         SEED_NAME, package / "__init__.py", submodule_search_locations=[str(package)]
     )
@@ -195,14 +197,14 @@ def load_seed(folder: pathlib.Path) -> types.ModuleType:
 
 def seed(case: Case) -> Function:
     if case.op not in ("phase1", "merge"):
-        raise Unsupported("has phase 1 and merge only")
+        raise UnsupportedError("has phase 1 and merge only")
     if case.D & (case.D - 1):
-        raise Unsupported(f"takes D that is a power of two, not {case.D}")
+        raise UnsupportedError(f"takes D that is a power of two, not {case.D}")
     if case.N * case.T * case.D >= 2**31 or case.S * case.T * case.D >= 2**31:
-        raise Unsupported("offsets are 32 bits wide")
+        raise UnsupportedError("offsets are 32 bits wide")
     folder = os.environ.get("SEED_ATTN_RES")
     if not folder:
-        raise Unsupported("SEED_ATTN_RES does not name the folder it is installed in")
+        raise UnsupportedError("SEED_ATTN_RES does not name the folder it is installed in")
     package = load_seed(pathlib.Path(folder))
     if case.op == "phase1":
         phase1 = package.phase_1_batched_attention_triton_op
@@ -257,12 +259,15 @@ def seed_accumulating(case: Case) -> Callable[[], dict[str, Tensor]]:
 
 def fla(case: Case, gluon: bool) -> Function:
     if case.op not in ("oneshot", "oneshot_norm"):
-        raise Unsupported("has one-shot reads only")
+        raise UnsupportedError("has one-shot reads only")
     os.environ["FLA_ATTNRES_GLUON"] = "1" if gluon else "0"
     try:
         from fla.ops.attnres import fused_attnres
+
+        if gluon:  # where it cannot be had, the package takes Triton without a word
+            from fla.ops.attnres.backends import AttnResGluonBackend  # noqa: F401
     except ImportError as error:
-        raise Unsupported(f"not installed, or it does not import: {error}") from error
+        raise UnsupportedError(f"not installed, or it does not import: {error}") from error
     ones = torch.ones(case.D, device=case.device)
 
     def run(x: dict[str, Tensor]) -> list[Tensor]:
@@ -283,13 +288,13 @@ def fla(case: Case, gluon: bool) -> Function:
 
 def liger(case: Case) -> Function:
     if case.op != "oneshot":
-        raise Unsupported("has one-shot reads without output norm only")
+        raise UnsupportedError("has one-shot reads without output norm only")
     if case.N > 32:
-        raise Unsupported("leaves out sources beyond the 32nd")
+        raise UnsupportedError("leaves out sources beyond the 32nd")
     try:
         from liger_kernel.ops.attn_res import LigerAttnResFunction
     except ImportError as error:
-        raise Unsupported(f"not installed, or it does not import: {error}") from error
+        raise UnsupportedError(f"not installed, or it does not import: {error}") from error
     ones = torch.ones(case.D, device=case.device)
 
     def run(x: dict[str, Tensor]) -> list[Tensor]:
@@ -303,13 +308,13 @@ def fast_attnres(case: Case) -> Function:
     try:
         import attnres
     except ImportError as error:
-        raise Unsupported(f"not installed, or it does not import: {error}") from error
+        raise UnsupportedError(f"not installed, or it does not import: {error}") from error
     if case.op == "oneshot":
         return lambda x: [attnres.attnres(x["sources"], x["queries"][0].bfloat16(), eps=EPS)]
     if case.op != "phase1":
-        raise Unsupported("has one-shot reads and phase 1 without lse only")
+        raise UnsupportedError("has one-shot reads and phase 1 without lse only")
     if case.S > 16:
-        raise Unsupported("takes at most 16 queries")
+        raise UnsupportedError("takes at most 16 queries")
     return lambda x: [attnres.attnres_multi(x["sources"], x["queries"].bfloat16(), eps=EPS)]
 
 
@@ -338,7 +343,7 @@ def loops(op: str, x: dict[str, Tensor]) -> list[Tensor]:
 def products(op: str, x: dict[str, Tensor]) -> list[Tensor]:
     """:func:`formula` with matrix products in the storage dtype and float32 statistics."""
     if "sources" not in x:
-        raise Unsupported("the form with matrix products is that of reads over sources")
+        raise UnsupportedError("the form with matrix products is that of reads over sources")
     v = x["sources"]
     inverse = rsqrt_mean_square(v.float())  # (N,T)
     logits = torch.einsum("ntd,sd->nst", v, x["queries"].to(v.dtype)).float() * inverse[:, None]
@@ -350,7 +355,7 @@ def products(op: str, x: dict[str, Tensor]) -> list[Tensor]:
 
 def compiled(case: Case, form: Callable[[str, dict[str, Tensor]], list[Tensor]]) -> Function:
     if form is products and "sources" not in case.inputs:
-        raise Unsupported("the form with matrix products is that of reads over sources")
+        raise UnsupportedError("the form with matrix products is that of reads over sources")
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # the graph is kept for many backward passes
     return torch.compile(lambda x: form(case.op, x), dynamic=False, fullgraph=True)
@@ -373,12 +378,8 @@ def versions() -> dict[str, str]:
     """Versions of what is installed, the seed's by its own folder."""
     from importlib import metadata
 
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+    installed = {d.metadata["Name"].replace("_", "-"): d.version for d in metadata.distributions()}
+    found = {name: installed.get(name, "not installed") for name in DISTRIBUTIONS}
     folder = os.environ.get("SEED_ATTN_RES")
     infos = sorted(pathlib.Path(folder).glob("flash_attn_res-*.dist-info")) if folder else []
     found["seed"] = infos[-1].name.split("-")[1].removesuffix(".dist") if infos else "not installed"
@@ -400,7 +401,7 @@ LISTS = {"fla (Triton)", "fla (Gluon)"}
 
 
 def prepare(name: str, case: Case) -> Prepared:
-    """Builds, runs and checks a peer; raises Unsupported with the reason where it does not serve."""
+    """Builds, runs and checks a peer; raises UnsupportedError where it cannot serve."""
     function = PEERS[name](case)
     inputs: dict = dict(case.inputs)
     if name in LISTS:
@@ -437,7 +438,9 @@ def prepare(name: str, case: Case) -> Prepared:
     if case.op == "phase1" and name == "seed":
         run = seed_accumulating(case)
         accumulated = check(case, outputs, run())  # into zeros: the gradient itself
-        errors.update({f"{key} (accumulated)": e for key, e in accumulated.items() if key[0] == "d"})
+        errors.update(
+            {f"{key} (accumulated)": e for key, e in accumulated.items() if key[0] == "d"}
+        )
         backward = run
         outputs = [o.detach() for o in outputs]
     elif case.op == "phase1":
@@ -450,7 +453,7 @@ def prepare(name: str, case: Case) -> Prepared:
         notes.append("plus the addition to the held gradients")
     worst = max(errors, key=lambda key: errors[key])
     if not errors[worst] <= LIMIT:
-        raise Unsupported(
+        raise UnsupportedError(
             f"disagrees with the formulas: {worst} is off by {errors[worst]:.1e} (relative L2)"
         )
 
