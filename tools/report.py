@@ -325,8 +325,10 @@ def plot_kernels(path: pathlib.Path) -> None:
                 x = i + (j - (len(there) - 1) / 2) * width
                 axes.bar(x, value, width * 0.94, color=colours[package])
                 weight = "bold" if package == OURS else "normal"
-                axes.text(x, value + 1.5, f"{value:.0f}", ha="center", fontsize=7, weight=weight)
-        axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
+                label = axes.text(x, value + 1.5, f"{value:.0f}", ha="center", fontsize=7)
+                label.set_weight(weight)
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axes.axhline(100, color="black", linewidth=0.8, linestyle="--", zorder=0)
         axes.set_ylim(0, 115)
         axes.set_ylabel("% of a copy")
         axes.set_title("  ".join(f"{k}={v}" for k, v in shape), fontsize=10, loc="left")
@@ -334,7 +336,7 @@ def plot_kernels(path: pathlib.Path) -> None:
     rows[-1, 0].set_xticks(range(len(PLOT_OPS)), PLOT_OPS.values(), fontsize=8)
     bars = [pyplot.Rectangle((0, 0), 1, 1, color=colours[p]) for p in packages]
     figure.suptitle(
-        f"Attention Residuals at the speed of a copy: {document['device']}, bfloat16, "
+        f"Attention Residuals, percent of a device copy: {document['device']}, bfloat16, "
         f"100 % = {document['copy_tb_s']:.2f} TB/s"
     )
     figure.legend(bars, packages, loc="lower center", ncols=len(packages), frameon=False)

@@ -495,6 +495,85 @@ def test_error_texts() -> None:
         attend([v.double()], torch.randn(1, 16, device="cuda", dtype=torch.float64))
 
 
+BAD_INPUTS = {
+    "no sources": lambda v, u: attend([], u),
+    "other width": lambda v, u: attend([v, v[:, :8]], u),
+    "other tokens": lambda v, u: attend([v, v[:3]], u),
+    "wide key": lambda v, u: attend([v[:, :8]], u),
+    "queries of three axes": lambda v, u: attend([v], u[None]),
+    "eps": lambda v, u: attend([v], u, eps=-1.0),
+    "key weight": lambda v, u: attend([v], u, u[:, :8]),
+    "nothing to read": lambda v, u: read(u[0]),
+    "read widths": lambda v, u: read(u[0], sources=[v], partial=v[:, :8]),
+    "read query": lambda v, u: read(u, sources=[v, v]),
+    "norm weight": lambda v, u: read(u[0], sources=[v, v], norm_weight=u[0, :8]),
+    "norm eps": lambda v, u: read(u[0], sources=[v, v], norm=True, norm_eps=0.0),
+    "phase1 lse": lambda v, u: read(u[0], phase1=(v, v[:, 0].reshape(2, 2)), partial=v),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_refused_with_the_words_of_the_cpu(case: str) -> None:
+    texts = []
+    for device in ("cpu", "cuda"):
+        v = torch.zeros(4, 16, device=device)
+        u = torch.zeros(2, 16, device=device)
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+            BAD_INPUTS[case](v, u)
+        texts.append(f"{error.type.__name__}: {error.value}".replace("cuda:0", "cpu"))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("count", [31, 64, 129, 256])
+@pytest.mark.parametrize("num_queries", [1, 33, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attend_beyond_one_tile(count: int, num_queries: int, dtype: torch.dtype) -> None:
+    dim = 136
+    sources = make_sources(count, 3, dim, dtype, "packed")
+    queries = torch.randn(num_queries, dim, device="cuda") / dim**0.5
+
+    def ours(leaves: list[Tensor]) -> list[Tensor]:
+        result = attend(leaves[:-1], leaves[-1])
+        return [result.out, result.lse]
+
+    def plain(leaves: list[Tensor]) -> list[Tensor]:
+        out, lse = eager.attend(leaves[:-1], leaves[-1])
+        return [out, lse.float()]
+
+    terms = queries.norm(dim=-1).max().item() * (2.0**6 if dtype == torch.bfloat16 else 1.0)
+    names = [f"source {n}" for n in range(count)] + ["queries"]
+    compare(names, [*sources, queries], ours, plain, magnitudes=(0.0, terms))
+
+
+@pytest.mark.parametrize("dim", [2048, 2304])
+def test_backward_beyond_two_to_the_31_elements(dim: int) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB of GPU memory")
+    torch.cuda.empty_cache()
+    tokens = 2**31 // dim + 1000
+    flat = [torch.empty(tokens, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    for tensor in flat:
+        for piece in tensor.split(100_000):
+            piece.normal_()
+    source, other, dout = flat
+    queries = torch.randn(1, dim, device="cuda") / 16
+    dlse = torch.randn(1, tokens, device="cuda")
+
+    def gradients(rows: slice) -> list[Tensor]:
+        leaves = [t[rows].detach().requires_grad_() for t in (source, other)]
+        result = attend(leaves, queries)
+        return torch.autograd.grad(
+            [result.out, result.lse], leaves, [dout[None, rows], dlse[:, rows]]
+        )
+
+    whole = gradients(slice(None))
+    tail = slice(tokens - 5, tokens)
+    for a, b in zip(whole, gradients(tail), strict=True):
+        # Which token shares a step with which may move a gradient's last bit, not more.
+        assert (a[tail].float() - b.float()).abs().max() <= 2**-7 * b.float().abs().max()
+        assert torch.isfinite(a[:: tokens // 1000]).all()
+
+
 def test_second_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
