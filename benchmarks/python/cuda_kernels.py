@@ -368,6 +368,7 @@ def measure_case(
     prepared: dict[str, peers.Prepared] = {}
     others = [package for package in packages if package != OURS]
     if others:
+        torch._dynamo.reset()  # or a few cases later it refuses to compile the same lines again
         case = peers.Case(op, **shape)
         for package in others:
             try:

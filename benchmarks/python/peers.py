@@ -356,7 +356,6 @@ def products(op: str, x: dict[str, Tensor]) -> list[Tensor]:
 def compiled(case: Case, form: Callable[[str, dict[str, Tensor]], list[Tensor]]) -> Function:
     if form is products and "sources" not in case.inputs:
         raise UnsupportedError("the form with matrix products is that of reads over sources")
-    torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # the graph is kept for many backward passes
     return torch.compile(lambda x: form(case.op, x), dynamic=False, fullgraph=True)
 
