@@ -3,6 +3,8 @@
 #   PYTHON=python3.12   interpreter to build the environment from (default: python3)
 #   JOBS=8              parallel jobs (default: one for each core)
 #   ARGS=--resume       more options for `make demo`: see `flash-attn-res train --help`
+#   SANITIZE=1          `make gpu-test` also runs compute-sanitizer
+#   ARCH="80 90a"       architectures of `make cuda-check` (default: 90a; all: every one)
 #   CUDA=ON|OFF         CUDA kernels in what `demo`, `test` and `bench` build (default: ON where
 #                       there is both nvcc and a GPU, for that GPU alone)
 
@@ -88,7 +90,7 @@ bench: install build-cpp ## measure the CPU kernels, alone and against PyTorch
 
 gpu-test: ## run tests/gpu on this machine's GPU and record the outcome
 	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$(PYTHON); fi; \
-	"$$python" tools/gpu_test.py
+	"$$python" tools/gpu_test.py $(if $(SANITIZE),--sanitize)
 
 lint: install ## check format, layering, C++ (clang-tidy) and Python (ruff, mypy)
 	@cmake --preset cpu -DFLASH_ATTN_RES_CUDA=OFF --log-level=WARNING
@@ -101,8 +103,8 @@ wheel: bootstrap ## build a wheel for distribution into dist/, with CUDA where n
 	@$(VENV)/bin/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps \
 	  --wheel-dir dist .
 
-cuda-check: bootstrap ## compile the CUDA code for sm_90a; fail when a hot kernel spills registers
-	@JOBS=$(JOBS) tools/cuda_check
+cuda-check: bootstrap ## compile the CUDA code for ARCH (90a); fail when a hot kernel spills registers
+	@JOBS=$(JOBS) ARCH="$(ARCH)" tools/cuda_check
 
 clean: ## remove what was built; the environment in .venv stays
 	@rm -rf build dist

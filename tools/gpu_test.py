@@ -1,6 +1,9 @@
 """Runs tests/gpu on the GPU of this machine and writes benchmarks/results/gpu-tests.json.
 
-Usage: gpu_test.py [pytest arguments]
+Usage: gpu_test.py [--sanitize] [pytest arguments]
+
+--sanitize then runs tools/gpu_sanitize, which adds the outcome of compute-sanitizer. Without it an
+outcome on the same sources is kept.
 """
 
 from __future__ import annotations
@@ -38,10 +41,12 @@ def main() -> int:
             f"(torch {torch.__version__}, CUDA {torch.version.cuda}). Nothing was run."
         )
         return 1
+    arguments = [argument for argument in sys.argv[1:] if argument != "--sanitize"]
+    sanitize = len(arguments) < len(sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junit-xml={report}"]
-        returncode = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, check=False).returncode
+        returncode = subprocess.run([*command, *arguments], cwd=ROOT, check=False).returncode
         if not report.exists():
             print("gpu-test: pytest wrote no report; gpu-tests.json is left as it was.")
             return returncode or 1
@@ -65,9 +70,15 @@ def main() -> int:
         "skipped": counts["skipped"],
         "source_hash": source_hash(),
     }
+    earlier = json.loads(RESULT.read_text()).get("sanitizer", {}) if RESULT.exists() else {}
+    if earlier.get("source_hash") == result["source_hash"]:
+        result["sanitizer"] = earlier
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(f"gpu-test: {result['passed']} passed, {failed} failed, {result['skipped']} skipped")
+    if sanitize:
+        command = [sys.executable, str(ROOT / "tools" / "gpu_sanitize")]
+        returncode = subprocess.run(command, cwd=ROOT, check=False).returncode or returncode
     return returncode
 
 

@@ -1,6 +1,8 @@
 """Writes the tables of README and docs from benchmarks/results/*.json.
 
-Usage: report.py [--check]    (--check: say whether the tables are up to date, change nothing)
+Usage: report.py [--check] [--plots]
+  --check: say whether the tables are up to date, change nothing
+  --plots: also draw docs/images/kernels.png (needs matplotlib)
 
 A table stands between "<!-- generated: NAME -->" and "<!-- end of generated: NAME -->"; NAME is a
 function below.
@@ -126,11 +128,30 @@ KERNEL_OPS = {
 }
 
 
+OURS = "flash_attn_res"
+MAIN_SHAPES = 3  # A, B and C come first in a result file
+
+
+def main_shapes(document: dict) -> list[tuple]:
+    """The shapes that tables and plot show, in the order of the file."""
+    shapes = dict.fromkeys(tuple(row["shape"].items()) for row in document["rows"])
+    return list(shapes)[:MAIN_SHAPES]
+
+
+def kernels_caption(document: dict) -> str:
+    return (
+        f"{document['device']}, driver {document['driver']}, "
+        f"torch {document['versions']['torch']}, "
+        f"bfloat16; percent of a device copy ({document['copy_tb_s']:.2f} TB/s, bytes read and "
+        "written) measured in the same run."
+    )
+
+
 def kernels() -> str:
     """Percent of a device copy, operation by shape."""
     document = load("h100-kernels.json")
-    rows = [row for row in document["rows"] if row["package"] == "flash_attn_res"]
-    shapes = list(dict.fromkeys(tuple(row["shape"].items()) for row in rows))
+    rows = [row for row in document["rows"] if row["package"] == OURS and "us" in row]
+    shapes = main_shapes(document)
     by_case = {(row["op"], tuple(row["shape"].items())): row for row in rows}
     header = ["operation"] + [
         " ".join(f"{axis}={size}" for axis, size in shape) for shape in shapes
@@ -144,13 +165,45 @@ def kernels() -> str:
                 "" if row is None else f"{row['percent_of_copy']:.0f} % ({row['us']:.0f} us)"
             )
         lines.append(line)
-    caption = (
-        f"{document['device']}, driver {document['driver']}, "
-        f"torch {document['versions']['torch']}, "
-        f"bfloat16; percent of a device copy ({document['copy_tb_s']:.2f} TB/s, bytes read and "
-        "written) measured in the same run."
+    return kernels_caption(document) + "\n\n" + markdown(header, lines)
+
+
+def peers() -> str:
+    """The same operations in other packages: percent of copy, or why there is none."""
+    document = load("h100-kernels.json")
+    packages = [p for p in dict.fromkeys(row["package"] for row in document["rows"]) if p != OURS]
+    if not packages:
+        return "Not measured yet: `cuda_kernels.py --peers` measures it."
+    by_case = {
+        (row["package"], row["op"], tuple(row["shape"].items())): row for row in document["rows"]
+    }
+    reasons: dict[str, list[str]] = {}
+    lines = []
+    for shape in main_shapes(document):
+        for op, name in KERNEL_OPS.items():
+            cells = []
+            for package in [OURS, *packages]:
+                row = by_case.get((package, op, shape), {})
+                if "us" in row:
+                    cells.append(f"{row['percent_of_copy']:.0f} %")
+                else:
+                    cells.append("-")
+                    if why := row.get("error"):
+                        reasons.setdefault(f"{package}: {why}", []).append(op)
+            if any(cell != "-" for cell in cells):
+                sizes = " ".join(f"{axis}={size}" for axis, size in shape)
+                lines.append([name, sizes, *cells])
+    versions = ", ".join(
+        f"{package} {version}"
+        for package, version in document["versions"].items()
+        if package not in ("torch", "cuda", "python")
     )
-    return caption + "\n\n" + markdown(header, lines)
+    notes = "\n".join(
+        f"- {reason} ({', '.join(dict.fromkeys(ops))})" for reason, ops in reasons.items()
+    )
+    table = markdown(["operation", "shape", "this package", *packages], lines)
+    caption = f"{kernels_caption(document)} Versions: {versions}."
+    return f"{caption}\n\n{table}\n\nWhere there is a dash:\n\n{notes}"
 
 
 DECODE_OPS = {
@@ -208,7 +261,155 @@ def fp8() -> str:
     return markdown(["x stored as", "inputs", "error / norm", "largest error / RMS"], lines)
 
 
-TABLES = {"cpu": cpu, "decode": decode, "demo": demo, "fp8": fp8, "kernels": kernels}
+def neighbours() -> str:
+    """Ours at the shapes around A, B and C."""
+    document = load("h100-kernels.json")
+    main = main_shapes(document)
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in document["rows"]:
+        shape = tuple(row["shape"].items())
+        if row["package"] == OURS and "us" in row and shape not in main:
+            cases.setdefault(shape, {})[row["op"]] = row
+    if not cases:
+        return "Not measured yet: `cuda_kernels.py --neighbours` measures it."
+    header = ["shape", *KERNEL_OPS.values()]
+    lines = [
+        [
+            " ".join(f"{axis}={size}" for axis, size in shape),
+            *[f"{ops[op]['percent_of_copy']:.0f} %" if op in ops else "-" for op in KERNEL_OPS],
+        ]
+        for shape, ops in cases.items()
+    ]
+    return kernels_caption(document) + "\n\n" + markdown(header, lines)
+
+
+def insights() -> str:
+    """The three of the five insights that benchmarks/python/insights.py measures."""
+    if not (RESULTS / "h100-insights.json").exists():
+        return "Not measured yet: `benchmarks/python/insights.py` measures it."
+    rows = load("h100-insights.json")["rows"]
+    errors: dict[tuple, dict[str, dict]] = {}
+    timed: dict[tuple, dict[str, dict]] = {}
+    failed = []
+    for row in rows:
+        if row["insight"] == "normalise":
+            key = (row["dtype"], row["logit_spread"])
+            errors.setdefault(key, {})[row["variant"]] = row
+        elif "us" in row:
+            shape = " ".join(f"{axis}={size}" for axis, size in row["shape"].items())
+            key = (row["insight"], row.get("op", "element-wise Triton"), shape)
+            timed.setdefault(key, {})[row["variant"]] = row
+        else:
+            failed.append(f"{row['insight']} {row.get('variant', '')}: {row['error']}")
+    variants = list(next(iter(errors.values())))
+    first = markdown(
+        ["storage, standard deviation of the logits", *variants],
+        [
+            [
+                f"{dtype}, {spread:g}",
+                *[
+                    f"{by[v]['rel_l2']:.1e}"
+                    + (f" ({by[v]['not_finite']:.0%} not finite)" if by[v]["not_finite"] else "")
+                    for v in variants
+                ],
+            ]
+            for (dtype, spread), by in errors.items()
+        ],
+    )
+    second = markdown(
+        ["case", "variant", "us", "of copy", "against the other"],
+        [
+            [
+                f"{op}, {shape}",
+                " / ".join(by),
+                " / ".join(f"{row['us']:.0f}" for row in by.values()),
+                " / ".join(f"{row['percent_of_copy']:.0f} %" for row in by.values()),
+                f"{list(by.values())[-1]['us'] / next(iter(by.values()))['us']:.2f}x",
+            ]
+            for (_, op, shape), by in timed.items()
+        ],
+    )
+    notes = "".join(f"\n\nFailed: {text}" for text in failed)
+    return (
+        "Relative error of the merged result by how phase 1 stores its mixture:\n\n"
+        f"{first}\n\nTimes:\n\n{second}{notes}"
+    )
+
+
+PLOT_OPS = {
+    "phase1_fwd": "phase 1\nforward",
+    "phase1_bwd": "phase 1\nbackward",
+    "oneshot_fwd": "one-shot\nforward",
+    "oneshot_bwd": "one-shot\nbackward",
+    "oneshot_norm_fwd": "one-shot + norm\nforward",
+    "oneshot_norm_bwd": "one-shot + norm\nbackward",
+    "merge_fwd": "merge\nforward",
+    "merge_bwd": "merge\nbackward",
+    "advance_fwd": "advance\nforward",
+    "advance_bwd": "advance\nbackward",
+}
+
+
+def plot_kernels(path: pathlib.Path) -> None:
+    """Bars of percent of copy by operation and package, one row of bars a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    document = load("h100-kernels.json")
+    shapes = main_shapes(document)
+    by_case = {
+        (row["package"], row["op"], tuple(row["shape"].items())): row["percent_of_copy"]
+        for row in document["rows"]
+        if "us" in row
+    }
+    packages = [p for p in dict.fromkeys(row["package"] for row in document["rows"]) if p != OURS]
+    packages = [OURS, *[p for p in packages if any(key[0] == p for key in by_case)]]
+    others = ["#9ecae1", "#a1d99b", "#fdae6b", "#bcbddc", "#d9d9d9", "#969696", "#c7a76c"]
+    colours = dict(zip(packages, ["#c0392b", *others], strict=False))
+    figure, rows = pyplot.subplots(
+        len(shapes), 1, figsize=(13, 2.6 * len(shapes) + 1), sharex=True, squeeze=False
+    )
+    for axes, shape in zip(rows[:, 0], shapes, strict=True):
+        for i, op in enumerate(PLOT_OPS):
+            there = [p for p in packages if (p, op, shape) in by_case]
+            width = 0.84 / max(len(there), 3)
+            for j, package in enumerate(there):
+                value = by_case[package, op, shape]
+                x = i + (j - (len(there) - 1) / 2) * width
+                axes.bar(x, value, width * 0.94, color=colours[package])
+                weight = "bold" if package == OURS else "normal"
+                label = axes.text(x, value + 1.5, f"{value:.0f}", ha="center", fontsize=7)
+                label.set_weight(weight)
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axes.axhline(100, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        axes.set_ylim(0, 115)
+        axes.set_ylabel("% of a copy")
+        axes.set_title("  ".join(f"{k}={v}" for k, v in shape), fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    rows[-1, 0].set_xticks(range(len(PLOT_OPS)), PLOT_OPS.values(), fontsize=8)
+    bars = [pyplot.Rectangle((0, 0), 1, 1, color=colours[p]) for p in packages]
+    figure.suptitle(
+        f"Attention Residuals, percent of a device copy: {document['device']}, bfloat16, "
+        f"100 % = {document['copy_tb_s']:.2f} TB/s"
+    )
+    figure.legend(bars, packages, loc="lower center", ncols=len(packages), frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+TABLES = {
+    "decode": decode,
+    "fp8": fp8,
+    "cpu": cpu,
+    "demo": demo,
+    "insights": insights,
+    "kernels": kernels,
+    "neighbours": neighbours,
+    "peers": peers,
+}
 
 
 def fill(text: str) -> str:
@@ -222,6 +423,8 @@ def fill(text: str) -> str:
 
 
 def main() -> int:
+    if "--plots" in sys.argv[1:]:
+        plot_kernels(ROOT / "docs" / "images" / "kernels.png")
     stale = []
     for name in PAGES:
         path = ROOT / name

@@ -88,7 +88,14 @@ class Results:
         self.gpu[name] = ours[0] if count is None else ours
         self.exact[name] = exact[0] if count is None else exact
 
-    def check(self, plain: dict[str, object], loose: dict[str, float] | None = None) -> None:
+    def check(
+        self,
+        plain: dict[str, object],
+        loose: dict[str, float] | None = None,
+        magnitudes: dict[str, float] | None = None,
+    ) -> None:
+        """Against the reference, by the rule of tests/python; `loose` are ulps of the largest value
+        (default 4), `magnitudes` those of the terms whose float32 sum a result is."""
         for name, result in self.gpu.items():
             ours = result if isinstance(result, list) else [result]
             exact = self.exact[name]
@@ -99,7 +106,8 @@ class Results:
                 self.layouts[name].check_gaps(a)
                 c = b if c is None else c.detach().double().cpu().reshape(b.shape)
                 ulps = (loose or {}).get(name, 4.0)
-                eager.assert_close_enough(f"{name}[{i}]", a.cpu(), b, c, ulps)
+                magnitude = (magnitudes or {}).get(name, 0.0)
+                eager.assert_close_enough(f"{name}[{i}]", a.cpu(), b, c, ulps, magnitude)
 
 
 def randn(rng: random.Random, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,6 +119,40 @@ def doubled(value: object) -> object:
     if isinstance(value, Tensor):
         return value.double().cpu()
     return [item.double().cpu() for item in value] if isinstance(value, list) else value
+
+
+def logit_magnitude(queries: Tensor, scale: float, storage: torch.dtype) -> float:
+    """Of the float32 terms of a logit: a key has rms 1, so that the terms add to scale * ||u||.
+
+    Where sources are bfloat16 the tensor cores take u as two bfloat16 numbers, 16 bits of it: its
+    own rounding is 2^-17 of a term, 2^6 times that of a float32.
+    """
+    norm = scale * queries.double().norm(dim=-1).max().item()
+    return norm * (2.0**6 if storage == torch.bfloat16 else 1.0)
+
+
+def gradient_magnitude(queries: Tensor, values: list[Tensor], scale: float) -> float:
+    """Of the terms of a source's gradient: scale r u and l r^2 k / R cancel for narrow keys, so
+    that their size and not the result's says what float32 can resolve."""
+    keys = torch.stack([eager.key_of(v.double(), queries.shape[-1]) for v in values])
+    smallest = keys.square().mean(-1).min().item() if keys.numel() else 1.0
+    slope = scale * queries.abs().max().item() * (smallest + 1e-6) ** -0.5
+    return 4.0 * max(1.0, slope * values[0].shape[-1] ** 0.5)
+
+
+def eager_statistics(
+    values: list[Tensor], queries: Tensor, scale: float, eps: float
+) -> dict[str, Tensor]:
+    """logits, inv_rms and probs [T, ...] in float32 by the plain formulas, on the GPU."""
+    v = torch.stack(values).cuda().float()  # (N,T,D)
+    key = eager.key_of(v, queries.shape[-1])  # (N,T,R)
+    inv_rms = torch.rsqrt(key.square().mean(-1) + eps)  # (N,T)
+    logits = scale * torch.einsum("ntr,sr->tsn", key * inv_rms[..., None], queries.cuda())
+    return {
+        "logits": logits.flatten(1),
+        "inv_rms": inv_rms.T,
+        "probs": logits.softmax(-1).flatten(1),
+    }
 
 
 def pick_dim(rng: random.Random) -> int:
@@ -160,10 +202,13 @@ def test_attend(seed: int) -> None:
         "attend", sources=doubled(values), queries=queries.double(), **inputs, **forward.exact
     )
     out, lse = eager.attend([v.cuda() for v in values], queries.cuda(), **inputs)
+    # Statistics are float32 whatever the storage, and so are the eager ones beside them.
+    plain = eager_statistics(values, queries, **inputs)
+    plain["lse"] = plain["logits"].view(T, S, N).logsumexp(-1).T
+    terms = logit_magnitude(queries, case["scale"], storage)
     forward.check(
-        {"out": list(out.to(out_dtype)), "lse": lse},
-        # Statistics are float32 whatever the storage: the sums of D products set their error.
-        {"logits": 64.0, "inv_rms": 8.0, "probs": 64.0, "lse": 64.0},
+        {"out": list(out.to(out_dtype)), **plain},
+        magnitudes=dict.fromkeys(("logits", "probs", "lse"), terms),
     )
 
     # Backward, from the reference's statistics rounded to float32: errors of the forward stay out.
@@ -235,8 +280,12 @@ def test_attend(seed: int) -> None:
         du = du + held_queries
     backward.check(
         {"dsources": [g.to(dsource_dtype) for g in dv], "dqueries": du},
-        # float32 sums over all tokens and sources, beside eager ones that happen to be exact.
-        {"dqueries": 64.0, "dsources": 8.0},
+        # A logit's gradient is a sum over D of terms of size 1, a query's a sum of those over T:
+        # errors add like a random walk. A source gets a logit's gradient times |u| / rms(v).
+        magnitudes={
+            "dqueries": case["scale"] * max(T * D, 1) ** 0.5,
+            "dsources": gradient_magnitude(queries, values, case["scale"]),
+        },
     )
 
 
@@ -338,7 +387,9 @@ def test_read(seed: int) -> None:
         rounded.copy_(total.float())
         results.exact["partial_out"] = rounded.double()
         reference.pop("updates", None)
-        reference["partial"] = rounded.double()
+        # Go on from the sum as written, itself held to `rounded` below: float32 and float64 sums
+        # now and then round a value to different neighbours, which no later result can answer for.
+        reference["partial"] = results.gpu["partial_out"].cpu().double()
     exact_results = {k: v for k, v in results.exact.items() if k != "partial_out"}
     if round_mix:
         exact_results.setdefault("mix", torch.empty(T, D, dtype=torch.float64))
@@ -363,16 +414,35 @@ def test_read(seed: int) -> None:
         norm_weight=weight,
         norm_eps=scalars["norm_eps"],
     )
+    terms = (
+        logit_magnitude(inputs["query"], scalars["scale"], torch.float32)
+        if query is not None
+        else 1.0
+    )
+    statistics_plain: dict[str, object] = {}
+    if query is not None:
+        total = reference.get("partial")
+        if "partial_out" not in results.gpu and summed:  # ours adds in float32 and rounds nothing
+            parts = [*([inputs["partial"]] if has_partial else []), *inputs.get("updates", [])]
+            total = sum(part.float() for part in parts)
+        values = [*([inputs["phase1_out"]] if has_phase1 else []), *inputs.get("sources", [])]
+        values = [v.float() for v in [*values, *([total] if summed else [])]]
+        plain_of = eager_statistics(values, inputs["query"], scalars["scale"], scalars["eps"])
+        if has_phase1:  # its logit is given
+            plain_of["logits"][:, 0] = inputs["phase1_lse"][0].cuda()
+            plain_of["inv_rms"] = plain_of["inv_rms"].clone()
+            if "inv_rms" in results.exact:
+                plain_of["inv_rms"][:, 0] = results.exact["inv_rms"][:, 0].cuda()
+            plain_of["probs"] = plain_of["logits"].softmax(-1)
+        statistics_plain.update(plain_of)
     results.check(
-        {"x": x.to(x_dtype), "mix": h},
+        {"x": x.to(x_dtype), "mix": h, **statistics_plain},
         # A mixture rounded before the norm is one rounding worse than the exact one.
         {
-            "logits": 64.0,
-            "inv_rms": 8.0,
-            "probs": 64.0,
-            "mix_inv_rms": 64.0 + 2**16 * round_mix,
+            "mix_inv_rms": 4.0 + 2**16 * round_mix,
             "x": 12.0 if round_mix else 4.0,
         },
+        magnitudes=dict.fromkeys(("logits", "probs"), terms),
     )
 
     # ------------------------------------------------------------------------------- backward
@@ -476,17 +546,32 @@ def test_read(seed: int) -> None:
             )
     if "dpartial" in backward.gpu and "dpartial_out" in gradients and "dpartial" in plain:
         plain["dpartial"] = plain["dpartial"] + gradients["dpartial_out"].cuda()
-    loose = {"dquery": 64.0, "dphase1_lse": 256.0, "gate": 64.0}
-    for name in ("dh", "dphase1_out", "dsources", "dpartial", "dnorm_weight"):
-        loose[name] = 8.0
+    loose: dict[str, float] = {}
+    # A logit's gradient is the difference of two sums over D, a query's a sum of those over T; the
+    # gradient of a norm's weight is a sum over T. With a norm both carry 1 / rms of the mixture.
+    cotangent = max((g.abs().max().item() for g in gradients.values()), default=0.0)
+    if norm and T:
+        cotangent *= max(1.0, extra["mix_inv_rms"].max().item())
+    values = [v for k in ("sources",) for v in reference.get(k, [])]
+    values += [reference[k] for k in ("phase1_out", "partial") if k in reference]
+    slope = 1.0
+    if query is not None:
+        slope = gradient_magnitude(inputs["query"], values, scalars["scale"])
+    magnitudes = {
+        "dquery": cotangent * scalars["scale"] * max(T * D, 1) ** 0.5,
+        "dphase1_lse": cotangent * D**0.5,
+        "gate": 1.0,
+        "dnorm_weight": cotangent * max(T, 1) ** 0.5,
+        **dict.fromkeys(("dsources", "dpartial", "dphase1_out", "dh"), cotangent * slope),
+    }
     if round_mix:
         # The gradient of the rounding itself is taken as one; the eager formula has none.
         for name in backward.gpu:
             value = backward.gpu[name]
             kind = (value[0] if isinstance(value, list) else value).dtype
             mix_ulp = torch.finfo(x_dtype).eps / torch.finfo(kind).eps
-            loose[name] = max(loose.get(name, 8.0), 8.0 * mix_ulp)
-    backward.check(plain, loose)
+            loose[name] = 8.0 * max(1.0, mix_ulp)
+    backward.check(plain, loose, magnitudes)
 
 
 def eager_read_gradients(
