@@ -6,7 +6,7 @@ Usage: cuda_kernels.py [--out FILE] [--shape A ...] [--op phase1 | phase1_fwd ..
 
 Percent of copy = the fewest bytes that the operation must move, over its time, against the rate of
 a device-to-device copy in the same run (bytes read + bytes written). In a round every contender
-and a copy run once, in turn, after L2 was overwritten; a busy wait before each measurement keeps
+and a copy run once, in turn, after L2 was filled with other data; a busy wait before each measurement keeps
 launch gaps and Python out. Medians with the 10th and 90th percentile.
 
 Other packages (peers.py) run on the same tensors once their outputs and gradients agree with the
@@ -82,12 +82,12 @@ class Timer:
     """Times single runs, each on an L2 that holds none of its inputs."""
 
     def __init__(self) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self._flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def once(self, run: Callable[[], object]) -> float:
         """Microseconds."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._flush.sum()  # read, not written: lines to write back would be on the next run's bill
         torch.cuda._sleep(WAIT_CYCLES)
         begin.record()
         run()
