@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 
 namespace flash_attn_res::cuda {
 
@@ -141,10 +142,96 @@ constexpr DqueriesPolicy choose_dqueries(int64_t tokens, int64_t num_queries, in
 
 // ------------------------------------------------------------------------------------------ read
 
-/// Which form of `read` runs, and its block.
+/// Updates that a reading site may have beside the row that holds the partial sum.
+inline constexpr int kReadRowsMaxUpdates = 2;
+
+/// One compiled form of the kernel that keeps a token's rows in registers.
+struct ReadRowsForm {
+  int terms;        // rows that a thread has room for
+  int chunks;       // 16-byte chunks of each row that a thread keeps
+  int max_threads;  // of a token in one block
+  int min_blocks;   // of max_threads that registers must allow on a multiprocessor
+};
+
+/// The forms for rows of one 16-bit type, by number of terms. The rows in registers are what a
+/// multiprocessor has under way, of which it needs some 40 KB to keep the memory busy, and blocks
+/// must be several, so that some load while others sum and store. With all blocks resident, these
+/// hold 64, 112, 96, 128, 120, 132, 144 and 160 KB.
+inline constexpr ReadRowsForm kReadRowsHalf[] = {
+    {2, 2, 512, 2},   // 64 registers. One chunk would halve the work that hides each barrier
+    {4, 2, 448, 2},   // 72
+    {6, 1, 256, 4},   // 64. Two chunks would need 88 and leave 744 threads
+    {8, 1, 256, 4},   // 64
+    {10, 1, 256, 3},  // 80
+    {12, 1, 224, 3},  // 96
+    {18, 1, 256, 2},  // 128
+    {32, 1, 160, 2},  // 176
+};
+
+/// The forms for float32 and mixed rows, which take 32 bytes a chunk.
+inline constexpr ReadRowsForm kReadRowsAny[] = {
+    {2, 1, 256, 4},   // 64 registers
+    {4, 1, 256, 3},   // 80
+    {8, 1, 256, 2},   // 128
+    {12, 1, 160, 2},  // 168
+};
+
+inline constexpr int kReadRowsMaxTerms = 32;
+
+constexpr std::span<const ReadRowsForm> read_rows_forms(bool half) {
+  return half ? std::span<const ReadRowsForm>(kReadRowsHalf)
+              : std::span<const ReadRowsForm>(kReadRowsAny);
+}
+
+/// The form with room for exactly `terms`.
+constexpr ReadRowsForm read_rows_form(bool half, int terms) {
+  for (const ReadRowsForm& form : read_rows_forms(half)) {
+    if (form.terms == terms) {
+      return form;
+    }
+  }
+  return {};
+}
+
+/// How `read` runs with a token's rows in registers.
+struct ReadRowsPolicy {
+  int terms;    // of the kernel's form; 0: none serves the call
+  int cluster;  // blocks that share a token's columns
+  int threads;  // of a token in one block
+  int tokens;   // of a block
+
+  bool operator==(const ReadRowsPolicy&) const = default;
+};
+
+/// Takes the form with the fewest terms that has room, and the fewest blocks a token whose threads
+/// that form allows. The choice never shows in the results: sums over D have one order.
+constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters) {
+  constexpr int64_t kSegment = 256;  // columns of a warp and chunk
+  constexpr int kMaxCluster = 8;     // that every device with clusters has
+  // Narrow tokens share a block: a multiprocessor has room for 32 blocks, and starting one takes
+  // about as long as moving 1 KB.
+  constexpr int kMinThreads = 128;
+  for (const ReadRowsForm& form : read_rows_forms(half)) {
+    if (form.terms < terms) {
+      continue;
+    }
+    for (int cluster = 1; cluster <= (clusters ? kMaxCluster : 1); cluster *= 2) {
+      const int64_t warps = ceil_div(ceil_div(dim, kSegment), int64_t{cluster} * form.chunks);
+      const int64_t threads = warps * 32;
+      if (threads <= form.max_threads) {
+        const int64_t tokens = cluster == 1 ? std::max<int64_t>(kMinThreads / threads, 1) : 1;
+        return {form.terms, cluster, static_cast<int>(threads), static_cast<int>(tokens)};
+      }
+    }
+    break;  // a form with more terms has fewer threads
+  }
+  return {};
+}
+
+/// Which form of `read_backward` runs, and its block.
 struct ReadPolicy {
   bool staged;            // rows of a token in shared memory; else streamed
-  int chunks_per_thread;  // staged: 2 or 4
+  int chunks_per_thread;  // staged
   int threads;            // of a block, which has one token at a time
   int stages;             // staged: tiles in the ring
   int64_t shared_bytes;   // of a block

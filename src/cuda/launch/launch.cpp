@@ -65,14 +65,53 @@ bool Call::allow_shared(const void* kernel, int64_t shared_bytes) {
   return ok();
 }
 
-void Call::launch_erased(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
-                         void** arguments) {
+namespace {
+
+/// The configuration of a launch; its attributes live as long as it does.
+struct Configuration {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Configuration(const LaunchOptions& options, bool can_overlap, dim3 grid, dim3 block,
+                int64_t shared_bytes, cudaStream_t stream) {
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (options.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(options.cluster);
+      attribute.val.clusterDim.y = 1;
+      attribute.val.clusterDim.z = 1;
+    }
+    if (options.overlap && can_overlap) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+  Configuration& operator=(const Configuration&) = delete;
+};
+
+}  // namespace
+
+void Call::launch_erased(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
+                         int64_t shared_bytes, void** arguments) {
   if (!allow_shared(kernel, shared_bytes)) {
     return;
   }
-  check(
-      cudaLaunchKernel(kernel, grid, block, arguments, static_cast<size_t>(shared_bytes), stream_),
-      "the kernel launch");
+  const Configuration configuration(options, limits_.major >= 9, grid, block, shared_bytes,
+                                    stream_);
+  check(cudaLaunchKernelExC(&configuration.config, kernel, arguments), "the kernel launch");
+}
+
+bool Call::compiled_for_erased(int major, const void* kernel) {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, kernel), "reading a kernel's attributes");
+  return ok() && attributes.ptxVersion >= 10 * major;
 }
 
 unsigned Call::resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,

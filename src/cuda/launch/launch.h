@@ -32,6 +32,14 @@ class DeviceGuard {
   cudaError_t error_ = cudaSuccess;
 };
 
+/// How a kernel is launched beyond its grid.
+struct LaunchOptions {
+  int cluster = 1;  // CTAs of a cluster, along x (sm_90)
+  // The kernel may begin before the one before it in the stream has ended: it waits by itself
+  // (griddepcontrol.wait) before it reads what that one writes. Ignored before sm_90.
+  bool overlap = false;
+};
+
 /// One call of an operation: its name and shapes, for messages, its stream and device.
 class Call {
  public:
@@ -46,11 +54,18 @@ class Call {
   template <class... Parameters>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
               const Parameters&... parameters) {
+    launch_with({}, kernel, grid, block, shared_bytes, parameters...);
+  }
+
+  template <class... Parameters>
+  void launch_with(const LaunchOptions& options, void (*kernel)(Parameters...), dim3 grid,
+                   dim3 block, int64_t shared_bytes, const Parameters&... parameters) {
     if (!ok() || grid.x == 0) {
       return;
     }
     void* arguments[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    launch_erased(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, arguments);
+    launch_erased(options, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                  arguments);
   }
 
   /// Blocks of a grid that stays on the device: as many as run at once, at most `limit`.
@@ -61,11 +76,19 @@ class Call {
                                   limit);
   }
 
+  /// Whether the code that the device runs for `kernel` was compiled for compute capability
+  /// `major`.0 or later. Code that the driver makes of older PTX lacks what newer devices have.
+  template <class... Parameters>
+  bool compiled_for(int major, void (*kernel)(Parameters...)) {
+    return compiled_for_erased(major, reinterpret_cast<const void*>(kernel));
+  }
+
  private:
   void check(cudaError_t error, const char* what);
+  bool compiled_for_erased(int major, const void* kernel);
   bool allow_shared(const void* kernel, int64_t shared_bytes);
-  void launch_erased(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
-                     void** arguments);
+  void launch_erased(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
+                     int64_t shared_bytes, void** arguments);
   unsigned resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,
                                   int64_t limit);
 
