@@ -1,6 +1,9 @@
 """Measures the CUDA kernels against a device copy.
 
-Usage: cuda_kernels.py [--out FILE] [--shape A --shape B ...] [--op NAME ...] [--repeats N]
+Usage: cuda_kernels.py [--out FILE] [--shape A --shape B ...] [--neighbours] [--op NAME ...]
+                       [--repeats N]
+
+Shapes are A, B and C; --neighbours measures around A instead, with other N and D.
 
 Percent of copy = the fewest bytes that the operation must move, over its time, against the rate of
 a device-to-device copy in the same run (bytes read + bytes written). Every tensor is far larger
@@ -42,6 +45,11 @@ SHAPES = {
     "A": {"N": 4, "S": 8, "T": 65536, "D": 2048},
     "B": {"N": 8, "S": 24, "T": 8192, "D": 7168},
     "C": {"N": 10, "S": 6, "T": 16384, "D": 2304},
+}
+# Around A: as many elements a tensor, and no other difference than the one in the name.
+NEIGHBOURS = {
+    **{f"D{D}": {**SHAPES["A"], "T": 2**27 // D, "D": D} for D in (1024, 4096, 5120, 8192)},
+    **{f"N{N}": {**SHAPES["A"], "N": N} for N in (1, 2, 3, 16)},
 }
 DTYPE = torch.bfloat16
 
@@ -244,7 +252,8 @@ def describe_machine() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--shape", action="append", choices=SHAPES)
+    parser.add_argument("--shape", action="append", choices=[*SHAPES, *NEIGHBOURS])
+    parser.add_argument("--neighbours", action="store_true")
     parser.add_argument("--op", action="append", choices=OPS)
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()
@@ -255,8 +264,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.3f} TB/s")
     print(f"{'operation':18} {'shape':5} {'us':>9} {'GB/s':>7} {'% copy':>7}")
     rows = []
-    for name in options.shape or SHAPES:
-        shape = SHAPES[name]
+    shapes = {**SHAPES, **NEIGHBOURS}
+    for name in options.shape or (NEIGHBOURS if options.neighbours else SHAPES):
+        shape = shapes[name]
         for op in options.op or OPS:
             call, units = getattr(Site(**shape), op)()
             microseconds = measure(call.run, options.repeats)

@@ -147,34 +147,27 @@ inline constexpr int kReadRowsMaxUpdates = 2;
 
 /// One compiled form of the kernel that keeps a token's rows in registers.
 struct ReadRowsForm {
-  int terms;        // rows that a thread has room for
-  int chunks;       // 16-byte chunks of each row that a thread keeps
-  int max_threads;  // of a token in one block
-  int min_blocks;   // of max_threads that registers must allow on a multiprocessor
+  int terms;      // rows that a thread has room for
+  int chunks;     // 16-byte chunks of each row that a thread keeps
+  int registers;  // of a thread, at most
+  int blocks;     // that a multiprocessor should hold: a token that takes more is split
+
+  /// Threads that the registers of a multiprocessor allow: 16384 for each quarter of its warps.
+  constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
 };
 
 /// The forms for rows of one 16-bit type, by number of terms. The rows in registers are what a
 /// multiprocessor has under way, of which it needs some 40 KB to keep the memory busy, and blocks
 /// must be several, so that some load while others sum and store. With all blocks resident, these
-/// hold 64, 112, 96, 128, 120, 132, 144 and 160 KB.
+/// hold 64, 112, 96, 128, 120, 120, 144 and 192 KB.
 inline constexpr ReadRowsForm kReadRowsHalf[] = {
-    {2, 2, 512, 2},   // 64 registers. One chunk would halve the work that hides each barrier
-    {4, 2, 448, 2},   // 72
-    {6, 1, 256, 4},   // 64. Two chunks would need 88 and leave 744 threads
-    {8, 1, 256, 4},   // 64
-    {10, 1, 256, 3},  // 80
-    {12, 1, 224, 3},  // 96
-    {18, 1, 256, 2},  // 128
-    {32, 1, 160, 2},  // 176
+    {2, 2, 64, 2},  {4, 2, 72, 2},  {6, 1, 64, 4},   {8, 1, 64, 4},
+    {10, 1, 80, 3}, {12, 1, 96, 4}, {18, 1, 128, 4}, {32, 1, 168, 3},
 };
 
 /// The forms for float32 and mixed rows, which take 32 bytes a chunk.
 inline constexpr ReadRowsForm kReadRowsAny[] = {
-    {2, 1, 256, 4},   // 64 registers
-    {4, 1, 256, 3},   // 80
-    {8, 1, 256, 2},   // 128
-    {12, 1, 160, 2},  // 168
-};
+    {2, 1, 64, 4}, {4, 1, 72, 4}, {8, 1, 128, 4}, {12, 1, 168, 3}};
 
 inline constexpr int kReadRowsMaxTerms = 32;
 
@@ -203,27 +196,28 @@ struct ReadRowsPolicy {
   bool operator==(const ReadRowsPolicy&) const = default;
 };
 
-/// Takes the form with the fewest terms that has room, and the fewest blocks a token whose threads
-/// that form allows. The choice never shows in the results: sums over D have one order.
+/// Takes the form with the fewest terms that has room, and splits a token over the fewest blocks
+/// that let the multiprocessor hold as many as the form wants. The choice never shows in the
+/// results: sums over D have one order.
 constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters) {
   constexpr int64_t kSegment = 256;  // columns of a warp and chunk
   constexpr int kMaxCluster = 8;     // that every device with clusters has
-  // Narrow tokens share a block: a multiprocessor has room for 32 blocks, and starting one takes
-  // about as long as moving 1 KB.
-  constexpr int kMinThreads = 128;
+  // Narrow tokens share a block: a multiprocessor has room for 32 blocks.
+  constexpr int64_t kMinThreads = 128;
   for (const ReadRowsForm& form : read_rows_forms(half)) {
     if (form.terms < terms) {
       continue;
     }
-    for (int cluster = 1; cluster <= (clusters ? kMaxCluster : 1); cluster *= 2) {
-      const int64_t warps = ceil_div(ceil_div(dim, kSegment), int64_t{cluster} * form.chunks);
-      const int64_t threads = warps * 32;
-      if (threads <= form.max_threads) {
+    const int most = clusters ? kMaxCluster : 1;
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
+      const int64_t threads = ceil_div(dim, kSegment * form.chunks * cluster) * 32;
+      const int64_t limit = cluster < most ? form.max_threads() / form.blocks : form.max_threads();
+      if (threads <= limit) {
         const int64_t tokens = cluster == 1 ? std::max<int64_t>(kMinThreads / threads, 1) : 1;
         return {form.terms, cluster, static_cast<int>(threads), static_cast<int>(tokens)};
       }
     }
-    break;  // a form with more terms has fewer threads
+    break;  // a form with more terms has no more threads
   }
   return {};
 }

@@ -89,8 +89,7 @@ struct PairSums {
 };
 
 template <class T, int kTerms>
-__global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads,
-                                  kReadRowsForm<T, kTerms>.min_blocks)
+__global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
     read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
   constexpr int kChunks = kReadRowsForm<T, kTerms>.chunks;
   constexpr unsigned kLanes = kWarp;
