@@ -6,8 +6,8 @@ Usage: cuda_kernels.py [--out FILE] [--shape A ...] [--op phase1 | phase1_fwd ..
 
 Percent of copy = the fewest bytes that the operation must move, over its time, against the rate of
 a device-to-device copy in the same run (bytes read + bytes written). In a round every contender
-and a copy run once, in turn, after L2 was filled with other data; a busy wait before each measurement keeps
-launch gaps and Python out. Medians with the 10th and 90th percentile.
+and a copy run once, in turn, after L2 was filled with other data; a busy wait before each
+measurement keeps launch gaps and Python out. Medians with the 10th and 90th percentile.
 
 Other packages (peers.py) run on the same tensors once their outputs and gradients agree with the
 formulas; whatever does not serve a case has a row with its reason. --warm compiles in that many

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 
 namespace flash_attn_res::cuda {
 
@@ -141,10 +142,90 @@ constexpr DqueriesPolicy choose_dqueries(int64_t tokens, int64_t num_queries, in
 
 // ------------------------------------------------------------------------------------------ read
 
-/// Which form of `read` runs, and its block.
+/// Updates that a reading site may have beside the row that holds the partial sum.
+inline constexpr int kReadRowsMaxUpdates = 2;
+
+/// One compiled form of the kernel that keeps a token's rows in registers.
+struct ReadRowsForm {
+  int terms;      // rows that a thread has room for
+  int chunks;     // 16-byte chunks of each row that a thread keeps
+  int registers;  // of a thread, at most
+  int blocks;     // that a multiprocessor should hold: a token that takes more is split
+
+  /// Threads that the registers of a multiprocessor allow: 16384 for each quarter of its warps.
+  constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
+};
+
+/// The forms for rows of one 16-bit type, by number of terms. The rows in registers are what a
+/// multiprocessor has under way, of which it needs some 40 KB to keep the memory busy, and blocks
+/// must be several, so that some load while others sum and store. With all blocks resident, these
+/// hold 64, 112, 96, 128, 120, 120, 144 and 192 KB.
+inline constexpr ReadRowsForm kReadRowsHalf[] = {
+    {2, 2, 64, 2},  {4, 2, 72, 2},  {6, 1, 64, 4},   {8, 1, 64, 4},
+    {10, 1, 80, 3}, {12, 1, 96, 4}, {18, 1, 128, 4}, {32, 1, 168, 3},
+};
+
+/// The forms for float32 and mixed rows, which take 32 bytes a chunk.
+inline constexpr ReadRowsForm kReadRowsAny[] = {
+    {2, 1, 64, 4}, {4, 1, 72, 4}, {8, 1, 128, 4}, {12, 1, 168, 3}};
+
+inline constexpr int kReadRowsMaxTerms = 32;
+
+constexpr std::span<const ReadRowsForm> read_rows_forms(bool half) {
+  return half ? std::span<const ReadRowsForm>(kReadRowsHalf)
+              : std::span<const ReadRowsForm>(kReadRowsAny);
+}
+
+/// The form with room for exactly `terms`.
+constexpr ReadRowsForm read_rows_form(bool half, int terms) {
+  for (const ReadRowsForm& form : read_rows_forms(half)) {
+    if (form.terms == terms) {
+      return form;
+    }
+  }
+  return {};
+}
+
+/// How `read` runs with a token's rows in registers.
+struct ReadRowsPolicy {
+  int terms;    // of the kernel's form; 0: none serves the call
+  int cluster;  // blocks that share a token's columns
+  int threads;  // of a token in one block
+  int tokens;   // of a block
+
+  bool operator==(const ReadRowsPolicy&) const = default;
+};
+
+/// Takes the form with the fewest terms that has room, and splits a token over the fewest blocks
+/// that let the multiprocessor hold as many as the form wants. The choice never shows in the
+/// results: sums over D have one order.
+constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters) {
+  constexpr int64_t kSegment = 256;  // columns of a warp and chunk
+  constexpr int kMaxCluster = 8;     // that every device with clusters has
+  // Narrow tokens share a block: a multiprocessor has room for 32 blocks.
+  constexpr int64_t kMinThreads = 128;
+  for (const ReadRowsForm& form : read_rows_forms(half)) {
+    if (form.terms < terms) {
+      continue;
+    }
+    const int most = clusters ? kMaxCluster : 1;
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
+      const int64_t threads = ceil_div(dim, kSegment * form.chunks * cluster) * 32;
+      const int64_t limit = cluster < most ? form.max_threads() / form.blocks : form.max_threads();
+      if (threads <= limit) {
+        const int64_t tokens = cluster == 1 ? std::max<int64_t>(kMinThreads / threads, 1) : 1;
+        return {form.terms, cluster, static_cast<int>(threads), static_cast<int>(tokens)};
+      }
+    }
+    break;  // a form with more terms has no more threads
+  }
+  return {};
+}
+
+/// Which form of `read_backward` runs, and its block.
 struct ReadPolicy {
   bool staged;            // rows of a token in shared memory; else streamed
-  int chunks_per_thread;  // staged: 2 or 4
+  int chunks_per_thread;  // staged
   int threads;            // of a block, which has one token at a time
   int stages;             // staged: tiles in the ring
   int64_t shared_bytes;   // of a block

@@ -204,7 +204,7 @@ def test_many_sources(count: int, dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dim", [264, 2048, 7168])
 def test_aligned_and_unaligned_kernels_agree(dim: int) -> None:
-    """The same numbers, once aligned to 16 bytes (staged) and once to nothing (streamed)."""
+    """The same numbers, once aligned to 16 bytes and once to nothing (streamed)."""
 
     def step(tensors: list[Tensor]) -> list[Tensor]:
         leaves = [t.requires_grad_() for t in tensors]
@@ -327,6 +327,38 @@ def test_a_token_does_not_see_its_batch(dim: int, dtype: torch.dtype) -> None:
         assert torch.equal(part.out, whole.out[:, :count])
         assert torch.equal(part.lse, whole.lse[:, :count])
         assert torch.equal(read(queries[0], sources=some, norm_weight=weight).x, whole_x[:count])
+
+
+@pytest.mark.parametrize("dim", [96, 100, 1024, 2304, 7168])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_reading_a_token_does_not_see_its_batch(case: str, dtype: torch.dtype, dim: int) -> None:
+    tokens = 4097
+    sources = make_sources(
+        {"one_shot": 5, "kimi_k3": 8}.get(case, 0), tokens, dim, dtype, "contiguous"
+    )
+    terms = rows((3, tokens, dim), dtype, "contiguous")
+    lse = torch.randn(tokens, device="cuda")
+    query = torch.randn(dim, device="cuda") / dim**0.5
+    weight = torch.rand(dim, device="cuda").to(dtype)
+
+    def site(part: slice) -> list[Tensor]:
+        result = read(
+            query,
+            phase1=(terms[0, part], lse[part]) if case in ("merge", "advance") else None,
+            sources=[source[part] for source in sources],
+            partial=terms[1, part] if case != "one_shot" else None,
+            update=terms[2, part] if case in ("advance", "kimi_k3", "first") else None,
+            norm=case != "merge",
+            norm_weight=weight if case != "merge" else None,
+        )
+        return [result.x, *([result.partial] if result.partial is not None else [])]
+
+    whole = site(slice(None))
+    for begin, count in [(0, 1), (4096, 1), (1000, 7), (8, 128), (1, 4096)]:
+        part = slice(begin, begin + count)
+        for ours, expected in zip(site(part), whole, strict=True):
+            assert torch.equal(ours, expected[part])
 
 
 def test_caller_stream() -> None:

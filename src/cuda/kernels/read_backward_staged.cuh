@@ -11,18 +11,27 @@
 // [T];
 //       du and dg of this block's tokens [blocks, D] float32, summed by reduce_partials
 // bytes K + 1 units of T * D elements read, K written, one more each that is accumulated
-// sums  float32, in the order of read_staged; du and dg stay in registers over all of a block's
-//       tokens, whose number depends on T and on the number of multiprocessors
+// sums  float32: a thread's columns in order, then lanes, then warps; du and dg stay in registers
+//       over all of a block's tokens, whose number depends on T and on the number of
+//       multiprocessors
 //
-// The ring and the ownership of chunks are those of read_staged. A row's place in the ring is
-// refilled as soon as its gradient has been stored, while the rows after it are still in use.
+// Blocks stay and walk over tokens with a ring of tiles: while one token is computed, the copies of
+// the next `stages` are under way. A thread copies and reads its own chunks (kChunks of them), so
+// the only barriers are those of the sums. A row's place in the ring is refilled as soon as its
+// gradient has been stored, while the rows after it are still in use.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_BACKWARD_STAGED_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_BACKWARD_STAGED_CUH_
 
-#include "cuda/kernels/read_staged.cuh"
+#include "cuda/device/block.cuh"
+#include "cuda/device/chunk.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/device/tile.cuh"
+#include "cuda/kernels/read_params.h"
 
 namespace flash_attn_res::cuda {
+
+inline constexpr int kReadTermBatch = 4;  // terms whose sums leave the warp together
 
 /// Shared memory of a block, in this order:
 ///   u             (2, chunks) float4, when there is a query

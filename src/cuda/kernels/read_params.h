@@ -1,4 +1,4 @@
-// Parameters of the kernels of `read`, shared by the staged and the streamed form.
+// Parameters of the kernels of `read` and `read_backward`, shared by their forms.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
@@ -10,10 +10,10 @@ namespace flash_attn_res::cuda {
 /// Rows of one token: phase 1, sources, partial sum, and two more updates.
 inline constexpr int kMaxReadRows = static_cast<int>(kMaxSources) + 4;
 
-/// Rows of the staged kernels' smaller table: a launch copies its parameters.
+/// Rows of the staged kernel's smaller table: a launch copies its parameters.
 inline constexpr int kMaxStagedRows = 64;
 
-/// Most softmax terms of a staged kernel: two a lane.
+/// Most softmax terms of the staged kernel: two a lane.
 inline constexpr int kMaxStagedTerms = 64;
 
 template <int kRows>
@@ -28,8 +28,10 @@ struct ReadParams {
 
   FloatView phase1_lse;  // [1, T]
   FloatView query;       // [1, R]; absent when K == 1
+  bool query_aligned;    // whole chunks of columns meet 16-byte pieces of it
   float scale, eps;
   float inv_key_dim;   // 1 / R
+  float inv_dim;       // 1 / D
   int dim, key_begin;  // D, D - R
 
   bool norm;
@@ -41,7 +43,6 @@ struct ReadParams {
   FloatView logits, inv_rms, probs;  // [T, K], optional
   FloatView mix_inv_rms;             // [1, T], optional
   int64_t tokens;
-  int stages;  // staged kernels: tiles in the ring
 };
 
 template <int kRows>
@@ -75,7 +76,7 @@ struct ReadBackwardParams {
   float* dweight_partials;  // [blocks, D], optional
   float* dh_scratch;        // streamed kernel: [blocks, D]
   int64_t tokens;
-  int stages;
+  int stages;  // staged kernel: tiles in the ring
 };
 
 }  // namespace flash_attn_res::cuda

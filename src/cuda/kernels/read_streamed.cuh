@@ -1,10 +1,11 @@
-// `read` and its backward for everything that the staged kernels do not take: rows that shared
-// memory cannot hold (long lists of sources, wide streams), widths that are no multiple of eight,
-// addresses that are not aligned to 16 bytes. Formulas, results and sums as in read_staged and
-// read_backward_staged.
+// `read` and its backward for everything that the other kernels do not take: more rows than
+// registers or shared memory hold (long lists of sources, wide streams), widths that are no
+// multiple of eight, addresses that are not aligned to 16 bytes. Formulas and results as in
+// read_rows and read_backward_staged.
 //
 // bytes  rows are read from device memory once where L2 still holds them at the second reading
-// sums   float32: a thread's chunks in order, lanes, warps; independent of the other tokens
+// sums   float32: a thread's chunks in order, lanes, warps; independent of the other tokens, but
+//        another order than read_rows has
 //
 // One token a block at a time, a thread has chunks i, i + threads, ... of each row, and the rows
 // are read anew in each pass:

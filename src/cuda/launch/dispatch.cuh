@@ -11,11 +11,6 @@ namespace flash_attn_res::cuda {
 /// Whether a dtype is one of the 16-bit ones.
 inline bool is_half(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
-/// Storage for which the staged forward comes with four chunks a thread as well; the others are
-/// rare enough to be served by two.
-template <class Storage>
-inline constexpr bool kHasManyChunks = sizeof(Packed<Storage>) == 16;
-
 /// Calls function.operator()<T>() with the storage type of a kernel; kNone: AnyType.
 template <class Function>
 void dispatch_storage(DType dtype, Function&& function) {

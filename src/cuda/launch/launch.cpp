@@ -139,6 +139,12 @@ void Call::copy(const ConstMatrix& from, const Matrix& to) {
   }
 }
 
+bool Call::compiled_for_erased(int major, const void* kernel) {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, kernel), "reading a kernel's attributes");
+  return ok() && attributes.ptxVersion >= 10 * major;
+}
+
 unsigned Call::resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,
                                       int64_t limit) {
   if (limit <= limits_.multiprocessors || !allow_shared(kernel, shared_bytes)) {

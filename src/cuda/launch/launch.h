@@ -88,8 +88,16 @@ class Call {
                                     shared_bytes, limit);
   }
 
+  /// Whether the code that the device runs for `kernel` was compiled for compute capability
+  /// `major`.0 or later. Code that the driver makes of older PTX lacks what newer devices have.
+  template <class... Parameters>
+  bool compiled_for(int major, void (*kernel)(Parameters...)) {
+    return compiled_for_erased(major, reinterpret_cast<const void*>(kernel));
+  }
+
  private:
   void check(cudaError_t error, const char* what);
+  bool compiled_for_erased(int major, const void* kernel);
   bool allow_shared(const void* kernel, int64_t shared_bytes);
   void launch_erased(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
                      int64_t shared_bytes, void** arguments);

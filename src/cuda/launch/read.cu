@@ -1,12 +1,12 @@
-// read: one kernel, staged in shared memory where a token's rows fit and are aligned, else
-// streamed.
+// read: one kernel, a token's rows in registers where they fit and are aligned, else streamed.
 
-#include <algorithm>
 #include <cstdint>
+#include <span>
+#include <utility>
 
 #include "common/validate.h"
 #include "cuda/backend.h"
-#include "cuda/kernels/read_staged.cuh"
+#include "cuda/kernels/read_rows.cuh"
 #include "cuda/kernels/read_streamed.cuh"
 #include "cuda/launch/dispatch.cuh"
 #include "cuda/launch/launch.h"
@@ -44,9 +44,13 @@ ReadParams<kRows> make_params(const ReadArgs& args) {
   }
   p.phase1_lse = float_view(args.phase1_lse);
   p.query = float_view(args.query);
+  // Column 8 i of a row meets element 8 i - (D - R) of the query.
+  p.query_aligned =
+      (reinterpret_cast<uintptr_t>(args.query.data) - static_cast<uintptr_t>(D - R) * 4) % 16 == 0;
   p.scale = static_cast<float>(args.scale);
   p.eps = static_cast<float>(args.eps);
   p.inv_key_dim = 1.0f / static_cast<float>(R);
+  p.inv_dim = 1.0f / static_cast<float>(D);
   p.dim = static_cast<int>(D);
   p.key_begin = static_cast<int>(D - R);
   p.norm = args.norm == OutputNorm::kRms;
@@ -64,7 +68,7 @@ ReadParams<kRows> make_params(const ReadArgs& args) {
   return p;
 }
 
-/// Which storage type serves the rows, and whether all of them can be staged.
+/// Which storage type serves the rows, and whether all of them are aligned.
 template <int kRows>
 UniformType storage_of(const ReadParams<kRows>& p) {
   UniformType storage(p.dim);
@@ -72,51 +76,60 @@ UniformType storage_of(const ReadParams<kRows>& p) {
     storage.add({p.rows.data[j], p.rows.stride_bytes[j], static_cast<DType>(p.rows.dtype[j]),
                  p.rows.vectorized[j] != 0});
   }
-  // The new partial sum takes the place of a staged row, or is read back.
+  // The new partial sum takes the place of a row.
   storage.add(p.partial_out);
   return storage;
 }
 
-ReadPolicy choose_read(const ReadArgs& args, const ReadParams<kMaxStreamedRows>& p,
-                       const UniformType& storage, const DeviceLimits& limits) {
-  if (p.num_rows > kMaxStagedRows || p.num_terms > kMaxStagedTerms || !storage.vectorized() ||
-      p.dim % kChunk != 0) {
-    return {};
-  }
-  const bool half = is_half(storage.get());
-  const auto shared_bytes = [&](int threads, int stages) {
-    return ReadStagedLayout(args.query.present(), stages, p.num_rows, half ? 1 : 2, p.dim / kChunk,
-                            threads / kWarp, p.num_terms)
-        .total;
-  };
-  // Two chunks a thread wherever they reach; four serve rows of 8192 to 16384 columns.
-  const StagedKernel two = {2, kReadMaxThreads, read_registers(half, 2)};
-  const StagedKernel four = {4, kReadMaxThreads, read_registers(half, 4)};
-  return half ? choose_ring(p.dim, {two, four}, limits, shared_bytes)
-              : choose_ring(p.dim, {two}, limits, shared_bytes);
-}
+using RowsKernel = void (*)(ReadRowsParams);
 
-using StagedParams = ReadParams<kMaxStagedRows>;
-
+/// The kernel with room for `terms`.
 template <class Storage>
-auto staged_kernel(int chunks_per_thread) -> void (*)(StagedParams) {
-  if constexpr (kHasManyChunks<Storage>) {
-    if (chunks_per_thread == 4) {
-      return read_staged_kernel<Storage, 4, kMaxStagedRows>;
-    }
-  }
-  return read_staged_kernel<Storage, 2, kMaxStagedRows>;
+RowsKernel find_rows_kernel(int terms) {
+  constexpr std::span<const ReadRowsForm> kForms =
+      read_rows_forms(/*half=*/sizeof(Packed<Storage>) == 16);
+  RowsKernel found = nullptr;
+  const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    ((found =
+          kForms[kIndex].terms == terms ? read_rows_kernel<Storage, kForms[kIndex].terms> : found),
+     ...);
+  };
+  look(std::make_index_sequence<kForms.size()>());
+  return found;
 }
 
-void run_staged(Call& call, StagedParams params, DType storage, const ReadPolicy& policy) {
-  params.stages = policy.stages;
-  dispatch_storage(storage, [&]<class Storage>() {
-    const auto kernel = staged_kernel<Storage>(policy.chunks_per_thread);
-    const unsigned blocks =
-        call.resident_blocks(kernel, policy.threads, policy.shared_bytes, params.tokens);
-    call.launch(kernel, dim3(blocks), dim3(static_cast<unsigned>(policy.threads)),
-                policy.shared_bytes, params);
-  });
+/// Runs the call with its rows in registers, if a kernel can. `storage` is that of the rows.
+bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
+  const int64_t T = args.x.rows;
+  const int64_t D = args.x.cols;
+  storage.add(value_view(args.x));
+  storage.add(value_view(args.mix));
+  const bool aligned = storage.vectorized() && D % kChunk == 0 &&
+                       (!args.norm_weight.present() || value_view(args.norm_weight).vectorized);
+  const bool half = is_half(storage.get());
+  const ReadRowsPolicy policy =
+      choose_read_rows(half, read_terms(args), D, call.limits().major >= 9);
+  // Tokens and blocks are counted in 32 bits.
+  const int64_t blocks =
+      policy.terms == 0 ? 0 : ceil_div(T, policy.tokens) * int64_t{policy.cluster};
+  if (!aligned || policy.terms == 0 || blocks != grid_blocks(blocks)) {
+    return false;
+  }
+  const RowsKernel kernel =
+      storage.get() == DType::kBFloat16  ? find_rows_kernel<__nv_bfloat16>(policy.terms)
+      : storage.get() == DType::kFloat16 ? find_rows_kernel<__half>(policy.terms)
+                                         : find_rows_kernel<AnyAligned>(policy.terms);
+  if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
+    return false;
+  }
+  const ReadRowsLayout layout = {static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
+                                 static_cast<unsigned>(policy.terms)};
+  const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
+  call.launch_with(
+      {.cluster = policy.cluster}, kernel, dim3(grid_blocks(blocks)),
+      dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
+      shared_bytes, make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args));
+  return true;
 }
 
 void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage) {
@@ -169,10 +182,7 @@ Status read(const ReadArgs& given, const Context& context) {
   }
   const auto params = make_params<kMaxStreamedRows>(args);
   const UniformType storage = storage_of(params);
-  const ReadPolicy policy = choose_read(args, params, storage, call.limits());
-  if (policy.staged) {
-    run_staged(call, make_params<kMaxStagedRows>(args), storage.get(), policy);
-  } else {
+  if (!run_rows(call, args, storage)) {
     run_streamed(call, params, storage.get());
   }
   if (quantized) {
