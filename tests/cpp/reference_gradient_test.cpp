@@ -348,6 +348,21 @@ TEST_P(ReadGradient, MatchesFiniteDifferences) {
     for (int64_t i = 0; i < T * c.dim; ++i) {
       EXPECT_NEAR(dphase1_out.values[i], gate.values[i / c.dim] * dh.values[i], 1e-12);
     }
+    // dh may be the memory of phase1_out.
+    const auto dsources_before = dsources;
+    const auto dpartial_before = dpartial.values;
+    const auto dnorm_weight_before = dnorm_weight.values;
+    Buffer over = phase1_out;
+    args.phase1_out = over.view();
+    args.dh = over.view();
+    ASSERT_TRUE(
+        read_backward(args, with_workspace(memory, read_backward_workspace_bytes(args))).ok());
+    EXPECT_EQ(over.values, dh.values);
+    EXPECT_EQ(dpartial.values, dpartial_before);
+    EXPECT_EQ(dnorm_weight.values, dnorm_weight_before);
+    for (int64_t n = 0; n < c.num_sources; ++n) {
+      EXPECT_EQ(dsources[n].values, dsources_before[n].values);
+    }
   }
   if (c.partial) {
     expect_gradient("partial", partial, dpartial, loss);
