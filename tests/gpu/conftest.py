@@ -12,6 +12,9 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "python"))
 
 
+pytest.register_assert_rewrite("eager", "stream_networks", "stream_suite")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
 

@@ -60,7 +60,7 @@ class Network(nn.Module):
         *,
         dim: int = DIM,
         dropout: float = 0.0,
-        queries: float = 0.5,
+        queries: float = 0.2,
         k3: bool = False,
         **options,
     ) -> None:
@@ -160,11 +160,20 @@ def assert_gradients(
 ) -> None:
     """float64: equal up to its rounding. Else err(ours) <= 2 err(eager) + a few ulp, in L2.
 
-    Gradients are sums whose terms cancel: their rounding is measured by the largest of a kind, so
-    one that is exactly zero (the query of the first site) may come out as noise.
+    Eager's errors are one draw of a noise that runs through the whole network: a tensor that was
+    lucky is held to the root mean square of the relative errors of all. A gradient that is zero
+    (the queries, where there is one source) may come out as noise of the largest gradient.
     """
     assert ours.keys() == exact.keys()
     scale = max(value.abs().max().item() for value in exact.values())
+    typical = 0.0
+    if plain is not None:
+        relative = [
+            ((plain[name].double() - value).norm() / value.norm()).item()
+            for name, value in exact.items()
+            if value.any()
+        ]
+        typical = (sum(r * r for r in relative) / len(relative)) ** 0.5
     for name, value in exact.items():
         got = ours[name].double()
         assert torch.isfinite(got).all(), name
@@ -174,19 +183,25 @@ def assert_gradients(
             allowed = 1e-9 * value.norm().item() + 1e-12 * scale
         else:
             eps = torch.finfo(ours[name].dtype).eps
-            allowed = 2 * (plain[name].double() - value).norm().item()
+            eager_error = (plain[name].double() - value).norm().item()
+            allowed = 2 * max(eager_error, typical * value.norm().item())
             allowed += ulps * eps * value.norm().item() + eps * 1e-3 * scale
         assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
 
 
 def make(
-    num_sublayers: int, block_size: int, device: str, dtype: torch.dtype, **options
+    num_sublayers: int,
+    block_size: int,
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int] = (3, 16),
+    **options,
 ) -> tuple[Network, Tensor, Tensor]:
     """A network, its input and a cotangent for its output."""
     network = Network(num_sublayers, block_size, **options).to(device, dtype)
     dim = network.attn_res.dim
-    x = torch.randn(2, 5, dim, device=device).to(dtype).requires_grad_()
-    return network, x, torch.randn(2, 5, dim, device=device).to(dtype)
+    x = torch.randn(*shape, dim, device=device).to(dtype).requires_grad_()
+    return network, x, torch.randn(*shape, dim, device=device).to(dtype)
 
 
 @contextlib.contextmanager
