@@ -211,6 +211,11 @@ class BlockAttnRes(nn.Module):
                 f"{self.dim}, the dim of this BlockAttnRes"
             )
         _check.same_device("start", "embedding", embedding, "queries", self.queries)
+        if hasattr(self.queries, "full_tensor"):
+            raise TypeError(
+                "start: queries is a sharded DTensor; call start inside the forward of the module "
+                "that fully_shard wraps, or register it with register_fsdp_forward_method"
+            )
         # Folded once for all sites: two element-wise products of a few kilobytes.
         queries = fold_query(self.queries, self.key_weight, statistics_dtype(embedding))
         plan = self._inference_plan

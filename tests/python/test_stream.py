@@ -88,6 +88,9 @@ def run_parallel(kind: str, rank: int, world: int, port: int, folder: str) -> No
             for name, parameter in network.named_parameters():
                 gradient = parameter.grad
                 grads[name] = gradient.full_tensor() if kind == "fsdp" else gradient
+            if kind == "fsdp":  # between its forwards the module holds shards
+                with pytest.raises(TypeError, match="queries is a sharded DTensor"):
+                    network.attn_res.start(x)
             if rank == 0:
                 torch.save(grads, f"{folder}/{checkpointed}.pt")
     finally:
