@@ -13,7 +13,7 @@ checkpointed sublayers. Contenders share the layers and differ in what stands be
   fla              one-shot reads with the output norm of flash-linear-attention
   liger            one-shot reads of liger-kernel
 
-The others' packages are imported when asked for; what cannot be had is listed with its reason. Every
+The others' packages are imported when asked for; what cannot be had is listed with its reason. Each
 contender is held to the formulas in float32 before it is timed. Times are medians over interleaved
 rounds; ratios are medians of the rounds' ratios to plain, so that drift of the machine hits both.
 Peak memory is that of one step, weights and input included.
@@ -22,7 +22,7 @@ Peak memory is that of one step, weights and input included.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -37,7 +37,7 @@ from collections.abc import Callable
 import harness
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import rms_norm, silu
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from flash_attn_res import BlockAttnRes
@@ -86,10 +86,10 @@ class Sublayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer without its norm."""
         a, b = self.up(x).chunk(2, -1)
-        return self.down(F.silu(b) * a)
+        return self.down(silu(b) * a)
 
     def normed(self, h: Tensor) -> Tensor:
-        return self(F.rms_norm(h, self.norm.shape, self.norm, EPS))
+        return self(rms_norm(h, self.norm.shape, self.norm, EPS))
 
 
 class Network(nn.Module):
@@ -115,9 +115,7 @@ Forward = Callable[[Tensor, bool], Tensor]
 
 def maybe_checkpoint(checkpointed: bool, function: Callable[..., Tensor], *given: object) -> Tensor:
     if checkpointed and torch.is_grad_enabled():
-        return checkpoint_function(
-            function, *given, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint_function(function, *given, use_reentrant=False, preserve_rng_state=False)
     return function(*given)
 
 
@@ -240,7 +238,7 @@ def formula_merge(o: Tensor, lse: Tensor, partial: Tensor, query: Tensor) -> Ten
 
 def formula_one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
     h = formula_phase1(sources, query[None])[0][0]
-    return h if weight is None else F.rms_norm(h, weight.shape, weight, EPS)
+    return h if weight is None else rms_norm(h, weight.shape, weight, EPS)
 
 
 def compiled(network: Network) -> Forward:
@@ -307,7 +305,7 @@ def liger(network: Network) -> Forward:
 
     def one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
         h = LigerAttnResFunction.apply(torch.stack(sources), query, ones, EPS)[0]
-        return h if weight is None else F.rms_norm(h, weight.shape, weight, EPS)
+        return h if weight is None else rms_norm(h, weight.shape, weight, EPS)
 
     return one_shot_network(network, one_shot)
 
@@ -368,10 +366,12 @@ def held_to_the_formulas(network: Network, run: Forward, package: str) -> None:
     tokens = min(256, network.shape.tokens)
     x = torch.randn(1, tokens, network.shape.dim, device=network.queries.device)
     x = x.to(network.queries.dtype)
-    with torch.no_grad(), _float32(network) as wide:
-        if package == "plain":
-            return
+    if package == "plain":
+        return
+    with torch.no_grad():
+        wide = copy.deepcopy(network).float()
         expected = one_shot_network(wide, formula_one_shot)(x.float(), False)
+    del wide
     for checkpointed in (False, True):
         got = run(x.detach().requires_grad_(), checkpointed).detach()
         error = ((got.float() - expected).norm() / expected.norm()).item()
@@ -379,11 +379,37 @@ def held_to_the_formulas(network: Network, run: Forward, package: str) -> None:
             raise UnsupportedError(f"relative error {error:.2e} of the output, above {LIMIT:.0e}")
 
 
-@contextlib.contextmanager
-def _float32(network: Network):
-    import copy
+def prepare(
+    network: Network, package: str, x: Tensor, cotangent: Tensor, checkpointed: bool
+) -> Contender | str:
+    """A contender that has run, with the peak of its step; or why there is none."""
+    try:
+        run = PACKAGES[package](network)
+        held_to_the_formulas(network, run, package)
+        weights = [x, *network.layers.parameters()]
+        weights += [] if package == "plain" else [network.queries]
 
-    yield copy.deepcopy(network).float()
+        def forward() -> None:
+            with torch.inference_mode():
+                run(x, checkpointed)
+
+        def step() -> None:
+            torch.autograd.grad(run(x, checkpointed), weights, cotangent)
+
+        contender = Contender(package, forward, step)
+        for _ in range(2):
+            forward()
+            step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            contender.peak = torch.cuda.max_memory_allocated()
+    except Exception as error:  # whatever another package raises is its result
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return contender
 
 
 def measure(
@@ -401,43 +427,21 @@ def measure(
     clock = Clock(device)
     contenders: list[Contender] = []
     for package in packages:
-        try:
-            run = PACKAGES[package](network)
-            held_to_the_formulas(network, run, package)
-            weights = [x, *network.layers.parameters()]
-            weights += [] if package == "plain" else [network.queries]
-
-            def step(run=run, weights=weights) -> None:
-                torch.autograd.grad(run(x, checkpointed), weights, cotangent)
-
-            def forward(run=run) -> None:
-                with torch.inference_mode():
-                    run(x, checkpointed)
-
-            contender = Contender(package, forward, step)
-            for _ in range(2):
-                forward()
-                step()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                torch.cuda.synchronize()
-                contender.peak = torch.cuda.max_memory_allocated()
-            contenders.append(contender)
-        except Exception as error:  # whatever another package raises is its result
-            failed.append(
-                {
-                    "package": package,
-                    **dataclasses.asdict(shape),
-                    "checkpointed": checkpointed,
-                    "reason": f"{type(error).__name__}: {error}".partition("\n")[0],
-                }
-            )
-            print(f"  {package}: {failed[-1]['reason']}", file=sys.stderr, flush=True)
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
+        prepared = prepare(network, package, x, cotangent, checkpointed)
+        if isinstance(prepared, Contender):
+            contenders.append(prepared)
+            continue
+        print(f"  {package}: {prepared}", file=sys.stderr, flush=True)
+        failed.append(
+            {
+                "package": package,
+                **dataclasses.asdict(shape),
+                "checkpointed": checkpointed,
+                "reason": prepared,
+            }
+        )
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
     for index in range(rounds):
         shift = index % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
@@ -517,7 +521,9 @@ def describe_machine(device: str) -> dict[str, object]:
     }
 
 
-def write(path: pathlib.Path, device: str, copy: float, rows: list[dict], failed: list[dict]) -> None:
+def write(
+    path: pathlib.Path, device: str, copy: float, rows: list[dict], failed: list[dict]
+) -> None:
     """Rows of this run take the place of older ones of the same network and package."""
 
     def key(row: dict) -> tuple:

@@ -16,7 +16,6 @@ from flash_attn_res.plan import Costs, Plan
 from flash_attn_res.stream import FunctionalStream, Stream
 from flash_attn_res.tape import KEEP, TapeStream
 
-
 _STREAM = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

@@ -76,13 +76,13 @@ class Phase1:
         self.dlse_rows: Sequence[Tensor] = ()  # S x [T]
 
     def compute(self, tape: Tape, sources: Sequence[Tensor]) -> None:
+        """Results and statistics of the group's queries over its sources [..., D]."""
         group, like = self.group, sources[0]
         queries = tape.queries[group.first : group.first + group.size]  # [S, R]
-        floats = {"dtype": tape.queries.dtype, "device": like.device}
         self.out = like.new_empty((group.size, *like.shape))
-        self.lse = torch.empty((group.size, tape.tokens), **floats)
-        self.logits = torch.empty((tape.tokens, group.size, len(sources)), **floats)
-        self.inv_rms = torch.empty((tape.tokens, len(sources)), **floats)
+        self.lse = tape.floats(group.size, tape.tokens)
+        self.logits = tape.floats(tape.tokens, group.size, len(sources))
+        self.inv_rms = tape.floats(tape.tokens, len(sources))
         _attend(
             sources, queries, tape.scale, tape.eps, self.out, self.lse, self.logits, self.inv_rms
         )
@@ -146,12 +146,22 @@ class Tape:
         self.cuda_stream: torch.cuda.Stream | None = None
 
     def add_source(self, value: Tensor, needs_grad: bool) -> int:
+        """Appends a completed source and returns its index."""
         self.sources.append(value)
         self.source_grads.append(needs_grad)
         return len(self.sources) - 1
 
     def needs_grad(self, first: int, end: int) -> bool:
+        """Whether any of the sources first..end - 1 needs a gradient."""
         return True in self.source_grads[first:end]
+
+    def values(self) -> Tensor:
+        """A fresh value [..., D] of the stream."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    def floats(self, *shape: int) -> Tensor:
+        """Fresh statistics."""
+        return torch.empty(shape, dtype=self.queries.dtype, device=self.device)
 
     # ------------------------------------------------------------------------- backward passes
 
@@ -304,7 +314,8 @@ class _Open(Function):
         if phase1.begun:  # else no site of the group has a gradient
             group = phase1.group
             sites = slice(group.first, group.first + group.size)
-            dsources, accumulate = [], False
+            dsources: list[Tensor] = []
+            accumulate = False
             if tape.needs_grad(0, group.num_sources):
                 dsources, accumulate = tape.buffers(0, group.num_sources)
             _attend_backward(
@@ -355,6 +366,7 @@ class _Read(Function):
             tape.logits = statistics[0]
         if site.promotes:
             needs = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+            assert total is not None
             tape.add_source(total.detach(), needs)
             return x, token.new_empty(0)
         # The last site's sum has no reader. A block's first output is its sum as it stands:
@@ -384,7 +396,8 @@ class _Read(Function):
                 dh = phase1_out
                 phase1.replaced.add(site.slot)
                 gate, dlse = phase1.gate_rows[site.slot], phase1.dlse_rows[site.slot]
-        dsources, accumulate = [], False
+        dsources: list[Tensor] = []
+        accumulate = False
         if tape.needs_grad(site.first_direct, site.num_sources):
             dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
         dpartial = total.new_empty(total.shape) if need_partial or need_update else None
@@ -432,17 +445,15 @@ def run_site(
     sources: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
     """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
-    options = {"dtype": tape.dtype, "device": tape.device}
-    floats = {"dtype": tape.queries.dtype, "device": tape.device}
     if partial is None and update is not None:
         partial, update = update.to(tape.dtype), None
-    total = partial if update is None else torch.empty(tape.shape, **options)
-    x = torch.empty(tape.shape, **options)
+    total = partial if update is None else tape.values()
+    x = tape.values()
     terms = int(phase1 is not None) + len(sources) + int(total is not None)
-    logits = torch.empty((tape.tokens, terms), **floats)
-    inv_rms = torch.empty((tape.tokens, terms), **floats)
+    logits = tape.floats(tape.tokens, terms)
+    inv_rms = tape.floats(tape.tokens, terms)
     norm = norm_weight is not None
-    mix_inv_rms = torch.empty((tape.tokens,), **floats) if norm else None
+    mix_inv_rms = tape.floats(tape.tokens) if norm else None
     _read(
         None if phase1 is None else phase1.rows[site.slot],
         None if phase1 is None else phase1.lse_rows[site.slot],
@@ -506,8 +517,9 @@ class TapeStream(Stream):
             )
 
     def _check_origin(self, output: Tensor) -> None:
-        node = output.grad_fn
-        if isinstance(node, _Read._backward_cls) and node.tape is not self._tape:  # type: ignore[attr-defined]
+        node: Any = output.grad_fn
+        is_read = isinstance(node, _Read._backward_cls)
+        if is_read and node.tape is not self._tape:
             raise RuntimeError("write: output is what another stream's read gave")
 
     def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
@@ -615,7 +627,7 @@ def read_again(
     total: Tensor | None,
     sources: Sequence[Tensor],
 ) -> Tensor:
-    """x of a site, from the saved sum and the sources, in the middle of a backward."""
+    """The input of a sublayer, from the saved sum and the sources, in the middle of a backward."""
     if phase1 is not None:
         frozen = sources[: phase1.group.num_sources]
         in_backward = _backward_pass() != -1

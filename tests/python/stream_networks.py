@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 import eager
 from flash_attn_res import BlockAttnRes
@@ -29,7 +30,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, 2, d // 2).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(b, t, d))
 
 
@@ -41,7 +42,7 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.up(x).chunk(2, -1)
-        return F.dropout(self.down(F.silu(a) * b), self.dropout, self.training)
+        return drop(self.down(silu(a) * b), self.dropout, self.training)
 
 
 @dataclasses.dataclass
@@ -75,9 +76,7 @@ class Network(nn.Module):
             SwiGlu(dim, dropout) if i % 2 else Attention(dim) for i in range(num_sublayers)
         )
         # Kept apart: sublayers may be wrapped, compiled or sharded on their own.
-        self.norms = nn.ParameterList(
-            1 + 0.1 * torch.randn(dim) for _ in range(num_sublayers + 1)
-        )
+        self.norms = nn.ParameterList(1 + 0.1 * torch.randn(dim) for _ in range(num_sublayers + 1))
         nn.init.normal_(self.attn_res.queries, std=queries)
         if self.attn_res.key_weight is not None:
             nn.init.normal_(self.attn_res.key_weight, mean=1.0, std=0.1)
@@ -107,8 +106,8 @@ class Network(nn.Module):
     def plain(self, x: Tensor) -> Tensor:
         """The same sublayers with one running residual."""
         for norm, layer in zip(self.norms, self.layers, strict=False):
-            x = x + layer(F.rms_norm(x, norm.shape, norm, 1e-6))
-        return F.rms_norm(x, self.norms[-1].shape, self.norms[-1], 1e-6)
+            x = x + layer(rms_norm(x, norm.shape, norm, 1e-6))
+        return rms_norm(x, self.norms[-1].shape, self.norms[-1], 1e-6)
 
     def eager(self, x: Tensor, trace: Trace | None = None) -> Tensor:
         """Attention residuals by their formulas, one site at a time (equation 6 of the paper)."""

@@ -289,7 +289,7 @@ def test_passes_over_parts_of_the_graph(block_size, checkpointed, device, dtype)
     tensors = tensors_of(network, x)
     expected = gradients(network(x), tensors, cotangent)
     y = network(x, checkpoint=checkpointed)
-    last, middle, first = (list(network.layers[i].parameters())[0] for i in (7, 4, 0))
+    last, middle, first = (next(iter(network.layers[i].parameters())) for i in (7, 4, 0))
     norms = [network.norms[i] for i in (0, 3, 6)]
     parts = [
         [last],
@@ -348,7 +348,8 @@ def test_losses_in_mid_network(block_size, device, dtype) -> None:
         trace = Trace()
         y = run(x, trace=trace)
         middle = sum(
-            (trace.inputs[i] * (i + 1) * cotangent.to(x.dtype)).sum() + trace.outputs[i].square().sum()
+            (trace.inputs[i] * (i + 1) * cotangent.to(x.dtype)).sum()
+            + trace.outputs[i].square().sum()
             for i in (2, 4, 5)
         )
         return middle, (y * cotangent.to(x.dtype)).sum()
@@ -584,7 +585,8 @@ def test_layers_that_work_in_place(device) -> None:
         return layer(h * 0.5) + 1.0
 
     found = [
-        gradients(network(x, wrap=w), tensors_of(network, x), cotangent) for w in (wrap, out_of_place)
+        gradients(network(x, wrap=w), tensors_of(network, x), cotangent)
+        for w in (wrap, out_of_place)
     ]
     assert_equal(*found)
     stream = network.attn_res.start(x)
@@ -636,7 +638,7 @@ class TestErrors:
 
     def test_outputs(self, stream) -> None:
         stream.read()
-        with pytest.raises(TypeError, match="output is a NoneType, expected a torch.Tensor"):
+        with pytest.raises(TypeError, match=r"output is a NoneType, expected a torch\.Tensor"):
             stream.write(None)
         with pytest.raises(ValueError, match=r"output has shape \[2, 31\], expected \[2, 32\]"):
             stream.write(self.value(stream, 2, 31))
@@ -710,9 +712,7 @@ class TestErrors:
                 torch.autograd.grad(inner, x, retain_graph=True)
 
         outer = []
-        trace.outputs[-1].register_hook(
-            lambda g: outer.append(torch._C._current_graph_task_id())
-        )
+        trace.outputs[-1].register_hook(lambda g: outer.append(torch._C._current_graph_task_id()))
         trace.inputs[4].register_hook(nested)
         with pytest.raises(RuntimeError, match="two backward passes run over one stream"):
             y.backward(cotangent)

@@ -34,7 +34,9 @@ def all_plans(num_sublayers: int, block_size: int, costs: Costs) -> list[Plan]:
                     index,
                     first,
                     bounds[index + 1] - first,
-                    -(-first // block_size) + 1 if first == num_sublayers else first // block_size + 1,
+                    -(-first // block_size) + 1
+                    if first == num_sublayers
+                    else first // block_size + 1,
                     form,
                 )
                 for index, (first, form) in enumerate(zip(starts, forms, strict=True))
@@ -129,7 +131,7 @@ def test_sites(shape: tuple[int, int], costs: Costs) -> None:
     for plan in (Plan.choose(L, S, costs), Plan.choose(L, S, costs, forms="one_shot")):
         for site in plan.sites:
             labels = plan.site_sources(site.index)
-            pending = 0 < site.index and not (site.opens and site.slot == 0)
+            pending = site.index > 0 and not (site.opens and site.slot == 0)
             assert site.num_sources + pending == len(labels)
             covered = site.group.num_sources if site.slot >= 0 else 0
             assert covered == site.first_direct <= site.num_sources
@@ -174,5 +176,5 @@ def test_printing() -> None:
     assert "2-byte values and 4-byte gradient buffers" in sized
     inference = BlockAttnRes(32, 2048, 8).plan(training=False, dtype=torch.float32)
     assert str(inference).splitlines()[0].endswith("forward, 4-byte values")
-    with pytest.raises(TypeError, match="plan: dtype is torch.int64"):
+    with pytest.raises(TypeError, match=r"plan: dtype is torch\.int64"):
         BlockAttnRes(4, 8).plan(dtype=torch.int64)

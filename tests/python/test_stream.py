@@ -25,7 +25,9 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def test_compiled_layers(dtype: torch.dtype) -> None:
     network, x, cotangent = make(6, 3, "cpu", dtype)
     torch._dynamo.reset()
-    compiled = [torch.compile(layer, fullgraph=True, backend="aot_eager") for layer in network.layers]
+    compiled = [
+        torch.compile(layer, fullgraph=True, backend="aot_eager") for layer in network.layers
+    ]
     tensors = tensors_of(network, x)
     found = []
     for layers in (network.layers, compiled):
