@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from flash_attn_res import BlockAttnRes
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -21,6 +23,11 @@ def test_the_example_of_the_readme_runs() -> None:
     exec(compile(example, "README.md", "exec"), namespace)
     assert namespace["y"].shape == (2, 16, 256)
     assert torch.isfinite(namespace["y"]).all()
+
+
+def test_the_plan_in_the_page_on_training_is_the_plan() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert str(BlockAttnRes(32, 2048, 8).plan(tokens=8192)) in text
 
 
 @pytest.mark.parametrize("tool", ["api_doc.py", "report.py"])
