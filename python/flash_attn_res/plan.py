@@ -30,6 +30,7 @@ several blocks hold the phase-1 results of more sites at a time: they are chosen
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 EMBEDDING = 0
@@ -169,9 +170,20 @@ class Plan:
             forms: one of :data:`FORMS` for the network, or one for each block.
             group_blocks: blocks that share one phase 1; by default the cheapest number.
         """
-        costs = costs or Costs()
+        forms = forms if isinstance(forms, str) else tuple(forms)
+        return _choose(num_sublayers, block_size, costs or Costs(), forms, group_blocks)
+
+    @classmethod
+    def _choose(
+        cls,
+        num_sublayers: int,
+        block_size: int,
+        costs: Costs,
+        forms: str | tuple[str, ...],
+        group_blocks: int | None,
+    ) -> Plan:
         if group_blocks is None:
-            single = cls.choose(num_sublayers, block_size, costs, forms, 1)
+            single = cls._choose(num_sublayers, block_size, costs, forms, 1)
             free = cls._cheapest(num_sublayers, block_size, costs, forms, None)
             return free if free.bytes < (1 - MIN_GAIN) * single.bytes else single
         if group_blocks < 1 or (group_blocks > 1 and group_blocks * block_size > MAX_GROUP):
@@ -187,7 +199,7 @@ class Plan:
         num_sublayers: int,
         block_size: int,
         costs: Costs,
-        forms: str | Sequence[str],
+        forms: str | tuple[str, ...],
         group_blocks: int | None,
     ) -> Plan:
         num_blocks = -(-num_sublayers // block_size)
@@ -356,6 +368,10 @@ class Plan:
         if self.costs.training:
             title += f" and {self.costs.grad_bytes}-byte gradient buffers"
         return "\n".join([title, *lines])
+
+
+# Networks of one shape share their plans.
+_choose = functools.lru_cache(maxsize=256)(Plan._choose)
 
 
 def _span(first: int, last: int, num_sublayers: int) -> str:
