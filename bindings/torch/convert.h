@@ -59,6 +59,19 @@ inline int64_t row_stride(const Tensor& tensor, int64_t dim, int64_t cols) {
   return tensor.size(dim) > 1 ? tensor.stride(dim) : cols;
 }
 
+/// Rows of a value [..., D], all leading dimensions counted as one.
+inline int64_t count_rows(const Tensor& tensor, int64_t cols) {
+  return cols > 0 ? tensor.numel() / cols : 0;
+}
+
+/// Whether the rows of a value [..., D] lie one fixed distance apart.
+inline bool has_even_rows(const Tensor& tensor) {
+  if (tensor.is_contiguous()) {
+    return true;
+  }
+  return tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1);
+}
+
 /// Keeps the tensors that views point into alive for the length of one call.
 class Views {
  public:
@@ -75,6 +88,52 @@ class Views {
 
   ConstMatrix read(const std::optional<Tensor>& given) {
     return given.has_value() ? read(*given) : ConstMatrix{};
+  }
+
+  /// [T, D] of a value [..., D]; one whose rows lie unevenly is copied.
+  ConstMatrix read_value(const Tensor& given) {
+    STD_TORCH_CHECK(given.dim() >= 1,
+                    "flash_attn_res: a value has no dimensions, expected [..., D]");
+    const Tensor& tensor = keep(has_even_rows(given) ? given : torch::stable::contiguous(given));
+    const int64_t cols = tensor.size(tensor.dim() - 1);
+    const int64_t stride = tensor.dim() == 2 ? row_stride(tensor, 0, cols) : cols;
+    return {tensor.const_data_ptr(), count_rows(tensor, cols), cols, stride,
+            dtype_of(tensor.scalar_type())};
+  }
+
+  ConstMatrix read_value(const std::optional<Tensor>& given) {
+    return given.has_value() ? read_value(*given) : ConstMatrix{};
+  }
+
+  std::vector<ConstMatrix> read_values(const std::vector<Tensor>& given) {
+    std::vector<ConstMatrix> views;
+    views.reserve(given.size());
+    for (const Tensor& item : given) {
+      views.push_back(read_value(item));
+    }
+    return views;
+  }
+
+  /// [T, D] views of the S values of a stack [S, ..., D].
+  std::vector<ConstMatrix> read_slots(const Tensor& given) {
+    const Tensor& tensor = keep(torch::stable::contiguous(given));
+    const int64_t count = tensor.size(0);
+    const int64_t cols = tensor.size(tensor.dim() - 1);
+    const int64_t rows = count > 0 ? count_rows(tensor, cols) / count : 0;
+    const DType dtype = dtype_of(tensor.scalar_type());
+    const auto* base = static_cast<const char*>(tensor.const_data_ptr());
+    std::vector<ConstMatrix> views;
+    for (int64_t i = 0; i < count; ++i) {
+      views.push_back({base + i * rows * cols * size_of(dtype), rows, cols, cols, dtype});
+    }
+    return views;
+  }
+
+  /// Statistics [T, S, N] as [T, S * N].
+  ConstMatrix read_rows(const Tensor& given) {
+    const Tensor& tensor = keep(torch::stable::contiguous(given));
+    return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1) * tensor.size(2),
+            tensor.size(1) * tensor.size(2), dtype_of(tensor.scalar_type())};
   }
 
   /// [T, D] views of a list whose items are [T, D] or packed [n, T, D].
@@ -164,6 +223,52 @@ inline Matrix strided_view(const char* name, const Tensor& tensor) {
 
 inline Matrix strided_view(const char* name, const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? strided_view(name, *tensor) : Matrix{};
+}
+
+/// Statistics [T, S, N], handed in to be written, as [T, S * N].
+inline Matrix write_rows(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_contiguous(),
+                  "flash_attn_res: logits is not contiguous, expected contiguous [T, S, N]");
+  return write_view(tensor, tensor.size(0), tensor.size(1) * tensor.size(2));
+}
+
+/// A value [..., D] that was handed in to be written.
+inline Matrix write_value(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() >= 1 && has_even_rows(tensor),
+                  "flash_attn_res: a value to write has uneven rows, expected contiguous [..., D]");
+  const int64_t cols = tensor.size(tensor.dim() - 1);
+  const int64_t stride = tensor.dim() == 2 ? row_stride(tensor, 0, cols) : cols;
+  return {tensor.mutable_data_ptr(), count_rows(tensor, cols), cols, stride,
+          dtype_of(tensor.scalar_type())};
+}
+
+inline Matrix write_value(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? write_value(*tensor) : Matrix{};
+}
+
+inline std::vector<Matrix> write_values(const std::vector<Tensor>& tensors) {
+  std::vector<Matrix> views;
+  views.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    views.push_back(write_value(tensor));
+  }
+  return views;
+}
+
+/// The S values [T, D] of a stack [S, ..., D] that was handed in to be written.
+inline std::vector<Matrix> write_slots(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() >= 2 && tensor.is_contiguous(),
+                  "flash_attn_res: out is not contiguous, expected contiguous [S, ..., D]");
+  const int64_t count = tensor.size(0);
+  const int64_t cols = tensor.size(tensor.dim() - 1);
+  const int64_t rows = count > 0 ? count_rows(tensor, cols) / count : 0;
+  const DType dtype = dtype_of(tensor.scalar_type());
+  auto* base = static_cast<char*>(tensor.mutable_data_ptr());
+  std::vector<Matrix> views;
+  for (int64_t i = 0; i < count; ++i) {
+    views.push_back({base + i * rows * cols * size_of(dtype), rows, cols, cols, dtype});
+  }
+  return views;
 }
 
 /// A fresh contiguous tensor on the device of `like`.

@@ -1,7 +1,10 @@
-// The PyTorch operators flash_attn_res::{attend, attend_backward, read, read_backward}.
+// The PyTorch operators flash_attn_res::{attend, attend_backward, read, read_backward}, and the
+// same four as `..._into`, which write (or add) to tensors that are given.
 //
-// Functional schemas: every result is a fresh tensor. Fake (meta) implementations and autograd
-// formulas are Python, in python/flash_attn_res/ops.py, since the stable ABI has no C++ autograd.
+// The first four have functional schemas: every result is a fresh tensor. Fake (meta)
+// implementations and autograd formulas are Python, in python/flash_attn_res/ops.py, since the
+// stable ABI has no C++ autograd. The `_into` operators have no autograd: the training stream is
+// made of them. Their values are [..., D], tokens in any number of dimensions, none packed.
 //
 // Shapes: a value is [T, D]; items of `sources` may also be packed [n, T, D], with any strides but
 // in the last dimension. Statistics: lse [S, T], logits [T, S, N] or [T, K], inv_rms [T, N] or
@@ -241,12 +244,146 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> read_bac
   return {dphase1_out, dphase1_lse, dsources, dpartial, dquery, dnorm_weight};
 }
 
+// ---------------------------------------------------------------------- into what is given
+
+void attend_into_op(std::vector<Tensor> sources, Tensor queries, double scale, double eps,
+                    Tensor out, Tensor lse, Tensor logits, Tensor inv_rms) {
+  STD_TORCH_CHECK(!sources.empty(), "flash_attn_res: attend_into: sources has 0 items");
+  Views views;
+  const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  const std::vector<Matrix> out_views = write_slots(out);
+
+  AttendArgs args;
+  args.sources = source_views;
+  args.queries = views.read(queries);
+  args.scale = scale;
+  args.eps = eps;
+  args.out = out_views;
+  args.lse = strided_view("lse", lse);
+  args.logits = write_rows(logits);
+  args.inv_rms = strided_view("inv_rms", inv_rms);
+
+  const CallContext context(sources[0], attend_workspace_bytes(args, device_of(sources[0])));
+  check(attend(args, context.get()));
+}
+
+void attend_backward_into_op(Tensor dout, std::optional<Tensor> dlse, std::optional<Tensor> gate,
+                             std::vector<Tensor> sources, Tensor queries, Tensor lse, Tensor logits,
+                             Tensor inv_rms, double scale, std::vector<Tensor> dsources,
+                             bool accumulate_dsources, std::optional<Tensor> dqueries,
+                             bool accumulate_dqueries) {
+  STD_TORCH_CHECK(!sources.empty(), "flash_attn_res: attend_backward_into: sources has 0 items");
+  Views views;
+  const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  const std::vector<ConstMatrix> dout_views = views.read_slots(dout);
+  const std::vector<Matrix> dsource_views = write_values(dsources);
+
+  AttendBackwardArgs args;
+  args.sources = source_views;
+  args.queries = views.read(queries);
+  args.scale = scale;
+  args.lse = views.read(lse);
+  args.logits = views.read_rows(logits);
+  args.inv_rms = views.read(inv_rms);
+  args.dout = dout_views;
+  args.gate = views.read(gate);
+  args.dlse = views.read(dlse);
+  args.dsources = dsource_views;
+  args.accumulate_dsources = accumulate_dsources;
+  args.dqueries = strided_view("dqueries", dqueries);
+  args.accumulate_dqueries = accumulate_dqueries;
+
+  const CallContext context(sources[0],
+                            attend_backward_workspace_bytes(args, device_of(sources[0])));
+  check(attend_backward(args, context.get()));
+}
+
+void read_into_op(std::optional<Tensor> phase1_out, std::optional<Tensor> phase1_lse,
+                  std::vector<Tensor> sources, std::optional<Tensor> partial,
+                  std::optional<Tensor> update, std::optional<Tensor> query,
+                  std::optional<Tensor> norm_weight, double scale, double eps, bool norm,
+                  double norm_eps, Tensor x, std::optional<Tensor> partial_out, Tensor logits,
+                  Tensor inv_rms, std::optional<Tensor> mix_inv_rms) {
+  Views views;
+  const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  std::vector<ConstMatrix> update_views;
+  if (update.has_value()) {
+    update_views.push_back(views.read_value(*update));
+  }
+
+  ReadArgs args;
+  args.phase1_out = views.read_value(phase1_out);
+  args.phase1_lse = views.read(phase1_lse);
+  args.sources = source_views;
+  args.partial = views.read_value(partial);
+  args.updates = update_views;
+  args.query = views.read(query);
+  args.scale = scale;
+  args.eps = eps;
+  args.norm = norm ? OutputNorm::kRms : OutputNorm::kNone;
+  args.norm_weight = views.read(norm_weight);
+  args.norm_eps = norm_eps;
+  args.x = write_value(x);
+  args.partial_out = write_value(partial_out);
+  args.logits = strided_view("logits", logits);
+  args.inv_rms = strided_view("inv_rms", inv_rms);
+  args.mix_inv_rms = strided_view("mix_inv_rms", mix_inv_rms);
+
+  const CallContext context(x, read_workspace_bytes(args, device_of(x)));
+  check(read(args, context.get()));
+}
+
+void read_backward_into_op(std::optional<Tensor> dx, std::optional<Tensor> dpartial_out,
+                           std::optional<Tensor> phase1_out, std::vector<Tensor> sources,
+                           std::optional<Tensor> partial, std::optional<Tensor> query,
+                           std::optional<Tensor> norm_weight, Tensor logits, Tensor inv_rms,
+                           std::optional<Tensor> mix_inv_rms, double scale, bool norm,
+                           std::optional<Tensor> dh, std::optional<Tensor> gate,
+                           std::optional<Tensor> dphase1_lse, std::vector<Tensor> dsources,
+                           bool accumulate_dsources, std::optional<Tensor> dpartial,
+                           std::optional<Tensor> dquery, bool accumulate_dquery,
+                           std::optional<Tensor> dnorm_weight) {
+  Views views;
+  const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  const std::vector<Matrix> dsource_views = write_values(dsources);
+
+  ReadBackwardArgs args;
+  args.phase1_out = views.read_value(phase1_out);
+  args.sources = source_views;
+  args.partial = views.read_value(partial);
+  args.query = views.read(query);
+  args.scale = scale;
+  args.norm = norm ? OutputNorm::kRms : OutputNorm::kNone;
+  args.norm_weight = views.read(norm_weight);
+  args.logits = views.read(logits);
+  args.inv_rms = views.read(inv_rms);
+  args.mix_inv_rms = views.read(mix_inv_rms);
+  args.dx = views.read_value(dx);
+  args.dpartial_out = views.read_value(dpartial_out);
+  args.dh = write_value(dh);
+  args.gate = strided_view("gate", gate);
+  args.dphase1_lse = strided_view("dphase1_lse", dphase1_lse);
+  args.dsources = dsource_views;
+  args.accumulate_dsources = accumulate_dsources;
+  args.dpartial = write_value(dpartial);
+  args.dquery = strided_view("dquery", dquery);
+  args.accumulate_dquery = accumulate_dquery;
+  args.dnorm_weight = strided_view("dnorm_weight", dnorm_weight);
+
+  const CallContext context(logits, read_backward_workspace_bytes(args, device_of(logits)));
+  check(read_backward(args, context.get()));
+}
+
 /// One implementation serves both devices: the library chooses the backend by Context::device.
 void implement(auto& library) {
   library.impl("attend", TORCH_BOX(&attend_op));
   library.impl("attend_backward", TORCH_BOX(&attend_backward_op));
   library.impl("read", TORCH_BOX(&read_op));
   library.impl("read_backward", TORCH_BOX(&read_backward_op));
+  library.impl("attend_into", TORCH_BOX(&attend_into_op));
+  library.impl("attend_backward_into", TORCH_BOX(&attend_backward_into_op));
+  library.impl("read_into", TORCH_BOX(&read_into_op));
+  library.impl("read_backward_into", TORCH_BOX(&read_backward_into_op));
 }
 
 }  // namespace
@@ -273,6 +410,27 @@ STABLE_TORCH_LIBRARY(flash_attn_res, m) {
       " bool need_phase1, bool need_sources, bool need_partial, bool need_query,"
       " bool need_norm_weight) -> (Tensor dphase1_out, Tensor dphase1_lse, Tensor[] dsources,"
       " Tensor dpartial, Tensor dquery, Tensor dnorm_weight)");
+
+  m.def(
+      "attend_into(Tensor[] sources, Tensor queries, float scale, float eps, Tensor(a!) out,"
+      " Tensor(b!) lse, Tensor(c!) logits, Tensor(d!) inv_rms) -> ()");
+  m.def(
+      "attend_backward_into(Tensor dout, Tensor? dlse, Tensor? gate, Tensor[] sources,"
+      " Tensor queries, Tensor lse, Tensor logits, Tensor inv_rms, float scale,"
+      " Tensor(a!)[] dsources, bool accumulate_dsources, Tensor(b!)? dqueries,"
+      " bool accumulate_dqueries) -> ()");
+  m.def(
+      "read_into(Tensor? phase1_out, Tensor? phase1_lse, Tensor[] sources, Tensor? partial,"
+      " Tensor? update, Tensor? query, Tensor? norm_weight, float scale, float eps, bool norm,"
+      " float norm_eps, Tensor(a!) x, Tensor(b!)? partial_out, Tensor(c!) logits,"
+      " Tensor(d!) inv_rms, Tensor(e!)? mix_inv_rms) -> ()");
+  m.def(
+      "read_backward_into(Tensor? dx, Tensor? dpartial_out, Tensor? phase1_out,"
+      " Tensor[] sources, Tensor? partial, Tensor? query, Tensor? norm_weight, Tensor logits,"
+      " Tensor inv_rms, Tensor? mix_inv_rms, float scale, bool norm, Tensor(a!)? dh,"
+      " Tensor(b!)? gate, Tensor(c!)? dphase1_lse, Tensor(d!)[] dsources,"
+      " bool accumulate_dsources, Tensor(e!)? dpartial, Tensor(f!)? dquery,"
+      " bool accumulate_dquery, Tensor(g!)? dnorm_weight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_res, CPU, m) { flash_attn_res::torch_binding::implement(m); }

@@ -256,7 +256,7 @@ typedef struct flash_attn_res_read_backward_args {
   flash_attn_res_const_matrix dpartial_out; /* [T, D], optional */
   flash_attn_res_matrix dphase1_out;        /* [T, D], optional */
   flash_attn_res_matrix dphase1_lse;        /* [1, T] float, optional */
-  flash_attn_res_matrix dh;                 /* [T, D], optional */
+  flash_attn_res_matrix dh;                 /* [T, D], optional; may be the memory of phase1_out */
   flash_attn_res_matrix gate;               /* [1, T] float, optional */
   const flash_attn_res_matrix* dsources;    /* N x [T, D], or empty */
   int64_t num_dsources;

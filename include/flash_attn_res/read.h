@@ -131,7 +131,9 @@ struct ReadBackwardArgs {
 
   Matrix dphase1_out = {};                // [T, D], optional: p_0 dh
   Matrix dphase1_lse = {};                // [1, T] float, optional
-  Matrix dh = {};                         // [T, D], optional: dh itself, for attend_backward's dout
+  Matrix dh = {};                         // [T, D], optional: dh itself, for attend_backward's
+                                          // dout. May be the memory of phase1_out, in its dtype
+                                          // and strides: what is read of it is replaced.
   Matrix gate = {};                       // [1, T] float, optional: p_0, for attend_backward's gate
   std::span<const Matrix> dsources = {};  // N x [T, D]; one dtype, or empty
   bool accumulate_dsources = false;       // add to what dsources holds instead of overwriting it

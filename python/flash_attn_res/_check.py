@@ -55,6 +55,11 @@ def value_dtype(op: str, name: str, given: Tensor) -> None:
         )
 
 
+def stream_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in _STORAGE and dtype != torch.float64:
+        raise TypeError(f"{op}: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
+
+
 def leading(op: str, name: str, given: object) -> Tensor:
     """The value that the others are held against."""
     checked = tensor(op, name, given)

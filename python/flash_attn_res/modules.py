@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flash_attn_res import _check
-from flash_attn_res.plan import Plan
-from flash_attn_res.stream import Stream
+from flash_attn_res.functional import fold_query
+from flash_attn_res.ops import statistics_dtype
+from flash_attn_res.plan import Costs, Plan
+from flash_attn_res.stream import FunctionalStream, Stream
+from flash_attn_res.tape import KEEP, TapeStream
+
+_STREAM = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class BlockAttnRes(nn.Module):
@@ -39,6 +46,13 @@ class BlockAttnRes(nn.Module):
         scale: factor of the logits; the paper and Kimi K3 use 1.
         eps: of the keys' RMSNorm.
         query_dim: width R of the queries; R < D reads the last R coordinates as keys.
+        forms: how blocks read: ``"auto"`` (by counted bytes, see :meth:`plan`), ``"two_phase"``,
+            ``"one_shot"``, or a list with one of these for each block.
+        group_blocks: blocks that share one phase 1; by default by counted bytes.
+        grad_dtype: of the buffers in which the gradients of the sources are summed: float32, or
+            None for the dtype of the stream, which moves fewer bytes and rounds at every addition.
+        keep_phase1: whose phase-1 results training keeps for the backward: those of ``"none"``,
+            of the ``"last"`` group or of ``"all"``. The others are computed again, with equal bits.
 
     Attributes:
         queries: [L + 1, R] pseudo-queries, zero at initialisation; the last is the output's.
@@ -55,6 +69,10 @@ class BlockAttnRes(nn.Module):
         scale: float = 1.0,
         eps: float = 1e-6,
         query_dim: int | None = None,
+        forms: str | Sequence[str] = "auto",
+        group_blocks: int | None = None,
+        grad_dtype: torch.dtype | None = torch.float32,
+        keep_phase1: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -81,6 +99,19 @@ class BlockAttnRes(nn.Module):
             raise ValueError(
                 f"{op}: block_size is {block_size}, expected at most {_check.MAX_QUERIES}"
             )
+        if grad_dtype not in (torch.float32, None):
+            raise ValueError(
+                f"{op}: grad_dtype is {grad_dtype}, expected torch.float32, or None for the dtype "
+                "of the stream"
+            )
+        if keep_phase1 not in KEEP:
+            raise ValueError(f"{op}: keep_phase1 is {keep_phase1!r}, expected one of {KEEP}")
+        self.grad_dtype, self.keep_phase1 = grad_dtype, keep_phase1
+        self.forms = forms if isinstance(forms, str) else tuple(forms)
+        self.group_blocks = group_blocks
+        # Made here: torch.compile then finds them ready.
+        self._inference_plan = self._make_plan(Costs(training=False))
+        self._training_plans = {dtype: self._make_plan(self._costs(dtype)) for dtype in _STREAM}
         shape = (num_sublayers + 1, self.query_dim)
         self.queries = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self.key_weight: nn.Parameter | None
@@ -109,22 +140,90 @@ class BlockAttnRes(nn.Module):
         if self.key_weight is not None:
             nn.init.ones_(self.key_weight)
 
-    def plan(self) -> Plan:
-        """The schedule: ``print(attn_res.plan())``."""
-        return Plan(self.num_sublayers, self.block_size)
+    def _costs(self, dtype: torch.dtype) -> Costs:
+        grad_dtype = self.grad_dtype or dtype
+        return Costs(
+            storage_bytes=dtype.itemsize,
+            grad_bytes=max(grad_dtype.itemsize, 8 if dtype == torch.float64 else 0),
+            recompute=self.keep_phase1 != "all",
+        )
+
+    def _make_plan(self, costs: Costs) -> Plan:
+        return Plan.choose(
+            self.num_sublayers, self.block_size, costs, self.forms, self.group_blocks
+        )
+
+    def plan(
+        self,
+        *,
+        training: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        tokens: int | None = None,
+    ) -> Plan:
+        """The schedule, with the bytes that it moves: ``print(attn_res.plan(tokens=8192))``.
+
+        Training and inference are planned apart: the backward recomputes phase 1 and reads and
+        writes the gradient buffers. Either plan computes the same function; results differ by
+        rounding.
+
+        Args:
+            training: forward and backward, as while gradients are enabled; else forward alone.
+            dtype: of the stream.
+            tokens: T, to print bytes for; by default they are for one token and a width of one.
+        """
+        _check.stream_dtype("plan", dtype)
+        plan = self._training_plans[dtype] if training else self._inference_plan
+        if not training:
+            plan = self._make_plan(Costs(training=False, storage_bytes=dtype.itemsize))
+        if tokens is None:
+            return plan
+        return dataclasses.replace(
+            plan, tokens=_check.positive_int("plan", "tokens", tokens), dim=self.dim
+        )
 
     def site_sources(self, site: int) -> list[int]:
         """What a site reads, in the order of its probabilities: see :meth:`Plan.site_sources`."""
-        return self.plan().site_sources(site)
+        return self._inference_plan.site_sources(site)
 
-    def start(self, embedding: Tensor, *, return_probs: bool = False) -> Stream:
+    def start(
+        self, embedding: Tensor, *, return_probs: bool = False, functional: bool | None = None
+    ) -> Stream:
         """Begins a forward pass.
+
+        In eager mode the stream keeps for the backward what a plain pre-norm network keeps and sums
+        the gradients of the sources in place (``docs/training.md``). Inside ``torch.compile`` and
+        ``torch.export`` it is made of pure operators instead. Both compute the same numbers.
 
         Args:
             embedding: [..., D], the input of the first sublayer; its dtype is the stream's.
             return_probs: collect each site's probabilities in ``stream.probabilities``.
+            functional: whether to use pure operators; by default while compiling. ``torch.func``
+                transforms need it.
+
+        Raises:
+            ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
         """
-        return Stream(self, embedding, return_probs)
+        _check.leading("start", "embedding", embedding)
+        if embedding.shape[-1] != self.dim:
+            raise ValueError(
+                f"start: embedding has shape {_check.shape_text(embedding)}, expected a width of "
+                f"{self.dim}, the dim of this BlockAttnRes"
+            )
+        _check.same_device("start", "embedding", embedding, "queries", self.queries)
+        if hasattr(self.queries, "full_tensor"):
+            raise TypeError(
+                "start: queries is a sharded DTensor; call start inside the forward of the module "
+                "that fully_shard wraps, or register it with register_fsdp_forward_method"
+            )
+        # Folded once for all sites: two element-wise products of a few kilobytes.
+        queries = fold_query(self.queries, self.key_weight, statistics_dtype(embedding))
+        plan = self._inference_plan
+        if torch.is_grad_enabled():
+            plan = self._training_plans[embedding.dtype]
+        if functional is None:
+            functional = torch.compiler.is_compiling()
+        kind = FunctionalStream if functional else TapeStream
+        return kind(self, embedding, queries, plan, return_probs)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

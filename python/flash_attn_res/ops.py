@@ -1,7 +1,10 @@
 """Fake implementations and autograd formulas of the operators ``torch.ops.flash_attn_res.*``.
 
-The operators themselves are compiled (``bindings/torch/ops.cpp`` has their schemas). All of them
-are functional. Shapes, with T tokens, D width, N sources, S queries, R key width, K terms:
+The operators themselves are compiled (``bindings/torch/ops.cpp`` has their schemas). ``attend``,
+``read`` and their backwards are functional. The same four as ``..._into`` write, or add, to tensors
+that are given, have no autograd, and take values of any leading shape [..., D]; they are what
+:mod:`flash_attn_res.tape` is made of. Shapes, with T tokens, D width, N sources, S queries, R key
+width, K terms:
 
 =====================  ============================================================
 ``attend``             sources [T, D] or packed [n, T, D], queries [S, R] ->
@@ -166,6 +169,14 @@ def _(
         like.new_empty(query.shape if has_query and query is not None else (0,), dtype=statistics),
         result(norm_weight, need_norm_weight),
     )
+
+
+@torch.library.register_fake("flash_attn_res::attend_into")
+@torch.library.register_fake("flash_attn_res::attend_backward_into")
+@torch.library.register_fake("flash_attn_res::read_into")
+@torch.library.register_fake("flash_attn_res::read_backward_into")
+def _into(*_arguments: Any) -> None:
+    """Results go into what is given: there is nothing to make."""
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

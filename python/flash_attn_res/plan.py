@@ -1,8 +1,37 @@
-"""The block schedule: which site reads what, and by which of the two exact forms."""
+"""The schedule of a network: which site reads what, and in which of the exact forms.
+
+A *site* is a place where a mixture is read: one before each sublayer, one at the output (site L).
+Sites that read their sources through one phase 1 form a *group*: a run of whole blocks, of which
+the last may take the output's site along. In a group of ``size`` sites that begins with n completed
+sources, phase 1 computes the mixtures of the n sources for all its sites at once; a site then reads
+its phase-1 result, the blocks that were completed inside the group, and the running sum. With one
+block a group this is Algorithm 1 of the paper (arXiv 2603.15031); with several blocks of one
+sublayer it is the schedule of its appendix B for Full AttnRes. A group without phase 1 (*one-shot*)
+reads every source at every site. All forms compute the same function.
+
+The planner counts bytes. With e bytes an element of the storage dtype, a of the gradient buffers,
+n completed sources and m of the group's own, one token and one unit of width cost
+
+====================  =========================================================================
+phase 1               e (n + size), and again when it is recomputed in the backward;
+                      its backward e (n + size) + 2 a n
+read                  e (phase 1 + sources read directly + pending tensors + new sum + x)
+read, backward        e (dx + phase 1 + sources + sum + its incoming gradient + dh + dsum)
+                      + 2 a (sources)
+closing a block       3 e for the last addition, e + a for the gradient that it hands on
+                      (a read that ends a block, and so needs no closing, costs a for it)
+====================  =========================================================================
+
+and dynamic programming over the block boundaries finds the cheapest sequence of groups. Groups of
+several blocks hold the phase-1 results of more sites at a time: they are chosen where they save
+:data:`MIN_GAIN` of the bytes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 EMBEDDING = 0
 """Label of the embedding among the sources of a site; block j has label j."""
@@ -10,42 +39,229 @@ EMBEDDING = 0
 PARTIAL = -1
 """Label of the running partial sum of the site's own block."""
 
+FORMS = ("auto", "two_phase", "one_shot")
+"""How a block may read: by counted bytes, through phase 1, or every source at every site."""
+
+MAX_GROUP = 128
+"""Sites that one phase 1 can serve: the queries of one ``attend``."""
+
+MIN_GAIN = 0.05
+"""Share of the bytes that groups of several blocks must save over groups of one.
+
+They hold the phase-1 results of more sites at a time, and their reads have more terms.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A run of sublayers that share their completed sources."""
+    """A run of sublayers whose outputs are summed; the sum is a source of later blocks."""
 
     index: int  #: 1 for the first block; source label of its representation
     first: int  #: its first sublayer
     size: int  #: number of sublayers S
-    num_sources: int  #: completed sources n: the embedding and the blocks before
+    num_sources: int  #: completed sources before it: the embedding and the blocks before
 
-    def two_phase_units(self) -> int:
-        """Traffic of phase 1 and one advance a sublayer, forward and backward, in T * D units."""
-        n, s = self.num_sources, self.size
-        return (n + s) + (3 * n + s) + 5 * s + 6 * s
 
-    def one_shot_units(self) -> int:
-        """Traffic of reading every source at every sublayer, forward and backward."""
-        n, s = self.num_sources, self.size
-        return s * ((n + 4) + (3 * n + 4))
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A run of sites that read in one form."""
 
-    @property
-    def two_phase(self) -> bool:
-        """Whether phase 1 once a block moves fewer bytes than reading all sources at each site.
+    index: int
+    first: int  #: its first site
+    size: int  #: number of sites
+    num_sources: int  #: completed sources at its first site
+    two_phase: bool  #: whether a phase 1 over these sources serves all its sites
 
-        A block of one sublayer (Full AttnRes) has no partial sum to merge: one read is
-        cheapest.
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What one read is given, besides the pending output."""
+
+    index: int
+    group: Group
+    opens: bool  #: the group's phase 1 runs before this read
+    slot: int  #: row of the phase-1 result; -1: none
+    first_direct: int  #: sources from this one on are read directly
+    num_sources: int  #: completed sources at this read; first_direct to here are read directly
+    promotes: bool  #: the sum that this read completes is a source from here on
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What the planner counts by."""
+
+    training: bool = True  #: forward, recomputed phase 1 and backward; else forward alone
+    storage_bytes: int = 2  #: of an element of the stream
+    grad_bytes: int = 4  #: of an element of the buffers that sum the gradients of the sources
+    recompute: bool = True  #: the backward computes phase 1 again
+
+    def phase1(self, sources: int, queries: int) -> int:
+        """Bytes of phase 1 and of what it adds to the backward, for T = D = 1."""
+        once = self.storage_bytes * (sources + queries)
+        if not self.training:
+            return once
+        again = once if self.recompute else 0
+        return once + again + once + 2 * self.grad_bytes * sources
+
+    def read(self, phase1: bool, direct: int, pending: int, sum_grad: int) -> int:
+        """Bytes of a read with ``pending`` tensors to sum, and of its backward.
+
+        ``sum_grad`` are the bytes of an element of the gradient that comes in for the sum.
         """
-        return self.size > 1 and self.two_phase_units() < self.one_shot_units()
+        e, terms = self.storage_bytes, int(phase1) + direct
+        total = e * (terms + pending + int(pending == 2) + 1)
+        if self.training:
+            # dx, the terms and the sum; dh; the sum's gradient, in and out; the sources', both ways
+            total += e * (1 + terms + int(pending > 0) + int(phase1) + int(pending > 0)) + sum_grad
+            total += 2 * self.grad_bytes * direct
+        return total
+
+    def close(self, pending: int) -> int:
+        """Bytes of making a source of what is pending, before a phase 1 that reads it."""
+        total = 3 * self.storage_bytes if pending == 2 else 0
+        if self.training and self.grad_bytes != self.storage_bytes:
+            total += self.grad_bytes + self.storage_bytes
+        return total
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The schedule of a network of ``num_sublayers``; print it to see the table."""
+    """The schedule of a network of ``num_sublayers``; print it to see the table.
+
+    Attributes:
+        num_sublayers: L.
+        block_size: S.
+        groups: which together cover the sites 0 to L.
+        costs: what their bytes were counted by.
+        tokens, dim: T and D, to print bytes for; by default for one token and a width of one.
+    """
 
     num_sublayers: int
     block_size: int
+    groups: tuple[Group, ...]
+    costs: Costs = Costs()
+    tokens: int | None = None
+    dim: int | None = None
+    sites: tuple[Site, ...] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sites = [site for group in self.groups for site in self._sites_of(group)]
+        if [site.index for site in sites] != list(range(self.num_sublayers + 1)):
+            raise ValueError(
+                f"Plan: the groups cover the sites {[site.index for site in sites]}, expected 0 to "
+                f"{self.num_sublayers} in order"
+            )
+        object.__setattr__(self, "sites", tuple(sites))
+
+    @classmethod
+    def choose(
+        cls,
+        num_sublayers: int,
+        block_size: int,
+        costs: Costs | None = None,
+        forms: str | Sequence[str] = "auto",
+        group_blocks: int | None = None,
+    ) -> Plan:
+        """The plan of fewest bytes.
+
+        Args:
+            num_sublayers, block_size: L and S.
+            costs: what to count by; by default training in bfloat16 with float32 gradients.
+            forms: one of :data:`FORMS` for the network, or one for each block.
+            group_blocks: blocks that share one phase 1; by default the cheapest number.
+        """
+        forms = forms if isinstance(forms, str) else tuple(forms)
+        return _choose(num_sublayers, block_size, costs or Costs(), forms, group_blocks)
+
+    @classmethod
+    def _choose(
+        cls,
+        num_sublayers: int,
+        block_size: int,
+        costs: Costs,
+        forms: str | tuple[str, ...],
+        group_blocks: int | None,
+    ) -> Plan:
+        if group_blocks is None:
+            single = cls._choose(num_sublayers, block_size, costs, forms, 1)
+            free = cls._cheapest(num_sublayers, block_size, costs, forms, None)
+            return free if free.bytes < (1 - MIN_GAIN) * single.bytes else single
+        if group_blocks < 1 or (group_blocks > 1 and group_blocks * block_size > MAX_GROUP):
+            raise ValueError(
+                f"plan: group_blocks is {group_blocks}, expected 1 to "
+                f"{max(1, MAX_GROUP // block_size)}: a phase 1 serves at most {MAX_GROUP} sites"
+            )
+        return cls._cheapest(num_sublayers, block_size, costs, forms, group_blocks)
+
+    @classmethod
+    def _cheapest(
+        cls,
+        num_sublayers: int,
+        block_size: int,
+        costs: Costs,
+        forms: str | tuple[str, ...],
+        group_blocks: int | None,
+    ) -> Plan:
+        num_blocks = -(-num_sublayers // block_size)
+        allowed = _allowed_forms(forms, num_blocks)
+        # A group ends where a block does, or after the output's site, which may stand alone.
+        ends = [*range(0, num_sublayers, block_size), num_sublayers, num_sublayers + 1]
+        counted = _Counted(num_sublayers, block_size, costs)
+        # best[i]: bytes of the sites before ends[i]; where the last group begins; its form.
+        best: list[tuple[int, int, bool] | None] = [(0, 0, False)] + [None] * (len(ends) - 1)
+
+        def offer(begin: int, end: int, two_phase: bool, group_bytes: int) -> None:
+            before, held = best[begin], best[end]
+            if before is None:
+                return
+            total = before[0] + group_bytes
+            if held is None or total < held[0]:
+                best[end] = (total, begin, two_phase)
+
+        for begin in range(len(ends) - 1):
+            if "one_shot" in allowed[begin]:
+                # Reads of this form cost the same in one group or in two.
+                sites = range(ends[begin], ends[begin + 1])
+                offer(begin, begin + 1, False, sum(counted.read(s, 0, False) for s in sites))
+            sources = _sources_before(ends[begin], num_sublayers, block_size)
+            reads = 0
+            for end in range(begin + 1, len(ends)):
+                size = ends[end] - ends[begin]
+                blocks = range(begin, min(end, num_blocks))
+                if size > MAX_GROUP or not all("two_phase" in allowed[b] for b in blocks):
+                    break
+                if group_blocks is not None and len(blocks) > group_blocks:
+                    break
+                for site in range(ends[end - 1], ends[end]):
+                    reads += counted.read(site, sources, site == ends[begin])
+                whole = group_blocks is None or (
+                    begin % group_blocks == 0 and (len(blocks) == group_blocks or end >= num_blocks)
+                )
+                if whole:
+                    opening = counted.opening(ends[begin], size, sources)
+                    offer(begin, end, True, opening + reads)
+
+        groups: list[tuple[int, int, bool]] = []
+        end = len(ends) - 1
+        while end > 0:
+            chosen = best[end]
+            if chosen is None:
+                raise ValueError(
+                    f"plan: no plan fits the forms {forms} and group_blocks {group_blocks}: a "
+                    f"phase 1 serves at most {MAX_GROUP} sites"
+                )
+            _, begin, two_phase = chosen
+            groups.insert(0, (ends[begin], ends[end] - ends[begin], two_phase))
+            end = begin
+        return cls(
+            num_sublayers,
+            block_size,
+            tuple(
+                Group(index, first, size, _sources_before(first, num_sublayers, block_size), phase1)
+                for index, (first, size, phase1) in enumerate(groups)
+            ),
+            costs,
+        )
 
     @property
     def blocks(self) -> list[Block]:
@@ -76,31 +292,155 @@ class Plan:
         labels = list(range(block.num_sources))
         return labels if site == block.first else [*labels, PARTIAL]
 
-    def __str__(self) -> str:
-        rows = [("block", "sublayers", "sources", "form", "units", "other form")]
-        for block in self.blocks:
-            last = block.first + block.size - 1
-            units = (block.two_phase_units(), block.one_shot_units())
-            forms = ("phase 1 + advance", "one-shot")
-            chosen = 0 if block.two_phase else 1
-            rows.append(
-                (
-                    str(block.index),
-                    str(last) if last == block.first else f"{block.first}-{last}",
-                    str(block.num_sources),
-                    forms[chosen],
-                    str(units[chosen]),
-                    f"{forms[1 - chosen]}: {units[1 - chosen]}",
+    def group_bytes(self, group: Group) -> int:
+        """Bytes that a group moves for one token and one unit of width."""
+        counted = _Counted(self.num_sublayers, self.block_size, self.costs)
+        return counted.group_bytes(group.first, group.first + group.size, group.two_phase)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the network moves for one token and one unit of width."""
+        return sum(self.group_bytes(group) for group in self.groups)
+
+    def _sites_of(self, group: Group) -> list[Site]:
+        L, S = self.num_sublayers, self.block_size
+        sites = []
+        for site in range(group.first, group.first + group.size):
+            boundary = site % S == 0 and 0 < site < L
+            closed = boundary and group.two_phase and site == group.first
+            # Completed before this read; what the read itself completes comes on top.
+            num_sources = 1 + min(site, L - 1) // S - int(boundary and not closed)
+            if site == L and group.two_phase and site == group.first:
+                num_sources += 1
+            sites.append(
+                Site(
+                    index=site,
+                    group=group,
+                    opens=group.two_phase and site == group.first,
+                    slot=site - group.first if group.two_phase else -1,
+                    first_direct=group.num_sources if group.two_phase else 0,
+                    num_sources=num_sources,
+                    promotes=boundary and not closed,
                 )
             )
-        rows.append(("out", "", str(len(self.blocks) + 1), "one-shot", "", ""))
+        return sites
+
+    def __str__(self) -> str:
+        tokens, dim = self.tokens, self.dim
+        sized = tokens is not None and dim is not None
+        factor = tokens * dim / 1e9 if tokens is not None and dim is not None else 1
+        unit = "GB" if sized else "bytes"
+
+        def amount(count: int) -> str:
+            return f"{count * factor:.3f}" if sized else str(count)
+
+        rows = [("sites", "blocks", "sources", "form", unit, "other form")]
+        counted = _Counted(self.num_sublayers, self.block_size, self.costs)
+        for group in self.groups:
+            last = group.first + group.size - 1
+            blocks = sorted({min(s, self.num_sublayers - 1) // self.block_size + 1
+                             for s in range(group.first, last + 1)})  # fmt: skip
+            span = (group.first, last + 1)
+            own, other = (counted.group_bytes(*span, form == group.two_phase) for form in (1, 0))
+            names = ("one-shot", "phase 1 + read")
+            rows.append(
+                (
+                    _span(group.first, last, self.num_sublayers),
+                    str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}",
+                    str(group.num_sources),
+                    names[group.two_phase],
+                    amount(own),
+                    f"{names[not group.two_phase]}: {amount(other)}",
+                )
+            )
+        rows.append(("all", "", "", "", amount(self.bytes), ""))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
+        work = "forward and backward" if self.costs.training else "forward"
+        shape = f"T = {tokens}, D = {dim}" if sized else "one token and one unit of width"
         title = (
             f"{self.num_sublayers} sublayers in {len(self.blocks)} blocks of {self.block_size}; "
-            "units: T * D elements read or written, forward and backward"
+            f"{unit} read and written for {shape}, {work}, {self.costs.storage_bytes}-byte values"
         )
+        if self.costs.training:
+            title += f" and {self.costs.grad_bytes}-byte gradient buffers"
         return "\n".join([title, *lines])
+
+
+# Networks of one shape share their plans.
+_choose = functools.lru_cache(maxsize=256)(Plan._choose)
+
+
+def _span(first: int, last: int, num_sublayers: int) -> str:
+    if last < num_sublayers:
+        return str(first) if first == last else f"{first}-{last}"
+    before = last - 1
+    if first > before:
+        return "out"
+    return f"{first}, out" if first == before else f"{first}-{before}, out"
+
+
+def _allowed_forms(forms: str | Sequence[str], num_blocks: int) -> list[tuple[str, ...]]:
+    given = [forms] * num_blocks if isinstance(forms, str) else list(forms)
+    if len(given) != num_blocks:
+        raise ValueError(
+            f"plan: forms has {len(given)} items, expected {num_blocks}, one for each block"
+        )
+    for form in given:
+        if form not in FORMS:
+            raise ValueError(f"plan: {form!r} is no form, expected one of {', '.join(FORMS)}")
+    # Phase 1 over a single source would copy it: the one-shot form is the same and stores nothing.
+    # A network that asks for phase 1 as a whole means the blocks where there is something to gain.
+    allowed = [FORMS[1:] if form == "auto" else (form,) for form in given]
+    if isinstance(forms, str) and forms == "two_phase":
+        allowed[0] = ("one_shot", "two_phase") if num_blocks > 1 else ("one_shot",)
+    return [*allowed, FORMS[1:]]
+
+
+def _sources_before(site: int, num_sublayers: int, block_size: int) -> int:
+    """Completed sources when a group begins at this site, all that is pending closed."""
+    if site == num_sublayers:
+        return -(-num_sublayers // block_size) + 1
+    return site // block_size + 1
+
+
+class _Counted:
+    """Bytes of groups, each site counted as the stream runs it."""
+
+    def __init__(self, num_sublayers: int, block_size: int, costs: Costs) -> None:
+        self.L, self.S, self.costs = num_sublayers, block_size, costs
+
+    def _pending(self, site: int) -> int:
+        """Tensors that a read has to sum: the partial sum and the last output, or one of them."""
+        if site == 0:
+            return 0
+        # Sublayers since the block of the last one that wrote began.
+        written = (site - 1) % self.S + 1
+        return min(written, 2)
+
+    def opening(self, first: int, size: int, sources: int) -> int:
+        """Bytes of a group's phase 1 and of closing what is pending before it."""
+        closing = self.costs.close(self._pending(first)) if first > 0 else 0
+        return closing + self.costs.phase1(sources, size)
+
+    def read(self, site: int, phase1_sources: int, opens: bool) -> int:
+        """Bytes of one site's read; phase1_sources are those that its phase 1 covers, or 0."""
+        boundary = 0 < site < self.L and site % self.S == 0
+        pending = 0 if opens else self._pending(site)
+        completed = 1 + min(site, self.L - 1) // self.S - int(boundary)
+        direct = 0 if opens else completed - phase1_sources
+        sum_grad = self.costs.grad_bytes if boundary else self.costs.storage_bytes
+        if pending == 0 or site == self.L:
+            sum_grad = 0
+        return self.costs.read(phase1_sources > 0, direct, pending, sum_grad)
+
+    def group_bytes(self, first: int, end: int, two_phase: bool) -> int:
+        """Bytes of the sites first..end - 1 as one group."""
+        if not two_phase:
+            return sum(self.read(site, 0, False) for site in range(first, end))
+        sources = _sources_before(first, self.L, self.S)
+        reads = sum(self.read(site, sources, site == first) for site in range(first, end))
+        return self.opening(first, end - first, sources) + reads

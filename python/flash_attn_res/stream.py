@@ -1,25 +1,32 @@
 """The stream that takes the place of the residual stream while a network runs.
 
-Per sublayer l of a block with completed sources b_0..b_{n-1}:
+A site reads a mixture of the completed sources and the running sum of its block (equations 2-6 of
+arXiv 2603.15031). The plan says in which of the exact forms (:mod:`flash_attn_res.plan`): sites
+that share completed sources share one phase 1; whatever else a site needs, the pending addition to
+the running sum and the sublayer's pre-norm included, is one ``read``::
 
-* first of the block: x_l = norm(o_l), where (o, lse) is the block's phase 1;
-* others: the pending output is added to the block's partial sum b, and
-  x_l = norm(o_l + q (b - o_l)), q = sigmoid(logit(b) - lse_l). One ``read``.
+    b'  = b + output of the last sublayer
+    h   = softmax mixture of the phase-1 result, sources read directly, and b'
+    x   = h * rsqrt(mean(h^2) + eps) * norm_weight
 
-Where the plan says so, a block reads its sources directly instead (same values, one softmax).
+Two implementations compute the same numbers from the same plan. The eager one
+(:mod:`flash_attn_res.tape`) keeps what a plain pre-norm network keeps and sums the gradients of the
+sources in place. The functional one, here, is made of pure operators, for ``torch.compile`` and
+``torch.export``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from flash_attn_res import _check
-from flash_attn_res.functional import AttendResult, attend, fold_query, read
-from flash_attn_res.ops import statistics_dtype
-from flash_attn_res.plan import Block
+from flash_attn_res.functional import AttendResult, attend, read
+from flash_attn_res.plan import Plan, Site
 
 if TYPE_CHECKING:
     from flash_attn_res.modules import BlockAttnRes
@@ -35,23 +42,15 @@ class Stream:
             so far, in the order that :meth:`BlockAttnRes.site_sources` names.
     """
 
-    def __init__(self, module: BlockAttnRes, embedding: Tensor, return_probs: bool) -> None:
-        _check.leading("start", "embedding", embedding)
-        if embedding.shape[-1] != module.dim:
-            raise ValueError(
-                f"start: embedding has shape {_check.shape_text(embedding)}, expected a width of "
-                f"{module.dim}, the dim of this BlockAttnRes"
-            )
-        _check.same_device("start", "embedding", embedding, "queries", module.queries)
-        self._plan = module.plan()
+    def __init__(
+        self, module: BlockAttnRes, embedding: Tensor, plan: Plan, return_probs: bool
+    ) -> None:
+        self._plan = plan
         self._scale, self._eps = module.scale, module.eps
-        # Folded once for all sites: two element-wise products of a few kilobytes.
-        self._queries = fold_query(module.queries, module.key_weight, statistics_dtype(embedding))
-        self._sources = [embedding]
+        self._like = embedding
+        self._output_dtype: torch.dtype | None = None
         self._partial: Tensor | None = None
         self._update: Tensor | None = None
-        self._phase1: AttendResult | None = None
-        self._phase1_probs: Tensor | None = None
         self._sublayer = 0
         self._state = "read"
         self._return_probs = return_probs
@@ -62,7 +61,10 @@ class Stream:
             return
         at = f"sublayer {self._sublayer} of {self._plan.num_sublayers}"
         if self._state == "done":
-            raise RuntimeError(f"{call}: this stream is finished; start a new one for each forward")
+            raise RuntimeError(
+                f"{call}: this stream is finished; start a new one for each forward. To recompute "
+                "a sublayer in the backward, use stream.sublayer(..., checkpoint=True)"
+            )
         if self._state == "write":
             raise RuntimeError(f"{call}: {at} has been read and not written; call write first")
         if call == "write":
@@ -76,76 +78,209 @@ class Stream:
 
         Returns:
             [..., D] in the embedding's dtype.
+
+        Raises:
+            RuntimeError: the call is out of order, or a backward pass has freed the stream.
+            ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
         """
         self._expect("read")
-        block = self._plan.block_of(self._sublayer)
-        first = self._sublayer == block.first
-        if first:
-            self._close_block()
-            if block.two_phase:
-                self._open_block(block)
-        x = self._read_site(self._sublayer, block, norm_weight, norm_eps)
+        norm = self._norm("read", norm_weight, norm_eps)
+        x = self._read(self._plan.sites[self._sublayer], *norm)
         self._state = "write"
         return x
 
     def write(self, output: Tensor) -> None:
-        """Takes the output [..., D] of the sublayer that was read last."""
+        """Takes the output [..., D] of the sublayer that was read last.
+
+        All outputs have one dtype, which may be another than the embedding's; under autocast they
+        may differ.
+
+        Raises:
+            RuntimeError: the call is out of order, or the output is what another stream gave.
+            ValueError, TypeError: the output has another shape, device or dtype than expected.
+        """
         self._expect("write")
-        checked = _check.value("write", "output", output, "the embedding", self._sources[0])
+        checked = _check.value("write", "output", output, "the embedding", self._like)
+        if self._output_dtype is None:
+            self._output_dtype = checked.dtype
+        elif checked.dtype != self._output_dtype and not torch.is_autocast_enabled(
+            checked.device.type
+        ):
+            raise TypeError(
+                f"write: output is {checked.dtype} but that of the sublayers before was "
+                f"{self._output_dtype}; they may differ under autocast alone"
+            )
+        self._check_origin(checked)
         self._update = checked
         self._sublayer += 1
         self._state = "finish" if self._sublayer == self._plan.num_sublayers else "read"
 
+    def sublayer(
+        self,
+        layer: Callable[[Tensor], Tensor],
+        norm_weight: Tensor | None = None,
+        norm_eps: float | None = None,
+        *,
+        checkpoint: bool = False,
+        preserve_rng_state: bool = True,
+    ) -> None:
+        """``write(layer(read(norm_weight, norm_eps)))``, on request with recomputation.
+
+        Args:
+            layer: from [..., D] to [..., D].
+            norm_weight, norm_eps: as for :meth:`read`.
+            checkpoint: keep neither the input of the layer nor what is inside it: the backward
+                computes the read and the layer again. The numbers are the same, bit for bit.
+            preserve_rng_state: with checkpoint, run dropout and the like with the same random
+                numbers again. Turn it off where there are none: it costs a little time, and
+                CUDA graphs cannot capture it.
+        """
+        if checkpoint and torch.is_grad_enabled():
+            self._expect("read")
+            norm = self._norm("sublayer", norm_weight, norm_eps)
+            site = self._plan.sites[self._sublayer]
+            output = self._checkpointed(layer, site, *norm, preserve_rng_state)
+            self._state = "write"
+            self.write(output)
+        else:
+            self.write(layer(self.read(norm_weight, norm_eps)))
+
     def finish(self, norm_weight: Tensor | None = None, norm_eps: float | None = None) -> Tensor:
-        """The final aggregation over all blocks, RMS-normalised if a weight [D] is given."""
+        """The final aggregation over all blocks, RMS-normalised if a weight [D] is given.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as :meth:`read`.
+        """
         self._expect("finish")
-        y = self._read_direct(self._plan.num_sublayers, norm_weight, norm_eps)
-        self._sources, self._partial, self._update = [], None, None
+        norm = self._norm("finish", norm_weight, norm_eps)
+        y = self._read(self._plan.sites[self._sublayer], *norm)
         self._state = "done"
+        self._partial = self._update = None
+        self._release()
         return y
 
-    def _read_site(
-        self, site: int, block: Block, norm_weight: Tensor | None, norm_eps: float | None
-    ) -> Tensor:
-        if not block.two_phase:
-            return self._read_direct(site, norm_weight, norm_eps)
-        assert self._phase1 is not None
-        s = site - block.first
-        phase1 = (self._phase1.out[s], self._phase1.lse[s])
-        if site == block.first:
-            result = read(
-                phase1=phase1,
-                eps=self._eps,
-                norm_weight=norm_weight,
-                norm_eps=norm_eps,
-                return_probs=self._return_probs,
-            )
-        else:
-            partial, update = self._pending_sum()
-            result = read(
-                self._queries[site],
-                phase1=phase1,
-                partial=partial,
-                update=update,
-                scale=self._scale,
-                eps=self._eps,
-                norm_weight=norm_weight,
-                norm_eps=norm_eps,
-                return_probs=self._return_probs,
-            )
-            self._partial, self._update = result.partial, None
-        if result.probs is not None:
-            # The phase-1 term stands for all completed sources: it hands its weight on to them.
-            assert self._phase1_probs is not None
-            share = result.probs[..., :1] * self._phase1_probs[..., s, :]
-            self.probabilities.append(torch.cat([share, result.probs[..., 1:]], -1).detach())
-        return result.x
+    def _norm(
+        self, op: str, weight: Tensor | None, eps: float | None
+    ) -> tuple[Tensor | None, float]:
+        if weight is not None:
+            weight = _check.weight(op, "norm_weight", weight, "the embedding", self._like)
+        return weight, self._eps if eps is None else _check.positive(op, "norm_eps", eps)
 
-    def _read_direct(self, site: int, norm_weight: Tensor | None, norm_eps: float | None) -> Tensor:
-        partial, update = self._pending_sum()
+    def _check_origin(self, output: Tensor) -> None:
+        """Refuses an output that is seen to belong to another stream."""
+
+    def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
+        raise NotImplementedError
+
+    def _checkpointed(
+        self,
+        layer: Callable[[Tensor], Tensor],
+        site: Site,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        preserve_rng_state: bool,
+    ) -> Tensor:
+        """The output of a sublayer that is recomputed in the backward."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Lets go of what only later reads would need."""
+
+
+class FunctionalStream(Stream):
+    """The stream of pure operators: nothing is mutated, gradients flow through autograd."""
+
+    def __init__(
+        self,
+        module: BlockAttnRes,
+        embedding: Tensor,
+        queries: Tensor,
+        plan: Plan,
+        return_probs: bool,
+    ) -> None:
+        super().__init__(module, embedding, plan, return_probs)
+        self._queries = queries  # [L + 1, R] folded
+        self._sources = [embedding]
+        self._phase1: AttendResult | None = None
+
+    def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
+        self._prepare(site)
+        x, total, probs = self._call(site, norm_weight, norm_eps, *self._given(site))
+        self._advance(site, total, probs)
+        return x
+
+    def _checkpointed(
+        self,
+        layer: Callable[[Tensor], Tensor],
+        site: Site,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        preserve_rng_state: bool,
+    ) -> Tensor:
+        self._prepare(site)
+
+        def run(*given: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            x, total, probs = self._call(site, norm_weight, norm_eps, *given)
+            return layer(x), total, probs
+
+        output, total, probs = checkpoint_function(
+            run, *self._given(site), use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+        self._advance(site, total, probs)
+        return output
+
+    def _prepare(self, site: Site) -> None:
+        """Before a read: closes what is pending and runs phase 1 where the plan says so."""
+        if not site.opens:
+            return
+        if site.index > 0:
+            partial, update = self._pending()
+            assert partial is not None
+            self._sources.append(
+                partial if update is None else (partial + update).to(partial.dtype)
+            )
+            self._partial = self._update = None
+        first = site.index
+        self._phase1 = attend(
+            self._sources,
+            self._queries[first : first + site.group.size],
+            scale=self._scale,
+            eps=self._eps,
+            return_probs=self._return_probs,
+        )
+
+    def _pending(self) -> tuple[Tensor | None, Tensor | None]:
+        """(partial, update) for a read. A block's first output is its partial sum as it stands."""
+        if self._partial is None and self._update is not None:
+            return self._update.to(self._like.dtype), None
+        return self._partial, self._update
+
+    def _given(self, site: Site) -> tuple[Any, ...]:
+        """What a read takes of the stream, as tensors that a checkpoint may hold."""
+        out = lse = None
+        if site.slot >= 0:
+            assert self._phase1 is not None
+            out, lse = self._phase1.out[site.slot], self._phase1.lse[site.slot]
+        sources = self._sources[site.first_direct : site.num_sources]
+        return (out, lse, *self._pending(), self._queries[site.index], *sources)
+
+    def _call(
+        self,
+        site: Site,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        out: Tensor | None,
+        lse: Tensor | None,
+        partial: Tensor | None,
+        update: Tensor | None,
+        query: Tensor,
+        *sources: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        terms = int(out is not None) + len(sources) + int(partial is not None)
         result = read(
-            self._queries[site],
-            sources=self._sources,
+            query if terms > 1 else None,
+            phase1=None if out is None or lse is None else (out, lse),
+            sources=sources,
             partial=partial,
             update=update,
             scale=self._scale,
@@ -154,32 +289,33 @@ class Stream:
             norm_eps=norm_eps,
             return_probs=self._return_probs,
         )
-        self._partial, self._update = result.partial, None
-        if result.probs is not None:
-            self.probabilities.append(result.probs.detach())
-        return result.x
+        return result.x, result.partial, result.probs
 
-    def _pending_sum(self) -> tuple[Tensor | None, Tensor | None]:
-        """(partial, update) for a read. A block's first output is its partial sum as it stands."""
-        if self._partial is None and self._update is not None:
-            return self._update.to(self._sources[0].dtype), None
-        return self._partial, self._update
+    def _advance(self, site: Site, total: Tensor | None, probs: Tensor | None) -> None:
+        """After a read: the completed sum goes on as the block's, or becomes a source."""
+        if site.promotes:
+            assert total is not None
+            self._sources.append(total)
+            total = None
+        self._partial, self._update = total, None
+        if probs is not None:
+            inner = None
+            if site.slot >= 0:
+                assert self._phase1 is not None
+                assert self._phase1.probs is not None
+                inner = self._phase1.probs[..., site.slot, :]
+            self.probabilities.append(spread(probs, inner))
 
-    def _open_block(self, block: Block) -> None:
-        self._phase1 = attend(
-            self._sources,
-            self._queries[block.first : block.first + block.size],
-            scale=self._scale,
-            eps=self._eps,
-            return_probs=self._return_probs,
-        )
-        self._phase1_probs = self._phase1.probs
+    def _release(self) -> None:
+        self._sources, self._phase1 = [], None
 
-    def _close_block(self) -> None:
-        """The finished block becomes a source."""
-        partial, update = self._pending_sum()
-        if partial is None:
-            return
-        total = partial if update is None else (partial + update).to(partial.dtype)
-        self._sources.append(total)
-        self._partial = self._update = self._phase1 = self._phase1_probs = None
+
+def spread(probs: Tensor, inner: Tensor | None) -> Tensor:
+    """Probabilities [..., K] of a site's terms to those of what it reads, detached.
+
+    The phase-1 term, if there is one (``inner`` [..., n] are its own probabilities), stands for all
+    completed sources: it hands its weight on to them.
+    """
+    if inner is not None:
+        probs = torch.cat([probs[..., :1] * inner, probs[..., 1:]], -1)
+    return probs.detach()

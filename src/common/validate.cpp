@@ -530,6 +530,10 @@ Status validate(const ReadBackwardArgs& args) {
   check.statistic("dphase1_lse", args.dphase1_lse, 1, T, "[1, T]", Presence::kOptional,
                   Access::kWrite);
   check.value("dh", args.dh, T, D, "[T, D]", Presence::kOptional, Access::kWrite);
+  check.require(!has_phase1 || !args.dh.present() || args.dh.data != args.phase1_out.data ||
+                    (args.dh.dtype == args.phase1_out.dtype &&
+                     (T <= 1 || args.dh.stride == args.phase1_out.stride)),
+                "dh is the memory of phase1_out, expected the same dtype and row stride");
   check.statistic("gate", args.gate, 1, T, "[1, T]", Presence::kOptional, Access::kWrite);
   check.require(args.dsources.empty() || args.dsources.size() == args.sources.size(),
                 "dsources has " + std::to_string(args.dsources.size()) + " items, expected " +

@@ -259,9 +259,6 @@ Status read_backward(const ReadBackwardArgs& args, const Context& context) {
       }
     }
     for (int64_t d = 0; d < D; ++d) {
-      if (args.dh.present()) {
-        store(args.dh, t, d, dh(t, d));
-      }
       if (args.dphase1_out.present()) {
         store(args.dphase1_out, t, d, prob[0] * dh(t, d));
       }
@@ -319,6 +316,15 @@ Status read_backward(const ReadBackwardArgs& args, const Context& context) {
         sum += load(args.dx, t, d) * h(t, d) * load(args.mix_inv_rms, 0, t);
       }
       store(args.dnorm_weight, 0, d, sum);
+    }
+  }
+
+  // Last, since it may be the memory of phase1_out, which all of the above reads.
+  if (args.dh.present()) {
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t d = 0; d < D; ++d) {
+        store(args.dh, t, d, dh(t, d));
+      }
     }
   }
   return {};

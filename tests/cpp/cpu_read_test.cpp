@@ -31,6 +31,7 @@ struct ReadCase {
   // Backward.
   bool with_dx = true, with_dmix = true, with_dpartial_out = true;
   bool accumulate = false, dpartial_in_place = false;
+  bool dh_in_place = false;  // dh is the memory of phase1_out, where their dtypes allow it
   bool with_dsources = true, with_dpartial = true, with_dquery = true, with_dnorm_weight = true,
        with_dh = true;
 
@@ -281,6 +282,11 @@ ReadBackward run_backward(const ReadCase& c, const ReadInputs& in, const ReadFor
       args.dpartial = out.dpartial.view();
       args.dpartial_out = args.dpartial;
     }
+    if (c.dh_in_place && c.with_dh && c.with_phase1 && c.grad == c.phase1) {
+      out.dh = in.phase1_out;
+      args.dh = out.dh.view();
+      args.phase1_out = args.dh;
+    }
     Workspace workspace(read_backward_workspace_bytes(args));
     const Status status = read_backward(args, workspace.context(executor));
     EXPECT_TRUE(status.ok()) << status.message();
@@ -456,6 +462,7 @@ TEST_P(CpuRead, RandomCases) {
     c.with_dquery = rng() % 4 != 0;
     c.with_dnorm_weight = rng() % 4 != 0;
     c.with_dh = coin();
+    c.dh_in_place = coin();
     check(c, rng);
     if (HasFatalFailure()) {
       return;

@@ -337,6 +337,26 @@ TEST_P(ReadGradient, MatchesFiniteDifferences) {
       read_backward(args, with_workspace(memory, read_backward_workspace_bytes(args)));
   ASSERT_TRUE(status.ok()) << status.message();
 
+  if (c.phase1) {
+    // dh may be the memory of phase1_out.
+    const std::vector<Buffer> dsources_before = dsources;
+    const std::vector<double> dpartial_before = dpartial.values;
+    Buffer over = phase1_out;
+    ReadBackwardArgs in_place = args;
+    in_place.phase1_out = over.view();
+    in_place.dh = over.view();
+    ASSERT_TRUE(
+        read_backward(in_place, with_workspace(memory, read_backward_workspace_bytes(in_place)))
+            .ok());
+    EXPECT_EQ(over.values, dh.values);
+    if (has_partial) {
+      EXPECT_EQ(dpartial.values, dpartial_before);
+    }
+    for (int64_t n = 0; n < c.num_sources; ++n) {
+      EXPECT_EQ(dsources[n].values, dsources_before[n].values);
+    }
+  }
+
   expect_gradient("query", query, dquery, loss);
   for (int64_t n = 0; n < c.num_sources; ++n) {
     expect_gradient("sources[" + std::to_string(n) + "]", sources[n], dsources[n], loss);

@@ -212,6 +212,22 @@ TEST_F(ValidateTest, ArgumentsThatNeedOthers) {
   expect_refused(read_backward_, read_backward, "dpartial was given without partial");
 }
 
+TEST_F(ValidateTest, DhOverPhase1OutIsTheSameView) {
+  Buffer statistics(kTokens, kSources + 1);
+  read_backward_.logits = statistics.view();
+  read_backward_.inv_rms = statistics.view();
+  read_backward_.phase1_out = x_.view();
+  read_backward_.query = query_.view();
+  read_backward_.dh = x_.view();
+  read_backward_.dh.stride += 1;
+  expect_refused(read_backward_, read_backward,
+                 "dh is the memory of phase1_out, expected the same dtype and row stride");
+  read_backward_.dh = x_.view();
+  read_backward_.dh.dtype = DType::kBFloat16;
+  expect_refused(read_backward_, read_backward,
+                 "dh is the memory of phase1_out, expected the same dtype and row stride");
+}
+
 TEST_F(ValidateTest, EnumsOutsideTheirRange) {
   read_.norm = static_cast<OutputNorm>(7);
   expect_refused(read_, read, "norm is 7, expected kNone (0) or kRms (1)");

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 
 import pytest
 import torch
 
+# Matrix products of PyTorch repeat their bits on several streams, as the tests ask for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # The eager formulas and the tolerance rule are those of the CPU tests.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "python"))
+
+
+pytest.register_assert_rewrite("eager", "stream_networks", "stream_suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest.register_assert_rewrite("eager", "stream_networks", "stream_suite")
+
 # Shapes vary from example to example; the time of a first call is no failure. At a desk every run
 # draws fresh inputs; continuous integration repeats the same ones, so that a change is judged by
 # what it changes.

@@ -63,6 +63,82 @@ def test_opcheck_backward_operators() -> None:
     )
 
 
+def test_opcheck_operators_that_write_into_what_is_given() -> None:
+    sources = [torch.randn(2, 3, 8), torch.randn(2, 3, 8)]  # tokens in two dimensions
+    queries = torch.randn(4, 8)
+    out, lse = torch.empty(4, 2, 3, 8), torch.empty(4, 6)
+    logits, inv_rms = torch.empty(6, 4, 2), torch.empty(6, 2)
+    phase1 = (sources, queries, 1.0, 1e-6, out, lse, logits, inv_rms)
+    opcheck(OPS.attend_into, phase1)
+    OPS.attend_into(*phase1)
+    dsources = [torch.randn(2, 3, 8) for _ in sources]
+    opcheck(
+        OPS.attend_backward_into,
+        (
+            *(torch.randn_like(out), torch.randn_like(lse), torch.rand_like(lse), sources, queries),
+            *(lse, logits, inv_rms, 1.0, dsources, True, torch.randn(4, 8), True),
+        ),
+    )
+    value, query, weight = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
+    x, total = torch.empty(2, 3, 8), torch.empty(2, 3, 8)
+    saved = torch.empty(6, 4), torch.empty(6, 4), torch.empty(6)
+    given = (out[0], lse[0], sources, value, torch.randn(2, 3, 8), query, weight)
+    site = (*given, 1.0, 1e-6, True, 1e-6, x, total, *saved)
+    opcheck(OPS.read_into, site)
+    OPS.read_into(*site)
+    opcheck(
+        OPS.read_backward_into,
+        (
+            *(torch.randn(2, 3, 8), torch.randn(2, 3, 8), out[0], sources, total, query, weight),
+            *(*saved, 1.0, True, torch.empty(2, 3, 8), torch.empty(6), torch.empty(6)),
+            *(dsources, True, torch.empty(2, 3, 8), torch.randn(8), True, torch.empty(8)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_into_operators_equal_the_functional_ones(dtype: torch.dtype) -> None:
+    """The same numbers, accumulation in the dtype given, dh over the memory of phase1_out."""
+    floats = torch.float64 if dtype == torch.float64 else torch.float32
+    v = [torch.randn(6, 8).to(dtype) for _ in range(5)]
+    query, weight = torch.randn(8, dtype=floats), torch.randn(8).to(dtype)
+    lse = torch.randn(6, dtype=floats)
+    expected = OPS.read(
+        v[0], lse, v[1:3], v[3], [v[4]], query, weight, 1.0, 1e-6, True, 1e-6, False, False, None
+    )
+    x, total = torch.full_like(v[0], torch.nan), torch.full_like(v[0], torch.nan)
+    saved = [torch.full(s, torch.nan, dtype=floats) for s in ((6, 4), (6, 4), (6,))]
+    OPS.read_into(
+        v[0], lse, v[1:3], v[3], v[4], query, weight, 1.0, 1e-6, True, 1e-6, x, total, *saved
+    )
+    for ours, other in zip((x, total, *saved), (*expected[:2], *expected[3:]), strict=True):
+        assert torch.equal(ours, other)
+    dx, later = torch.randn(6, 8).to(dtype), torch.randn(6, 8).to(dtype)
+    dout, dlse, dv, dtotal, dquery, dweight = OPS.read_backward(
+        *(dx, later, None, v[0], v[1:3], total, query, weight, *saved),
+        *(1.0, True, False, True, True, True, True, True),
+    )
+    held = [torch.randn(6, 8, dtype=floats) for _ in range(2)]
+    sums = [t.clone() for t in held]
+    before = torch.randn(8, dtype=floats)
+    du = before.clone()
+    slot = v[0].clone()
+    gate, dl = torch.empty(6, dtype=floats), torch.empty(6, dtype=floats)
+    db, dg = torch.empty_like(dtotal), torch.empty_like(dweight)
+    OPS.read_backward_into(
+        *(dx, later, slot, v[1:3], total, query, weight, *saved, 1.0, True),
+        *(slot, gate, dl, sums, True, db, du, True, dg),
+    )
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    # Other kernels may serve other dtypes of the gradients of the sources.
+    for ours, other in ((dl, dlse), (db, dtotal), (dg, dweight)):
+        torch.testing.assert_close(ours, other, **tolerance)
+    torch.testing.assert_close(gate[:, None] * slot.to(floats), dout.to(floats), **tolerance)
+    torch.testing.assert_close(du, before + dquery)
+    for total_, start, gradient in zip(sums, held, dv, strict=True):
+        torch.testing.assert_close(total_, start + gradient.to(floats), **tolerance)
+
+
 def site(sources: list[Tensor], partial: Tensor, query: Tensor, weight: Tensor) -> Tensor:
     out, lse, _ = attend(sources, query[None])
     return read(
@@ -109,10 +185,10 @@ class Network(nn.Module):
         self.attn_res = BlockAttnRes(6, 16, block_size)
         self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
         self.norms = nn.ParameterList(torch.ones(16) for _ in range(7))
-        nn.init.normal_(self.attn_res.queries)
+        nn.init.normal_(self.attn_res.queries, std=0.3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.attn_res.start(x)
+    def forward(self, x: Tensor, functional: bool | None = None) -> Tensor:
+        stream = self.attn_res.start(x, functional=functional)
         for layer, norm in zip(self.layers, self.norms, strict=False):
             stream.write(torch.tanh(layer(stream.read(norm))))
         return stream.finish(self.norms[-1])
@@ -128,7 +204,7 @@ def test_compiled_stream_equals_eager(block_size: int) -> None:
     compiled(x).square().sum().backward()
     grads = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
-    network(x).square().sum().backward()
+    network(x, functional=True).square().sum().backward()
     largest = max(p.grad.abs().max().item() for p in network.parameters())
     for ours, parameter in zip(grads, network.parameters(), strict=True):
         # Sums whose terms cancel: float32 noise is measured by the largest gradient of the network.

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flash_attn_res import BlockAttnRes
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -67,6 +69,11 @@ def test_the_kimi_k3_example_runs(tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(
         namespace["logits"].float(), site(*sources, total), rtol=0.05, atol=0.05
     )
+
+
+def test_the_plan_in_the_page_on_training_is_the_plan() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert str(BlockAttnRes(32, 2048, 8).plan(tokens=8192)) in text
 
 
 @pytest.mark.parametrize("tool", ["api_doc.py", "report.py"])

@@ -1,0 +1,595 @@
+"""Whole networks: what Attention Residuals cost in a training step, beside a plain residual.
+
+Usage: step.py [--out FILE] [--shape NAME]... [--package NAME]... [--device cuda|cpu] [--quick]
+
+A network is L sublayers SwiGLU (RMSNorm, D -> 2D gated -> D) in bfloat16, in eager PyTorch, forward
+alone and forward with backward to the input, all weights and all queries; and the same with
+checkpointed sublayers. Contenders share the layers and differ in what stands between them:
+
+  plain            x + layer(norm(x))
+  flash_attn_res   this package: BlockAttnRes; (storage gradients): with grad_dtype=None
+  torch.compile    two-phase: phase 1 once a block and the merge, both compiled
+  seed             two-phase with the operators of the first Triton package
+  fla              one-shot reads with the output norm of flash-linear-attention
+  liger            one-shot reads of liger-kernel
+
+The others' packages are imported when asked for; what cannot be had is listed with its reason. Each
+contender is held to the formulas in float32 before it is timed. Times are medians over interleaved
+rounds; ratios are medians of the rounds' ratios to plain, so that drift of the machine hits both.
+Peak memory is that of one step, weights and input included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import harness
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+from torch.utils.checkpoint import checkpoint as checkpoint_function
+
+from flash_attn_res import BlockAttnRes
+
+RESULT = harness.ROOT / "benchmarks" / "results" / "h100-step.json"
+EPS = 1e-6
+LIMIT = 3e-2
+"""Largest relative L2 error of an output: bfloat16 rounds at every sublayer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    layers: int
+    block_size: int
+    tokens: int
+    dim: int
+
+
+SHAPES = {
+    "narrow": Shape(32, 8, 16384, 2048),
+    "kimi-k3": Shape(24, 24, 4096, 7168),
+    "kimi-linear": Shape(54, 6, 8192, 2304),
+    "full": Shape(32, 1, 8192, 2048),
+}
+SMALL = {
+    "narrow": Shape(8, 4, 256, 128),
+    "kimi-k3": Shape(6, 6, 128, 192),
+    "kimi-linear": Shape(9, 3, 192, 96),
+    "full": Shape(8, 1, 128, 128),
+}
+
+
+class UnsupportedError(Exception):
+    """The package is not there, or cannot serve the shape."""
+
+
+class Sublayer(nn.Module):
+    """RMSNorm weight, D -> 2D gated -> D."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(dim))
+        self.up = nn.Linear(dim, 2 * dim, bias=False)
+        self.down = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer without its norm."""
+        a, b = self.up(x).chunk(2, -1)
+        return self.down(silu(b) * a)
+
+    def normed(self, h: Tensor) -> Tensor:
+        return self(rms_norm(h, self.norm.shape, self.norm, EPS))
+
+
+class Network(nn.Module):
+    """What all contenders share."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.device(device):
+            self.layers = nn.ModuleList(Sublayer(shape.dim) for _ in range(shape.layers))
+            self.to(dtype)
+            # No key weights: the seed's dialect has none.
+            self.queries = nn.Parameter(torch.randn(shape.layers + 1, shape.dim).to(dtype) * 0.02)
+        self.shape = shape
+
+    def blocks(self) -> list[list[int]]:
+        sites = range(self.shape.layers)
+        return [list(sites[i : i + self.shape.block_size]) for i in sites[:: self.shape.block_size]]
+
+
+Forward = Callable[[Tensor, bool], Tensor]
+"""From the input [1, T, D] and whether to checkpoint, to the output."""
+
+
+def maybe_checkpoint(checkpointed: bool, function: Callable[..., Tensor], *given: object) -> Tensor:
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint_function(function, *given, use_reentrant=False, preserve_rng_state=False)
+    return function(*given)
+
+
+# -------------------------------------------------------------------------------- contenders
+
+
+def plain(network: Network) -> Forward:
+    def run(x: Tensor, checkpointed: bool) -> Tensor:
+        for layer in network.layers:
+            x = x + maybe_checkpoint(checkpointed, layer.normed, x)
+        return x
+
+    return run
+
+
+def ours(network: Network, grad_dtype: torch.dtype | None = torch.float32) -> Forward:
+    shape = network.shape
+    with torch.device("meta"):
+        attn_res = BlockAttnRes(
+            shape.layers,
+            shape.dim,
+            shape.block_size,
+            key_weight=False,
+            eps=EPS,
+            grad_dtype=grad_dtype,
+        )
+    attn_res.queries = network.queries
+
+    def run(x: Tensor, checkpointed: bool) -> Tensor:
+        stream = attn_res.start(x)
+        for layer in network.layers:
+            stream.sublayer(
+                layer, layer.norm, EPS, checkpoint=checkpointed, preserve_rng_state=False
+            )
+        return stream.finish()
+
+    return run
+
+
+Phase1 = Callable[[list[Tensor], Tensor], tuple[list[Tensor], list[Tensor]]]
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+OneShot = Callable[[list[Tensor], Tensor, "Tensor | None"], Tensor]
+
+
+def two_phase(network: Network, phase1: Phase1, merge: Merge, one_shot: OneShot) -> Forward:
+    """Algorithm 1 of the paper over the operators of a package, merges outside of checkpoints."""
+
+    def run(x: Tensor, checkpointed: bool) -> Tensor:
+        queries = network.queries.float()
+        sources = [x]
+        for block in network.blocks():
+            outs, lses = phase1(sources, queries[block[0] : block[-1] + 1])
+            partial: Tensor | None = None
+            for i, site in enumerate(block):
+                layer = network.layers[site]
+
+                def read_and_apply(
+                    o: Tensor, lse: Tensor, b: Tensor | None, layer=layer, query=queries[site]
+                ) -> Tensor:
+                    return layer.normed(o if b is None else merge(o, lse, b, query))
+
+                y = maybe_checkpoint(checkpointed, read_and_apply, outs[i], lses[i], partial)
+                partial = y if partial is None else partial + y
+            assert partial is not None
+            sources.append(partial)
+        return one_shot(sources, queries[-1], None)
+
+    return run
+
+
+def one_shot_network(network: Network, one_shot: OneShot) -> Forward:
+    """Every site reads all sources; with its norm, where the package has one."""
+
+    def run(x: Tensor, checkpointed: bool) -> Tensor:
+        queries = network.queries.float()
+        sources = [x]
+        for block in network.blocks():
+            partial: Tensor | None = None
+            for site in block:
+                layer = network.layers[site]
+
+                def read_and_apply(*given: Tensor, layer=layer, query=queries[site]) -> Tensor:
+                    return layer(one_shot(list(given), query, layer.norm))
+
+                given = sources if partial is None else [*sources, partial]
+                y = maybe_checkpoint(checkpointed, read_and_apply, *given)
+                partial = y if partial is None else partial + y
+            assert partial is not None
+            sources.append(partial)
+        return one_shot(sources, queries[-1], None)
+
+    return run
+
+
+def rsqrt_mean_square(v: Tensor) -> Tensor:
+    return torch.rsqrt(v.square().mean(-1) + EPS)
+
+
+def formula_phase1(
+    sources: list[Tensor], queries: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    v = [source.float() for source in sources]
+    inverse = [rsqrt_mean_square(source) for source in v]
+    outs, lses = [], []
+    for query in queries.unbind(0):
+        logits = torch.stack([(s @ query) * r for s, r in zip(v, inverse, strict=True)])
+        p = logits.softmax(0)
+        out = sum(p[n][..., None] * source for n, source in enumerate(v))
+        assert isinstance(out, Tensor)
+        outs.append(out.to(sources[0].dtype))
+        lses.append(logits.logsumexp(0))
+    return tuple(outs), tuple(lses)
+
+
+def formula_merge(o: Tensor, lse: Tensor, partial: Tensor, query: Tensor) -> Tensor:
+    b, mix = partial.float(), o.float()
+    gate = torch.sigmoid((b @ query) * rsqrt_mean_square(b) - lse)[..., None]
+    return (mix + gate * (b - mix)).to(o.dtype)
+
+
+def formula_one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
+    h = formula_phase1(sources, query[None])[0][0]
+    return h if weight is None else rms_norm(h, weight.shape, weight, EPS)
+
+
+def compiled(network: Network) -> Forward:
+    torch._functorch.config.donated_buffer = False
+    phase1 = torch.compile(formula_phase1, dynamic=False, fullgraph=True)
+    merge = torch.compile(formula_merge, dynamic=False, fullgraph=True)
+    one_shot = torch.compile(formula_one_shot, dynamic=False, fullgraph=True)
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    return two_phase(network, phase1, merge, one_shot)
+
+
+def seed(network: Network) -> Forward:
+    if network.shape.dim & (network.shape.dim - 1):
+        raise UnsupportedError(f"takes D that is a power of two, not {network.shape.dim}")
+    folder = os.environ.get("SEED_ATTN_RES")
+    if not folder:
+        raise UnsupportedError("SEED_ATTN_RES does not name the folder it is installed in")
+    try:
+        import peers
+    except ImportError as error:
+        raise UnsupportedError(f"benchmarks/python/peers.py: {error}") from error
+    package = peers.load_seed(pathlib.Path(folder))
+
+    def phase1(sources: list[Tensor], queries: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        out, lse = package.phase_1_batched_attention_triton_op(torch.stack(sources), queries, EPS)
+        return list(out.unbind(0)), list(lse.unbind(0))
+
+    def merge(o: Tensor, lse: Tensor, partial: Tensor, query: Tensor) -> Tensor:
+        return package.phase_2_online_softmax_merge_triton_op(partial, query, o, lse, EPS)[0]
+
+    def one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
+        return phase1(sources, query[None])[0][0]
+
+    return two_phase(network, phase1, merge, one_shot)
+
+
+def fla(network: Network, gluon: bool) -> Forward:
+    os.environ["FLA_ATTNRES_GLUON"] = "1" if gluon else "0"
+    try:
+        from fla.ops.attnres import fused_attnres
+
+        if gluon:  # where it cannot be had, the package takes Triton without a word
+            from fla.ops.attnres.backends import AttnResGluonBackend  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(f"not installed, or it does not import: {error}") from error
+    ones = torch.ones(network.shape.dim, device=network.queries.device)
+
+    def one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
+        # The backend is looked up in every call.
+        os.environ["FLA_ATTNRES_GLUON"] = "1" if gluon else "0"
+        return fused_attnres(query, sources, ones, output_rms_weight=weight, rms_eps=EPS)
+
+    return one_shot_network(network, one_shot)
+
+
+def liger(network: Network) -> Forward:
+    if len(network.blocks()) + 1 > 32:
+        raise UnsupportedError("leaves out sources beyond the 32nd")
+    try:
+        from liger_kernel.ops.attn_res import LigerAttnResFunction
+    except ImportError as error:
+        raise UnsupportedError(f"not installed, or it does not import: {error}") from error
+    ones = torch.ones(network.shape.dim, device=network.queries.device)
+
+    def one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
+        h = LigerAttnResFunction.apply(torch.stack(sources), query, ones, EPS)[0]
+        return h if weight is None else rms_norm(h, weight.shape, weight, EPS)
+
+    return one_shot_network(network, one_shot)
+
+
+PACKAGES: dict[str, Callable[[Network], Forward]] = {
+    "plain": plain,
+    "flash_attn_res": ours,
+    "flash_attn_res (storage gradients)": functools.partial(ours, grad_dtype=None),
+    "torch.compile": compiled,
+    "seed": seed,
+    "fla (Triton)": functools.partial(fla, gluon=False),
+    "fla (Gluon)": functools.partial(fla, gluon=True),
+    "liger": liger,
+}
+
+
+# ------------------------------------------------------------------------------- measurement
+
+
+class Clock:
+    """Times a call on the device, in milliseconds, and the host's share of it."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.host_ms = 0.0
+
+    def __call__(self, run: Callable[[], object], repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            if self.cuda:
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                events[0].record()
+                run()
+                self.host_ms = (time.perf_counter() - begin) * 1e3
+                events[1].record()
+                events[1].synchronize()
+                times.append(events[0].elapsed_time(events[1]))
+            else:
+                run()
+                times.append((time.perf_counter() - begin) * 1e3)
+        return statistics.median(times)
+
+
+@dataclasses.dataclass
+class Contender:
+    package: str
+    forward: Callable[[], object]
+    step: Callable[[], object]
+    fwd: list[float] = dataclasses.field(default_factory=list)
+    both: list[float] = dataclasses.field(default_factory=list)
+    host_ms: float = 0.0
+    peak: int | None = None
+
+
+def held_to_the_formulas(network: Network, run: Forward, package: str) -> None:
+    """Raises where a contender computes something else, on a few tokens."""
+    tokens = min(256, network.shape.tokens)
+    x = torch.randn(1, tokens, network.shape.dim, device=network.queries.device)
+    x = x.to(network.queries.dtype)
+    if package == "plain":
+        return
+    with torch.no_grad():
+        wide = copy.deepcopy(network).float()
+        expected = one_shot_network(wide, formula_one_shot)(x.float(), False)
+    del wide
+    for checkpointed in (False, True):
+        got = run(x.detach().requires_grad_(), checkpointed).detach()
+        error = ((got.float() - expected).norm() / expected.norm()).item()
+        if not error <= LIMIT:
+            raise UnsupportedError(f"relative error {error:.2e} of the output, above {LIMIT:.0e}")
+
+
+def prepare(
+    network: Network, package: str, x: Tensor, cotangent: Tensor, checkpointed: bool
+) -> Contender | str:
+    """A contender that has run, with the peak of its step; or why there is none."""
+    try:
+        run = PACKAGES[package](network)
+        held_to_the_formulas(network, run, package)
+        weights = [x, *network.layers.parameters()]
+        weights += [] if package == "plain" else [network.queries]
+
+        def forward() -> None:
+            with torch.inference_mode():
+                run(x, checkpointed)
+
+        def step() -> None:
+            torch.autograd.grad(run(x, checkpointed), weights, cotangent)
+
+        contender = Contender(package, forward, step)
+        for _ in range(2):
+            forward()
+            step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            contender.peak = torch.cuda.max_memory_allocated()
+    except Exception as error:  # whatever another package raises is its result
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return contender
+
+
+def measure(
+    network: Network,
+    packages: list[str],
+    checkpointed: bool,
+    rounds: int,
+    device: str,
+    failed: list[dict],
+) -> list[dict]:
+    shape = network.shape
+    dtype = network.queries.dtype
+    x = torch.randn(1, shape.tokens, shape.dim, device=device).to(dtype).requires_grad_()
+    cotangent = torch.randn(1, shape.tokens, shape.dim, device=device).to(dtype)
+    clock = Clock(device)
+    contenders: list[Contender] = []
+    for package in packages:
+        prepared = prepare(network, package, x, cotangent, checkpointed)
+        if isinstance(prepared, Contender):
+            contenders.append(prepared)
+            continue
+        print(f"  {package}: {prepared}", file=sys.stderr, flush=True)
+        failed.append(
+            {
+                "package": package,
+                **dataclasses.asdict(shape),
+                "checkpointed": checkpointed,
+                "reason": prepared,
+            }
+        )
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    for index in range(rounds):
+        shift = index % len(contenders)
+        for contender in contenders[shift:] + contenders[:shift]:
+            clock(contender.forward, 1)
+            contender.fwd.append(clock(contender.forward, 5))
+            clock(contender.step, 1)
+            contender.both.append(clock(contender.step, 3))
+            contender.host_ms = clock.host_ms
+    base = next((c for c in contenders if c.package == "plain"), None)
+    rows = []
+    for contender in contenders:
+        row = {
+            "package": contender.package,
+            "layers": shape.layers,
+            "block_size": shape.block_size,
+            "tokens": shape.tokens,
+            "dim": shape.dim,
+            "checkpointed": checkpointed,
+            "fwd_ms": round(statistics.median(contender.fwd), 3),
+            "step_ms": round(statistics.median(contender.both), 3),
+            "peak_gib": None if contender.peak is None else round(contender.peak / 2**30, 3),
+        }
+        if base is not None:
+            for name, own, plain_times in (
+                ("fwd", contender.fwd, base.fwd),
+                ("step", contender.both, base.both),
+            ):
+                ratios = [a / b for a, b in zip(own, plain_times, strict=True)]
+                row[f"{name}_over_plain"] = round(statistics.median(ratios), 4)
+                row[f"{name}_over_plain_range"] = [round(min(ratios), 4), round(max(ratios), 4)]
+            if contender.peak is not None and base.peak is not None:
+                row["peak_over_plain"] = round(contender.peak / base.peak, 4)
+        rows.append(row)
+        print(
+            f"{contender.package:36} {'ck' if checkpointed else '':3}"
+            f"fwd {row['fwd_ms']:8.2f} ms ({row.get('fwd_over_plain', 0):.3f}x)  "
+            f"step {row['step_ms']:8.2f} ms ({row.get('step_over_plain', 0):.3f}x)  "
+            f"peak {row['peak_gib'] or 0:6.2f} GiB ({row.get('peak_over_plain', 0):.3f}x)  "
+            f"host {contender.host_ms:7.2f} ms",
+            flush=True,
+        )
+    return rows
+
+
+def profile(network: Network, packages: list[str], checkpointed: bool, device: str) -> None:
+    """Prints where the device's time of a step goes, by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    shape = network.shape
+    x = torch.randn(1, shape.tokens, shape.dim, device=device).to(network.queries.dtype)
+    x.requires_grad_()
+    for package in packages:
+        run = PACKAGES[package](network)
+        weights = [x, *network.layers.parameters()]
+        for _ in range(2):
+            torch.autograd.grad(run(x, checkpointed).sum(), weights)
+        activity = ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU
+        with profiler(activities=[activity]) as profiled:
+            torch.autograd.grad(run(x, checkpointed).sum(), weights)
+        print(f"--- {package}{' checkpointed' if checkpointed else ''}")
+        key = "self_cuda_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+        print(profiled.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
+
+
+def describe_machine(device: str) -> dict[str, object]:
+    if device.startswith("cuda"):
+        import cuda_kernels
+
+        return cuda_kernels.describe_machine()
+    return {
+        "device": harness.cpu_name(),
+        "driver": "none",
+        "versions": {"torch": torch.__version__},
+        "commit": harness.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write(
+    path: pathlib.Path, device: str, copy: float, rows: list[dict], failed: list[dict]
+) -> None:
+    """Rows of this run take the place of older ones of the same network and package."""
+
+    def key(row: dict) -> tuple:
+        names = ("package", "layers", "block_size", "tokens", "dim", "checkpointed")
+        return tuple(row[name] for name in names)
+
+    done = {key(row) for row in [*rows, *failed]}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    document = {
+        **describe_machine(device),
+        "copy_tb_s": round(copy / 1e12, 4),
+        "rows": [row for row in before.get("rows", []) if key(row) not in done] + rows,
+        "failed": [row for row in before.get("failed", []) if key(row) not in done] + failed,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def measure_copy(device: str) -> float:
+    """Bytes per second of a copy, read + written."""
+    source = torch.empty(2**30 if device.startswith("cuda") else 2**26, dtype=torch.uint8)
+    source = source.to(device).fill_(1)
+    target = torch.empty_like(source)
+    clock = Clock(device)
+    clock(lambda: target.copy_(source), 3)
+    best = min(clock(lambda: target.copy_(source), 5) for _ in range(3))
+    return 2 * source.numel() / (best * 1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, help="add the rows to this result file")
+    parser.add_argument("--shape", action="append", choices=SHAPES)
+    parser.add_argument("--package", action="append", choices=PACKAGES)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--checkpointed", choices=["no", "yes", "both"], default="both")
+    parser.add_argument("--quick", action="store_true", help="small networks, two rounds")
+    parser.add_argument("--profile", action="store_true", help="print kernels instead of timing")
+    options = parser.parse_args()
+    shapes = SMALL if options.quick else SHAPES
+    packages = options.package or list(PACKAGES)
+    rounds = 2 if options.quick else options.rounds
+    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
+    copy = measure_copy(options.device)
+    rows: list[dict] = []
+    failed: list[dict] = []
+    modes = {"no": [False], "yes": [True], "both": [False, True]}[options.checkpointed]
+    for name in options.shape or shapes:
+        shape = shapes[name]
+        print(f"{name}: {shape}", flush=True)
+        torch.manual_seed(0)
+        network = Network(shape, options.device, dtype)
+        for checkpointed in modes:
+            if options.profile:
+                profile(network, packages, checkpointed, options.device)
+                continue
+            rows += measure(network, packages, checkpointed, rounds, options.device, failed)
+            if options.out:
+                write(options.out, options.device, copy, rows, failed)
+        del network
+        if options.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

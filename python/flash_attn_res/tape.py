@@ -1,0 +1,647 @@
+"""The memory-lean stream of eager PyTorch, for training at the price of a plain residual.
+
+Autograd sees the sublayers' inputs and outputs and the running sums, and nothing else that is
+large. What belongs to several sites goes past it, over a *tape* that one forward pass shares:
+
+* Gradients of the sources. Each source has one buffer, to which the backward of every site that
+  read it adds in place. Nodes are ordered by *tokens*, empty tensors that form one chain: whatever
+  reads a source takes a token that was made after it, so that a source's buffer is complete when
+  the node that made the source runs.
+* Phase-1 results. A group's results [S, T, D] live while the group runs forward; the backward
+  computes them again, once a group (or keeps them, by an option). The gradient of a phase-1 result
+  is never written: a site's backward writes dh over its row of the results, and the phase-1
+  backward reads dh with the site's gate p_0.
+
+====================  ==============================================  ===========================
+node                  forward                                         backward
+====================  ==============================================  ===========================
+``_Start``            takes embedding and queries                     hands out their gradients
+``_Close``            adds a block's last output; the sum is a        hands out the gradient of
+                      source                                          the sum
+``_Open``             phase 1 of a group                              phase 1's backward
+``_Read``             one site                                        the site's backward
+====================  ==============================================  ===========================
+
+Kept for the backward, per site: the running sum [T, D], where a plain network keeps the residual
+stream, and 2 K + 1 floats a token for K softmax terms.
+
+State of a backward pass belongs to that pass: a node that finds the state of another one (a pass
+over a part of the graph, or one that an exception ended) drops it. No node is reachable from the
+tape, so that a graph and its tape are freed by reference counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, Variable
+from torch.utils.checkpoint import checkpoint as checkpoint_function
+
+from flash_attn_res.plan import Group, Plan, Site
+from flash_attn_res.stream import Stream, spread
+
+if TYPE_CHECKING:
+    from flash_attn_res.modules import BlockAttnRes
+
+_attend = torch.ops.flash_attn_res.attend_into.default
+_attend_backward = torch.ops.flash_attn_res.attend_backward_into.default
+_read = torch.ops.flash_attn_res.read_into.default
+_read_backward = torch.ops.flash_attn_res.read_backward_into.default
+
+_backward_pass = torch._C._current_graph_task_id  # -1 outside of a backward
+
+KEEP = ("none", "last", "all")
+"""Whose phase-1 results the backward finds kept; it computes the others again."""
+
+
+class Phase1:
+    """Phase 1 of one group: S mixtures of its sources, over which the backward writes dh."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.out: Tensor | None = None  # [S, ..., D]
+        self.rows: Sequence[Tensor] = ()  # S x [..., D]
+        self.lse: Tensor  # [S, T]
+        self.logits: Tensor  # [T, S, n]
+        self.inv_rms: Tensor  # [T, n]
+        self.lse_rows: Sequence[Tensor] = ()  # S x [T]
+        self.begun = False  # by the backward pass that runs
+        self.replaced: set[int] = set()  # rows that hold dh by now
+        self.gate: Tensor  # [S, T]
+        self.dlse: Tensor  # [S, T]
+        self.gate_rows: Sequence[Tensor] = ()  # S x [T]
+        self.dlse_rows: Sequence[Tensor] = ()  # S x [T]
+
+    def compute(self, tape: Tape, sources: Sequence[Tensor]) -> None:
+        """Results and statistics of the group's queries over its sources [..., D]."""
+        group, like = self.group, sources[0]
+        queries = tape.queries[group.first : group.first + group.size]  # [S, R]
+        self.out = like.new_empty((group.size, *like.shape))
+        self.lse = tape.floats(group.size, tape.tokens)
+        self.logits = tape.floats(tape.tokens, group.size, len(sources))
+        self.inv_rms = tape.floats(tape.tokens, len(sources))
+        _attend(
+            sources, queries, tape.scale, tape.eps, self.out, self.lse, self.logits, self.inv_rms
+        )
+        self.rows, self.lse_rows = self.out.unbind(0), self.lse.unbind(0)
+
+    def begin(self, tape: Tape, sources: Sequence[Tensor]) -> None:
+        """First thing of a group in a backward pass: the results are there, and no dh yet."""
+        if self.begun:
+            return
+        if self.out is None:
+            self.compute(tape, sources)
+        # A site whose backward does not run counts with gate 0; its row stays finite.
+        gradients = torch.zeros(
+            (2, self.group.size, tape.tokens), dtype=tape.queries.dtype, device=sources[0].device
+        )
+        self.gate, self.dlse = gradients.unbind(0)
+        self.gate_rows, self.dlse_rows = self.gate.unbind(0), self.dlse.unbind(0)
+        self.begun = True
+        tape.begun.append(self)
+
+    def drop(self) -> None:
+        """Frees the results."""
+        self.out, self.rows, self.lse_rows = None, (), ()
+        self.gate_rows = self.dlse_rows = ()
+        self.begun = False
+        self.replaced.clear()
+        # What has no default: an access after this is a mistake that shows.
+        for name in ("lse", "logits", "inv_rms", "gate", "dlse"):
+            self.__dict__.pop(name, None)
+
+
+class Tape:
+    """What the nodes of one forward pass share."""
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        queries: Tensor,
+        scale: float,
+        eps: float,
+        grad_dtype: torch.dtype,
+    ) -> None:
+        self.queries = queries.detach()  # [L + 1, R] folded
+        self.query_rows = self.queries.unbind(0)
+        self.query_grad = queries.requires_grad
+        self.scale, self.eps, self.grad_dtype = scale, eps, grad_dtype
+        self.shape, self.dtype, self.device = embedding.shape, embedding.dtype, embedding.device
+        self.tokens = embedding.numel() // embedding.shape[-1]
+        self.sources = [embedding.detach()]  # [..., D] each; for the forward alone
+        self.source_grads = [embedding.requires_grad]  # whether a source needs a gradient
+        self.phase1: Phase1 | None = None  # that of the group that runs forward
+        self.logits: Tensor | None = None  # [T, K] of the site that was read last, if recorded
+        self.record = False
+        self.freed = False  # a backward pass has run
+        # Of the backward pass that runs:
+        self.task: int | None = None
+        self.replaced: set[int] = set()  # passes whose state was dropped before they ended
+        self.dsources: dict[int, Tensor] = {}  # source -> [..., D]
+        self.dqueries: Tensor | None = None  # [L + 1, R]
+        self.begun: list[Phase1] = []
+        self.cuda_stream: torch.cuda.Stream | None = None
+
+    def add_source(self, value: Tensor, needs_grad: bool) -> int:
+        """Appends a completed source and returns its index."""
+        self.sources.append(value)
+        self.source_grads.append(needs_grad)
+        return len(self.sources) - 1
+
+    def needs_grad(self, first: int, end: int) -> bool:
+        """Whether any of the sources first..end - 1 needs a gradient."""
+        return True in self.source_grads[first:end]
+
+    def values(self) -> Tensor:
+        """A fresh value [..., D] of the stream."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    def floats(self, *shape: int) -> Tensor:
+        """Fresh statistics."""
+        return torch.empty(shape, dtype=self.queries.dtype, device=self.device)
+
+    # ------------------------------------------------------------------------- backward passes
+
+    def enter(self) -> None:
+        """First line of every backward."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "flash_attn_res: the stream has no second derivative; call backward without "
+                "create_graph=True"
+            )
+        task = _backward_pass()
+        if task != self.task:
+            self._begin_pass(task)
+        if self.device.type == "cuda":
+            self.follow_stream()
+
+    def _begin_pass(self, task: int) -> None:
+        if task in self.replaced:
+            raise RuntimeError(
+                "flash_attn_res: two backward passes run over one stream at a time; let one end "
+                "before the other begins"
+            )
+        if self.task is not None:
+            self.replaced.add(self.task)
+        self.reset()
+        self.task, self.freed, self.cuda_stream = task, True, None
+
+        def end() -> None:
+            if self.task == task:
+                self.reset()
+                self.task = None
+
+        Variable._execution_engine.queue_callback(end)
+
+    def reset(self) -> None:
+        """Drops the state of a pass, with what one over a part of the graph has left behind."""
+        self.dsources.clear()
+        self.dqueries = None
+        for phase1 in self.begun:
+            phase1.drop()
+        self.begun.clear()
+
+    def follow_stream(self) -> None:
+        """Side-channel memory is used on the stream of whichever node runs: they take turns."""
+        current = torch.cuda.current_stream(self.device)
+        before = self.cuda_stream
+        if before is None:
+            self.cuda_stream = current
+        elif before != current:
+            current.wait_stream(before)
+            held = [*self.dsources.values(), *self.sources]
+            held += [] if self.dqueries is None else [self.dqueries]
+            for phase1 in self.begun:
+                held += [phase1.gate, phase1.dlse]
+            for phase1 in (*self.begun, *([] if self.phase1 is None else [self.phase1])):
+                held += [phase1.lse, phase1.logits, phase1.inv_rms]
+                held += [] if phase1.out is None else [phase1.out]
+            for tensor in held:
+                tensor.record_stream(current)
+            self.cuda_stream = current
+
+    # ------------------------------------------------------------------------------- gradients
+
+    def buffers(self, first: int, end: int) -> tuple[list[Tensor], bool]:
+        """Gradient buffers of the sources first..end - 1, and whether they hold something yet."""
+        missing = [j for j in range(first, end) if j not in self.dsources]
+        for j in missing:
+            self.dsources[j] = torch.empty(self.shape, dtype=self.grad_dtype, device=self.device)
+        accumulate = len(missing) < end - first
+        if accumulate:
+            for j in missing:
+                self.dsources[j].zero_()
+        return [self.dsources[j] for j in range(first, end)], accumulate
+
+    def take(self, source: int, dtype: torch.dtype) -> Tensor | None:
+        """The gradient of a source, which is complete."""
+        gradient = self.dsources.pop(source, None)
+        return None if gradient is None else gradient.to(dtype)
+
+    def query_gradients(self) -> Tensor:
+        """[L + 1, R], to which the backwards add."""
+        if self.dqueries is None:
+            self.dqueries = torch.zeros_like(self.queries)
+        return self.dqueries
+
+
+class _Start(Function):
+    """The first token. Its backward runs last and hands out what the tape has summed."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, embedding: Tensor, queries: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.tape = tape
+        return embedding.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        tape.enter()
+        _, need_embedding, need_queries = ctx.needs_input_grad
+        dembedding = tape.take(0, tape.dtype) if need_embedding else None
+        return None, dembedding, tape.dqueries if need_queries else None
+
+
+class _Close(Function):
+    """Makes a source of what is pending: the partial sum plus the last output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tape: Tape, partial: Tensor | None, update: Tensor, token: Tensor
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        if partial is None:
+            total = update.detach().to(tape.dtype)
+        else:
+            total = torch.add(partial, update).to(tape.dtype)
+        needs = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.tape, ctx.source = tape, tape.add_source(total, needs)
+        ctx.update_dtype = update.dtype
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        tape.enter()
+        gradient = tape.take(ctx.source, tape.dtype)
+        _, need_partial, need_update, _ = ctx.needs_input_grad
+        dupdate = gradient.to(ctx.update_dtype) if gradient is not None and need_update else None
+        return None, gradient if need_partial else None, dupdate, None
+
+
+class _Open(Function):
+    """Phase 1 of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, phase1: Phase1, token: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.tape, ctx.phase1 = tape, phase1
+        sources = tape.sources[: phase1.group.num_sources]
+        ctx.save_for_backward(*sources)
+        phase1.compute(tape, sources)
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None) -> tuple[None, None, None]:
+        tape: Tape = ctx.tape
+        phase1: Phase1 = ctx.phase1
+        tape.enter()
+        sources = ctx.saved_tensors
+        if phase1.begun:  # else no site of the group has a gradient
+            group = phase1.group
+            sites = slice(group.first, group.first + group.size)
+            dsources: list[Tensor] = []
+            accumulate = False
+            if tape.needs_grad(0, group.num_sources):
+                dsources, accumulate = tape.buffers(0, group.num_sources)
+            _attend_backward(
+                phase1.out,
+                phase1.dlse,
+                phase1.gate,
+                sources,
+                tape.queries[sites],
+                phase1.lse,
+                phase1.logits,
+                phase1.inv_rms,
+                tape.scale,
+                dsources,
+                accumulate,
+                tape.query_gradients()[sites] if tape.query_grad else None,
+                True,
+            )
+            phase1.drop()
+            tape.begun.remove(phase1)
+        return None, None, None
+
+
+class _Read(Function):
+    """One site: x, and the new sum where later sublayers of the block add to it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        site: Site,
+        phase1: Phase1 | None,
+        norm_eps: float,
+        norm_weight: Tensor | None,
+        partial: Tensor | None,
+        update: Tensor | None,
+        token: Tensor,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        sources = tape.sources[site.first_direct : site.num_sources]
+        x, total, statistics = run_site(
+            tape, site, phase1, norm_weight, norm_eps, partial, update, sources
+        )
+        frozen = [] if phase1 is None else tape.sources[: phase1.group.num_sources]
+        ctx.save_for_backward(norm_weight, total, *statistics, *frozen, *sources)
+        ctx.tape, ctx.site, ctx.phase1, ctx.frozen = tape, site, phase1, len(frozen)
+        ctx.update_dtype = None if update is None else update.dtype
+        if tape.record:
+            tape.logits = statistics[0]
+        if site.promotes:
+            needs = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+            assert total is not None
+            tape.add_source(total.detach(), needs)
+            return x, token.new_empty(0)
+        # The last site's sum has no reader. A block's first output is its sum as it stands:
+        # returned, so that its gradient comes from one place and autograd adds nothing.
+        last = site.index == len(tape.query_rows) - 1
+        return x if total is None or last else (x, total)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, dtotal: Tensor | None = None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        site: Site = ctx.site
+        phase1: Phase1 | None = ctx.phase1
+        tape.enter()
+        norm_weight, total, logits, inv_rms, mix_inv_rms, *rest = ctx.saved_tensors
+        frozen, sources = rest[: ctx.frozen], rest[ctx.frozen :]
+        if site.promotes:  # the sum is a source: what its readers have added up
+            dtotal = tape.dsources.pop(site.num_sources, None)
+        if dx is None and dtotal is None:
+            return (None,) * 8
+        _, _, _, _, need_weight, need_partial, need_update, need_token = ctx.needs_input_grad
+
+        phase1_out = dh = gate = dlse = None
+        if phase1 is not None:
+            phase1.begin(tape, frozen)
+            phase1_out = phase1.rows[site.slot]
+            if need_token:
+                dh = phase1_out
+                phase1.replaced.add(site.slot)
+                gate, dlse = phase1.gate_rows[site.slot], phase1.dlse_rows[site.slot]
+        dsources: list[Tensor] = []
+        accumulate = False
+        if tape.needs_grad(site.first_direct, site.num_sources):
+            dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
+        dpartial = total.new_empty(total.shape) if need_partial or need_update else None
+        has_query = logits.shape[1] > 1
+        dquery = tape.query_gradients()[site.index] if has_query and tape.query_grad else None
+        norm = mix_inv_rms is not None
+        dweight = torch.empty_like(norm_weight) if need_weight else None
+        _read_backward(
+            dx,
+            dtotal,
+            phase1_out,
+            sources,
+            total,
+            tape.query_rows[site.index] if has_query else None,
+            norm_weight,
+            logits,
+            inv_rms,
+            mix_inv_rms,
+            tape.scale,
+            norm,
+            dh,
+            gate,
+            dlse,
+            dsources,
+            accumulate,
+            dpartial,
+            dquery,
+            True,
+            dweight,
+        )
+        dupdate = None
+        if dpartial is not None and need_update:
+            dupdate = dpartial.to(ctx.update_dtype)
+        return None, None, None, None, dweight, dpartial if need_partial else None, dupdate, None
+
+
+def run_site(
+    tape: Tape,
+    site: Site,
+    phase1: Phase1 | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    partial: Tensor | None,
+    update: Tensor | None,
+    sources: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
+    """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
+    if partial is None and update is not None:
+        partial, update = update.to(tape.dtype), None
+    total = partial if update is None else tape.values()
+    x = tape.values()
+    terms = int(phase1 is not None) + len(sources) + int(total is not None)
+    logits = tape.floats(tape.tokens, terms)
+    inv_rms = tape.floats(tape.tokens, terms)
+    norm = norm_weight is not None
+    mix_inv_rms = tape.floats(tape.tokens) if norm else None
+    _read(
+        None if phase1 is None else phase1.rows[site.slot],
+        None if phase1 is None else phase1.lse_rows[site.slot],
+        sources,
+        partial,
+        update,
+        tape.query_rows[site.index] if terms > 1 else None,
+        norm_weight,
+        tape.scale,
+        tape.eps,
+        norm,
+        norm_eps,
+        x,
+        None if update is None else total,
+        logits,
+        inv_rms,
+        mix_inv_rms,
+    )
+    return x, total, (logits, inv_rms, mix_inv_rms)
+
+
+class TapeStream(Stream):
+    """The stream of eager mode; see the module's text."""
+
+    def __init__(
+        self,
+        module: BlockAttnRes,
+        embedding: Tensor,
+        queries: Tensor,
+        plan: Plan,
+        return_probs: bool,
+    ) -> None:
+        super().__init__(module, embedding.detach(), plan, return_probs)
+        grad_dtype = module.grad_dtype or embedding.dtype
+        if embedding.dtype == torch.float64:
+            grad_dtype = torch.float64
+        self._tape = Tape(embedding, queries, module.scale, module.eps, grad_dtype)
+        self._tape.record = return_probs
+        self._keep = module.keep_phase1
+        self._last_group = max(
+            (group.index for group in plan.groups if group.two_phase), default=-1
+        )
+        self._phase1: Phase1 | None = None
+        self._token: Tensor = _Start.apply(self._tape, embedding, queries)
+
+    def _expect(self, call: str) -> None:
+        super()._expect(call)
+        if self._tape.freed and self._token.grad_fn is not None:
+            # A backward pass has run in the middle of the forward: fine if the graph is there yet.
+            try:
+                _ = self._token.grad_fn.saved_tensors  # type: ignore[attr-defined]
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{call}: a backward pass has freed the graph of this stream; run it after "
+                    "finish, or with retain_graph=True"
+                ) from error
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{call}: this stream was started outside of the compiled function; call start "
+                "inside of it"
+            )
+
+    def _check_origin(self, output: Tensor) -> None:
+        node: Any = output.grad_fn
+        is_read = isinstance(node, _Read._backward_cls)
+        if is_read and node.tape is not self._tape:
+            raise RuntimeError("write: output is what another stream's read gave")
+
+    def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
+        tape = self._tape
+        if tape.device.type == "cuda":
+            tape.follow_stream()
+        phase1 = self._phase1_of(site)
+        weight = norm_weight
+        if weight is not None and tape.dtype == torch.float64:
+            weight = weight.to(torch.float64)
+        # The first site has one source, of which its query changes nothing.
+        token = self._token if site.index > 0 or tape.source_grads[0] else self._token.detach()
+        given = _Read.apply(
+            tape, site, phase1, norm_eps, weight, self._partial, self._update, token
+        )
+        self._partial = self._update = None
+        if isinstance(given, Tensor):
+            x = given
+        elif site.promotes:
+            x, self._token = given
+        else:
+            x, self._partial = given
+        if self._return_probs:
+            self._record(site, phase1)
+        return x
+
+    def _phase1_of(self, site: Site) -> Phase1 | None:
+        """The phase 1 that a site reads, run if the site is the first to."""
+        if site.opens:
+            if site.index > 0:
+                self._token = _Close.apply(self._tape, self._partial, self._update, self._token)
+                self._partial = self._update = None
+            self._release_phase1()
+            self._phase1 = self._tape.phase1 = Phase1(site.group)
+            self._token = _Open.apply(self._tape, self._phase1, self._token)
+        elif site.slot < 0:
+            self._release_phase1()
+        return self._phase1
+
+    def _release_phase1(self) -> None:
+        phase1, self._phase1, self._tape.phase1 = self._phase1, None, None
+        if phase1 is None or self._keep == "all":
+            return
+        if self._keep == "none" or phase1.group.index != self._last_group:
+            phase1.drop()
+
+    def _record(self, site: Site, phase1: Phase1 | None) -> None:
+        lead = self._tape.shape[:-1]
+        assert self._tape.logits is not None
+        probs, inner = self._tape.logits.softmax(-1), None
+        if phase1 is not None:
+            logits, lse = phase1.logits[:, site.slot], phase1.lse_rows[site.slot]
+            inner = (logits - lse[:, None]).exp()
+        probs = spread(probs, inner)
+        self.probabilities.append(probs.reshape(*lead, probs.shape[-1]))
+
+    def _checkpointed(
+        self,
+        layer: Callable[[Tensor], Tensor],
+        site: Site,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        preserve_rng_state: bool,
+    ) -> Tensor:
+        tape = self._tape
+        first = [self._read(site, norm_weight, norm_eps)]
+        phase1 = self._phase1
+        need_grad = first[0].requires_grad
+        total = self._partial
+        if site.promotes:
+            total = tape.sources[-1]
+        elif total is not None:
+            total = total.detach()
+
+        def run(weight: Tensor | None, total: Tensor | None, *sources: Tensor) -> Tensor:
+            if first:
+                x = first.pop()
+            else:
+                with torch.no_grad():
+                    x = read_again(tape, site, phase1, weight, norm_eps, total, sources)
+                x.requires_grad_(need_grad)
+            return layer(x)
+
+        output: Tensor = checkpoint_function(
+            run,
+            norm_weight,
+            total,
+            *tape.sources[: site.num_sources],
+            use_reentrant=False,
+            preserve_rng_state=preserve_rng_state,
+        )
+        return output
+
+    def _release(self) -> None:
+        self._release_phase1()
+        self._tape.sources = []
+
+
+def read_again(
+    tape: Tape,
+    site: Site,
+    phase1: Phase1 | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    total: Tensor | None,
+    sources: Sequence[Tensor],
+) -> Tensor:
+    """The input of a sublayer, from the saved sum and the sources, in the middle of a backward."""
+    if phase1 is not None:
+        frozen = sources[: phase1.group.num_sources]
+        in_backward = _backward_pass() != -1
+        if in_backward:
+            tape.enter()
+        if in_backward and site.slot not in phase1.replaced:
+            phase1.begin(tape, frozen)
+        else:
+            # The layer does not lead back to its input, so that the site's backward came first; or
+            # somebody looks at saved tensors.
+            phase1 = Phase1(phase1.group)
+            phase1.compute(tape, frozen)
+    if norm_weight is not None and tape.dtype == torch.float64:
+        norm_weight = norm_weight.to(torch.float64)
+    return run_site(
+        tape, site, phase1, norm_weight, norm_eps, total, None, sources[site.first_direct :]
+    )[0]
