@@ -69,15 +69,18 @@ ReadParams<kRows> make_params(const ReadArgs& args) {
 }
 
 /// Which storage type serves the rows, and whether all of them are aligned.
-template <int kRows>
-UniformType storage_of(const ReadParams<kRows>& p) {
-  UniformType storage(p.dim);
-  for (int j = 0; j < p.num_rows; ++j) {
-    storage.add({p.rows.data[j], p.rows.stride_bytes[j], static_cast<DType>(p.rows.dtype[j]),
-                 p.rows.vectorized[j] != 0});
+UniformType storage_of(const ReadArgs& args) {
+  UniformType storage(args.x.cols);
+  storage.add(value_view(args.phase1_out));
+  for (const ConstMatrix& source : args.sources) {
+    storage.add(value_view(source));
+  }
+  storage.add(value_view(args.partial));
+  for (const ConstMatrix& update : args.updates) {
+    storage.add(value_view(update));
   }
   // The new partial sum takes the place of a row.
-  storage.add(p.partial_out);
+  storage.add(value_view(args.partial_out));
   return storage;
 }
 
@@ -180,10 +183,9 @@ Status read(const ReadArgs& given, const Context& context) {
   if (!call.ok()) {
     return call.status();
   }
-  const auto params = make_params<kMaxStreamedRows>(args);
-  const UniformType storage = storage_of(params);
+  const UniformType storage = storage_of(args);
   if (!run_rows(call, args, storage)) {
-    run_streamed(call, params, storage.get());
+    run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
   }
   if (quantized) {
     launch_quantize(call, args.x, given.x, given.x_scale, given.scale_rounding);
