@@ -489,10 +489,10 @@ struct ReadBackwardCompute {
 
   /// dz_j, and its share of du. `dz`: what is added to.
   __device__ __forceinline__ Chunk gradient(const char* z, const float4& weight, const Chunk& dh,
-                                            const Chunk& u, Chunk dz) {
+                                            Chunk dz) {
     add_scaled(dz, weight.x, dh);
     const Chunk key = load(is_key ? z : reinterpret_cast<const char*>(&cta.head.zeros));
-    add_scaled(dz, weight.y, u);
+    add_scaled(dz, weight.y, vector(0));  // u: read again for each term, registers are scarcer
     add_scaled(dz, weight.z, key);
     add_scaled(dquery, weight.y, key);
     return dz;
@@ -501,7 +501,7 @@ struct ReadBackwardCompute {
   /// Gradients of the sources as G: fresh, or added to the kHeld ones in the ring.
   template <class G, bool kHeld>
   __device__ __forceinline__ void finish_sources(const char* rows, const float4* weights, int64_t t,
-                                                 const Chunk& dh, const Chunk& u) {
+                                                 const Chunk& dh) {
     const ReadBackwardParams<kReadTermsMax>& read = p.read;
     constexpr bool kWide = sizeof(G) == 4;
     const int count = p.num_sources;
@@ -516,7 +516,7 @@ struct ReadBackwardCompute {
         dz = kWide ? load_wide(held) : load(held);
         held += (kWide ? 2 : 1) * pitch();
       }
-      dz = gradient(z, weights[read.first_key + n], dh, u, dz);
+      dz = gradient(z, weights[read.first_key + n], dh, dz);
       z += pitch();
       if (active) {
         store_whole<G>(read.dsources.data[n] + offset, col, pack<G>(dz));
@@ -545,7 +545,6 @@ struct ReadBackwardCompute {
     if (read.dmix.present()) {
       add(dh, load(rows + p.inputs.dmix * pitch()));
     }
-    const Chunk u = vector(0);
     if (read.dh.present() && active) {
       store_whole<T>(read.dh.row(t).data, col, pack<T>(dh));
     }
@@ -558,20 +557,20 @@ struct ReadBackwardCompute {
       if (!read.has_dsources) {
         const char* z = rows + read.first_key * pitch();
         for (int n = 0; n < p.num_sources; ++n, z += pitch()) {
-          gradient(z, weights[read.first_key + n], dh, u, zero_chunk());
+          gradient(z, weights[read.first_key + n], dh, zero_chunk());
         }
       } else if (p.wide_dsources) {
-        read.accumulate ? finish_sources<float, true>(rows, weights, t, dh, u)
-                        : finish_sources<float, false>(rows, weights, t, dh, u);
+        read.accumulate ? finish_sources<float, true>(rows, weights, t, dh)
+                        : finish_sources<float, false>(rows, weights, t, dh);
       } else {
-        read.accumulate ? finish_sources<T, true>(rows, weights, t, dh, u)
-                        : finish_sources<T, false>(rows, weights, t, dh, u);
+        read.accumulate ? finish_sources<T, true>(rows, weights, t, dh)
+                        : finish_sources<T, false>(rows, weights, t, dh);
       }
     }
     if (read.has_partial) {
       Chunk dz =
           read.dpartial_out.present() ? load(rows + p.inputs.dpartial * pitch()) : zero_chunk();
-      dz = gradient(rows + (K - 1) * pitch(), weights[K - 1], dh, u, dz);
+      dz = gradient(rows + (K - 1) * pitch(), weights[K - 1], dh, dz);
       if (read.dpartial.present() && active) {
         store_whole<T>(read.dpartial.row(t).data, col, pack<T>(dz));
       }
