@@ -32,6 +32,15 @@ def read_driver() -> str:
     return output.split("\n", 1)[0].strip()
 
 
+def run_tests(marker: str, arguments: list[str]) -> ElementTree.Element | None:
+    """Runs the tests with this marker; the report of pytest, if it wrote one."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", marker]
+        subprocess.run([*command, f"--junit-xml={report}", *arguments], cwd=ROOT, check=False)
+        return ElementTree.parse(report).getroot() if report.exists() else None
+
+
 def main() -> int:
     import torch
 
@@ -43,19 +52,23 @@ def main() -> int:
         return 1
     arguments = [argument for argument in sys.argv[1:] if argument != "--sanitize"]
     sanitize = len(arguments) < len(sys.argv[1:])
-    with tempfile.TemporaryDirectory() as folder:
-        report = pathlib.Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junit-xml={report}"]
-        returncode = subprocess.run([*command, *arguments], cwd=ROOT, check=False).returncode
-        if not report.exists():
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    failures: list[str] = []
+    # Tests that take nearly all of the memory run afterwards, with nothing beside them.
+    alone = [*arguments, "-n", "0"] if "-n" in arguments else arguments
+    for marker, given in (("not large", arguments), ("large", alone)):
+        report = run_tests(marker, given)
+        if report is None:
             print("gpu-test: pytest wrote no report; gpu-tests.json is left as it was.")
-            return returncode or 1
-        suites = ElementTree.parse(report).getroot().iter("testsuite")
-        counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-        for suite in suites:
+            return 1
+        for suite in report.iter("testsuite"):
             for name in counts:
                 counts[name] += int(suite.get(name, 0))
+        for case in report.iter("testcase"):
+            if case.find("failure") is not None or case.find("error") is not None:
+                failures.append(f"{case.get('classname')}::{case.get('name')}")
     failed = counts["failures"] + counts["errors"]
+    returncode = 1 if failed else 0
     result = {
         "device": torch.cuda.get_device_name(),
         "driver": read_driver(),
@@ -67,6 +80,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "passed": counts["tests"] - failed - counts["skipped"],
         "failed": failed,
+        "failures": failures,
         "skipped": counts["skipped"],
         "source_hash": source_hash(),
     }

@@ -17,7 +17,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/cpu.md", "docs/inference.md", "docs/kernels.md"]
+PAGES = ["README.md", "docs/cpu.md", "docs/inference.md", "docs/kernels.md", "docs/training.md"]
 
 
 def load(name: str) -> dict:
@@ -400,6 +400,40 @@ def plot_kernels(path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+STEP_PACKAGES = {
+    "plain": "plain residual",
+    "flash_attn_res": "this package",
+    "flash_attn_res (storage gradients)": "this package, `grad_dtype=None`",
+}
+
+
+def step() -> str:
+    """Whole networks: a training step and its peak memory beside a plain residual."""
+    if not (RESULTS / "h100-step.json").exists():
+        return "Not measured yet: `python benchmarks/python/step.py` writes the result file."
+    document = load("h100-step.json")
+    lines = []
+    for row in document["rows"]:
+        shape = f"L={row['layers']} S={row['block_size']} T={row['tokens']} D={row['dim']}" + (
+            ", checkpointed" if row["checkpointed"] else ""
+        )
+        cells = [
+            f"{row[value]:.1f} ({row[over]:.3f}x)"
+            for value, over in (
+                ("fwd_ms", "fwd_over_plain"),
+                ("step_ms", "step_over_plain"),
+                ("peak_gib", "peak_over_plain"),
+            )
+        ]
+        lines.append([shape, STEP_PACKAGES.get(row["package"], row["package"]), *cells])
+    caption = (
+        f"{document['device']}, torch {document['versions']['torch']}, bfloat16, eager; SwiGLU "
+        "sublayers. Medians over interleaved rounds, and of the rounds' ratios to plain."
+    )
+    header = ["network", "residual", "forward ms", "step ms", "peak GiB"]
+    return caption + "\n\n" + markdown(header, lines)
+
+
 TABLES = {
     "decode": decode,
     "fp8": fp8,
@@ -409,6 +443,7 @@ TABLES = {
     "kernels": kernels,
     "neighbours": neighbours,
     "peers": peers,
+    "step": step,
 }
 
 

@@ -21,6 +21,7 @@ pytest.register_assert_rewrite("eager", "stream_networks", "stream_suite")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "large: takes nearly all memory of the GPU")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

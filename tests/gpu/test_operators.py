@@ -409,6 +409,7 @@ def test_cuda_graph(dim: int) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
@@ -577,6 +578,7 @@ def test_attend_beyond_one_tile(count: int, num_queries: int, dtype: torch.dtype
     compare(names, [*sources, queries], ours, plain, magnitudes=(0.0, terms))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dim", [2048, 2304])
 def test_backward_beyond_two_to_the_31_elements(dim: int) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
