@@ -64,9 +64,11 @@ def main() -> int:
         for suite in report.iter("testsuite"):
             for name in counts:
                 counts[name] += int(suite.get(name, 0))
-        for case in report.iter("testcase"):
-            if case.find("failure") is not None or case.find("error") is not None:
-                failures.append(f"{case.get('classname')}::{case.get('name')}")
+        failures.extend(
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in report.iter("testcase")
+            if case.find("failure") is not None or case.find("error") is not None
+        )
     failed = counts["failures"] + counts["errors"]
     returncode = 1 if failed else 0
     result = {

@@ -184,6 +184,7 @@ class Runner:
             self._out = torch.empty(queries, max_tokens, dim, dtype=dtype, device=device)
             self._lse = torch.empty(queries, max_tokens, device=device)
         self._side = torch.cuda.Stream(device) if side_stream else None
+        self._side_ahead = False  # it has work that no other stream has waited for
         self._schedules: dict[int, _Schedule] = {}
         self._schedule(max_tokens)
 
@@ -351,12 +352,16 @@ class Runner:
             yield
             return
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        self._side_ahead = True
         with torch.cuda.stream(self._side):
             yield
 
     def _join(self) -> None:
-        if self._side is not None:
+        # Only where there is something to wait for: a graph that is being captured may not depend on
+        # what ran before it on the side stream.
+        if self._side is not None and self._side_ahead:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+            self._side_ahead = False
 
 
 class Step:
