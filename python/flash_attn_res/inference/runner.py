@@ -357,8 +357,8 @@ class Runner:
             yield
 
     def _join(self) -> None:
-        # Only where there is something to wait for: a graph that is being captured may not depend on
-        # what ran before it on the side stream.
+        # Only where there is something to wait for: a graph that is being captured may not depend
+        # on what ran before it on the side stream.
         if self._side is not None and self._side_ahead:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
             self._side_ahead = False
