@@ -17,17 +17,15 @@
 // out   dsources, dpartial, dphase1_out, dh [T, D]; dphase1_lse, gate [T] float;
 //       du and dg of a cluster's tokens [clusters, D] float, summed by reduce_partials
 // bytes K + 1 units of T * D elements read, K written, one more each that is accumulated
-// sums  float32: the 256 columns of a warp by a butterfly, then warps, then CTAs in order. du and
-// dg
+// sums  float32: the 256 columns of a warp by a butterfly, then warps, then CTAs in order. du, dg
 //       stay in registers over all tokens of a cluster, whose number depends on T and the device
 //
 // Work of a CTA, which has `columns` of a token's D columns:
 //
-//   compute       P1(i + 1): that token's sums over the warp's columns; then P2(i): the gradients
-//   of
-//    warps        token i. A lane has one chunk of 8 columns. This order hides the weight warp's
-//                 work, and with a cluster the way there and back, behind P1(i + 1). w and h are
-//                 formed in both: registers for them would cost a third of the warps
+//   compute       P1(i + 1): that token's sums over the warp's columns; then P2(i): the
+//    warps        gradients of token i. A lane has one chunk of 8 columns. This order hides the
+//                 weight warp's work, and with a cluster the way there and back, behind P1(i + 1).
+//                 w and h are formed in both: registers for them would cost a third of the warps
 //   weight warp   p of tokens to come; sums of token i over the warps and the cluster, and what
 //                 follows from them: the factors in dz_j, a lane a term
 //   load warp     one bulk copy a row into the ring, ahead as far as the ring is deep, but not so
