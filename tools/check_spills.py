@@ -16,7 +16,11 @@ import subprocess
 import sys
 
 ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>[^']+)'")
-SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
+# The line of the report below an entry, not the warnings of --warn-on-spills, which come before all
+# entries of their file and would count for the last kernel of the file before.
+SPILLS = re.compile(
+    r"bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+)
 REGISTERS = re.compile(r"Used (?P<registers>\d+) registers")
 
 
