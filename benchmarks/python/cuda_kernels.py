@@ -47,7 +47,9 @@ import torch
 from torch import Tensor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Both by path: this package need not be built.
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+sys.path.insert(0, str(ROOT / "python" / "flash_attn_res" / "cli" / "accuracy"))
 
 import native  # noqa: E402
 import peers  # noqa: E402

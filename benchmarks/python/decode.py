@@ -160,7 +160,7 @@ def ours(shape: Shape, weights: Weights, example: Inputs) -> Call:
 
 def peer(name: str, shape: Shape, weights: Weights) -> Call:
     """An adapter of peers.py, which says what is to be installed."""
-    import peers
+    from flash_attn_res.cli.accuracy import peers
 
     if shape.op not in peers.OPS:
         raise UnsupportedError("has no such operation")

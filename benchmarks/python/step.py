@@ -256,10 +256,8 @@ def seed(network: Network) -> Forward:
     folder = os.environ.get("SEED_ATTN_RES")
     if not folder:
         raise UnsupportedError("SEED_ATTN_RES does not name the folder it is installed in")
-    try:
-        import peers
-    except ImportError as error:
-        raise UnsupportedError(f"benchmarks/python/peers.py: {error}") from error
+    from flash_attn_res.cli.accuracy import peers
+
     package = peers.load_seed(pathlib.Path(folder))
 
     def phase1(sources: list[Tensor], queries: Tensor) -> tuple[list[Tensor], list[Tensor]]:

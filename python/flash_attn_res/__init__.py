@@ -12,6 +12,7 @@ from flash_attn_res._load import load_operators as _load_operators
 _load_operators()
 
 from flash_attn_res import compat, inference  # noqa: E402
+from flash_attn_res.finite import check_finite  # noqa: E402
 from flash_attn_res.functional import AttendResult, ReadResult, attend, read  # noqa: E402
 from flash_attn_res.modules import BlockAttnRes  # noqa: E402
 from flash_attn_res.plan import Plan  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "Stream",
     "__version__",
     "attend",
+    "check_finite",
     "compat",
     "inference",
     "read",

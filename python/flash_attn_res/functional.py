@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_res import _check
+from flash_attn_res import _check, finite
 from flash_attn_res.ops import statistics_dtype
 
 
@@ -120,6 +120,9 @@ def attend(
 
     folded = fold_query(queries, key_weight, statistics_dtype(like))
     out, lse, logits, _ = torch.ops.flash_attn_res.attend(items, folded, scale, eps, dtype)
+    if finite.enabled():
+        given = [*finite.numbered("sources", items), ("queries", folded)]
+        finite.check(op, [("lse", lse), ("out", out)], given)
     lead = like.shape[:-1]
     num_queries = queries.shape[0]
     probs = None
@@ -260,6 +263,20 @@ def read(
         return_mix,
         dtype,
     )
+    if finite.enabled():
+        finite.check(
+            op,
+            [("partial", partial_out), ("x", x), ("mix", mix)],
+            [
+                ("phase1[0]", phase1_out),
+                ("phase1[1]", phase1_lse),
+                *finite.numbered("sources", items),
+                ("partial", partial),
+                *finite.numbered("update", updates),
+                ("query", folded),
+                ("norm_weight", norm_weight),
+            ],
+        )
     return ReadResult(
         x.reshape(like.shape),
         partial_out.reshape(like.shape) if updates else partial,

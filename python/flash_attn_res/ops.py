@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_attn_res import finite
+
 _OPS = torch.ops.flash_attn_res
 
 
@@ -208,6 +210,19 @@ def _attend_backward(
         need_sources,
         need_queries,
     )
+    if finite.enabled():
+        finite.check(
+            "backward of attend",
+            [
+                *finite.numbered("gradient of sources", dsources),
+                ("gradient of queries", dqueries if need_queries else None),
+            ],
+            [
+                ("gradient of out", dout),
+                ("gradient of lse", dlse),
+                *finite.numbered("sources", sources),
+            ],
+        )
     return (
         dsources if need_sources else [None] * len(sources),
         dqueries if need_queries else None,
@@ -277,6 +292,25 @@ def _read_backward(
         needs[5],
         needs[6],
     )
+    if finite.enabled():
+        finite.check(
+            "backward of read",
+            [
+                ("gradient of phase1[0]", dphase1_out),
+                *finite.numbered("gradient of sources", dsources),
+                ("gradient of partial", dtotal),
+                ("gradient of query", dquery),
+                ("gradient of norm_weight", dnorm_weight),
+            ],
+            [
+                ("gradient of x", dx),
+                ("gradient of partial", dpartial_out),
+                ("gradient of mix", dmix),
+                ("phase1[0]", phase1_out),
+                *finite.numbered("sources", sources),
+                ("partial", total),
+            ],
+        )
     return (
         dphase1_out if need_phase1 else None,
         dphase1_lse if need_phase1 else None,

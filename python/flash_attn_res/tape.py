@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.autograd import Function, Variable
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
+from flash_attn_res import finite
 from flash_attn_res.plan import Group, Plan, Site
 from flash_attn_res.stream import Stream, spread
 
@@ -87,6 +88,17 @@ class Phase1:
             sources, queries, tape.scale, tape.eps, self.out, self.lse, self.logits, self.inv_rms
         )
         self.rows, self.lse_rows = self.out.unbind(0), self.lse.unbind(0)
+        if finite.enabled():
+            finite.check(
+                self.name,
+                [("lse", self.lse), ("the mixtures", self.out)],
+                [*finite.numbered("sources", sources), ("queries", queries)],
+            )
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"phase 1 of sites {self.group.first} to {self.group.first + self.group.size - 1}"
 
     def begin(self, tape: Tape, sources: Sequence[Tensor]) -> None:
         """First thing of a group in a backward pass: the results are there, and no dh yet."""
@@ -278,6 +290,12 @@ class _Close(Function):
             total = update.detach().to(tape.dtype)
         else:
             total = torch.add(partial, update).to(tape.dtype)
+        if finite.enabled():
+            finite.check(
+                f"end of block {len(tape.sources)}",
+                [("the block's sum", total)],
+                [("the partial sum", partial), ("the sublayer's output", update)],
+            )
         needs = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.tape, ctx.source = tape, tape.add_source(total, needs)
         ctx.update_dtype = update.dtype
@@ -333,6 +351,15 @@ class _Open(Function):
                 tape.query_gradients()[sites] if tape.query_grad else None,
                 True,
             )
+            if finite.enabled():
+                finite.check(
+                    f"backward of {phase1.name}",
+                    [
+                        *finite.numbered("the gradients of sources", dsources),
+                        ("the gradient of the queries", tape.dqueries),
+                    ],
+                    [("the gradients of the sites", phase1.out), ("their gates", phase1.gate)],
+                )
             phase1.drop()
             tape.begun.remove(phase1)
         return None, None, None
@@ -428,6 +455,18 @@ class _Read(Function):
             True,
             dweight,
         )
+        if finite.enabled():
+            finite.check(
+                f"backward of site {site.index}",
+                [
+                    ("the gradient of the mixture", dh),
+                    *finite.numbered("the gradients of sources", dsources),
+                    ("the gradient of the partial sum", dpartial),
+                    ("the gradient of the query", dquery),
+                    ("the gradient of norm_weight", dweight),
+                ],
+                [("the gradient of x", dx), ("the gradient of later sites", dtotal)],
+            )
         dupdate = None
         if dpartial is not None and need_update:
             dupdate = dpartial.to(ctx.update_dtype)
@@ -445,6 +484,7 @@ def run_site(
     sources: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
     """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
+    before, output = partial, update
     if partial is None and update is not None:
         partial, update = update.to(tape.dtype), None
     total = partial if update is None else tape.values()
@@ -472,6 +512,18 @@ def run_site(
         inv_rms,
         mix_inv_rms,
     )
+    if finite.enabled():
+        finite.check(
+            f"read of site {site.index}",
+            [("the partial sum", total), ("x", x)],
+            [
+                ("the sum before it", before),
+                ("the sublayer's output", output),
+                ("the phase-1 mixture", None if phase1 is None else phase1.rows[site.slot]),
+                *finite.numbered("sources", sources),
+                ("norm_weight", norm_weight),
+            ],
+        )
     return x, total, (logits, inv_rms, mix_inv_rms)
 
 

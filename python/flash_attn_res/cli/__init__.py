@@ -1,4 +1,4 @@
-"""The command `flash-attn-res`: train small language models with Attention Residuals, sample them.
+"""The command `flash-attn-res`: train small language models, sample them, measure errors.
 
 Only argparse is imported here; what a command needs is imported when it runs.
 """
@@ -26,11 +26,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="flash-attn-res",
         description="Train small byte-level language models with plain residuals, Block and Full "
-        "Attention Residuals side by side, and print text from them.",
+        "Attention Residuals side by side, print text from them, and measure the errors of storage "
+        "modes and of other packages.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_train(commands.add_parser("train", help="train the variants and compare them"))
     _add_sample(commands.add_parser("sample", help="print text from a trained model"))
+    _add_accuracy(
+        commands.add_parser("accuracy", help="errors of storage modes and of other packages")
+    )
     return parser
 
 
@@ -104,6 +108,42 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
 
 
+def _add_accuracy(parser: argparse.ArgumentParser) -> None:
+    from pathlib import Path
+
+    parser.description = (
+        "Errors of outputs and of every gradient against double precision on identical inputs: this "
+        "package in its storage modes, eager PyTorch, and whichever other packages are installed."
+    )
+    parser.add_argument("--quick", action="store_true", help="small cases: seconds, to try it out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all rows to this JSON file")
+    parser.add_argument("--details", action="store_true", help="print every row")
+    parser.add_argument(
+        "--modes", metavar="NAMES", help="storage modes of this package (default: all)"
+    )
+    parser.add_argument(
+        "--packages", metavar="NAMES", help="what to compare with (default: all but torch.compile)"
+    )
+    parser.add_argument("--families", metavar="NAMES", help="families of inputs (default: all)")
+    parser.add_argument(
+        "--sources", type=int, nargs="+", metavar="N", help="numbers of sources (default 2 8 33)"
+    )
+    parser.add_argument(
+        "--queries", type=int, default=4, metavar="S", help="queries of phase 1 (default 4)"
+    )
+    parser.add_argument("--tokens", type=int, metavar="T", help="tokens (default 256)")
+    parser.add_argument("--dim", type=int, metavar="D", help="width (default 512)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a run of train whose hidden states to use (default: train a small model now)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same inputs (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
@@ -112,6 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.train import run_train
 
             return run_train(arguments)
+        if arguments.command == "accuracy":
+            from flash_attn_res.cli.accuracy.command import run_accuracy
+
+            return run_accuracy(arguments)
         from flash_attn_res.cli.sample import run_sample
 
         return run_sample(arguments)

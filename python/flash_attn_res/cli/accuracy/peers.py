@@ -1,4 +1,6 @@
-"""Other packages' Attention Residuals behind one shape of call, for benchmarks.
+"""Other packages' Attention Residuals behind one shape of call: errors and benchmarks use it.
+
+This file needs PyTorch alone, so that benchmarks may load it where this package is not built.
 
 A :class:`Case` has an operation (:data:`OPS`), its inputs and the cotangents of its outputs. A peer
 turns an operation into a differentiable function of the case's leaves; where its dialect cannot say
@@ -20,6 +22,10 @@ the name ``seed_attn_res`` and SEED is never on sys.path. Dialects:
   liger         one-shot reads of a stacked bank, at most 32 sources (more are left out silently).
   fast_attnres  one-shot reads; phase 1 of up to 16 queries without lse. Queries in bfloat16.
   torch.compile every operation, in two forms.
+  eager         every operation, in two forms: all of it in the storage dtype, and with float32
+                inside of an operation.
+
+A key weight that a package does not take is folded into the query before it is called.
 
 Where a peer returns fresh gradients and the operation accumulates, the addition is part of it.
 """
@@ -58,8 +64,16 @@ class Case:
     D: int
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
+    inputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # drawn if not given
+    cotangents: list[Tensor] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not self.inputs:
+            self.draw()
+
+    def draw(self) -> None:
+        """Normal inputs and cotangents."""
+
         def rows(*lead: int) -> Tensor:
             return torch.empty(
                 *lead, self.T, self.D, device=self.device, dtype=self.dtype
@@ -68,7 +82,7 @@ class Case:
         count = self.S if self.op == "phase1" else 1
         # Values that bfloat16 has: a peer that stores its queries so loses nothing by it.
         queries = (torch.randn(count, self.D, device=self.device) / self.D**0.5).bfloat16().float()
-        self.inputs: dict[str, Tensor] = {"queries": queries}  # (S,D)
+        self.inputs = {"queries": queries}  # (S,D)
         if self.op in ("oneshot", "oneshot_norm", "phase1"):
             self.inputs["sources"] = rows(self.N)  # (N,T,D)
         else:
@@ -90,12 +104,18 @@ class Case:
 
 
 def rsqrt_mean_square(v: Tensor) -> Tensor:
+    """1 / rms of the rows."""
     return torch.rsqrt(v.square().mean(-1) + EPS)
+
+
+def folded(x: dict[str, Tensor]) -> Tensor:
+    """Queries [S, D] times key weights, where there are any."""
+    return x["queries"] * x["key_weight"] if "key_weight" in x else x["queries"]
 
 
 def formula(op: str, x: dict[str, Tensor]) -> list[Tensor]:
     """The operation in the dtype of its inputs, as in docs/math.md: what everything is held to."""
-    q = x["queries"]  # (S,D)
+    q = folded(x)  # (S,D)
     if "sources" in x:
         v = x["sources"]  # (N,T,D)
         logits = torch.einsum("ntd,sd->nst", v, q) * rsqrt_mean_square(v)[:, None]  # (N,S,T)
@@ -110,6 +130,7 @@ def formula(op: str, x: dict[str, Tensor]) -> list[Tensor]:
 
 
 def normalised(h: Tensor, x: dict[str, Tensor]) -> Tensor:
+    """The output norm, where the operation has one."""
     return h * rsqrt_mean_square(h)[..., None] * x["weight"] if "weight" in x else h
 
 
@@ -195,7 +216,15 @@ def load_seed(folder: pathlib.Path) -> types.ModuleType:
     return module
 
 
+def need_cuda(case: Case) -> None:
+    """What runs Triton kernels refuses a case on the CPU."""
+    if torch.device(case.device).type == "cpu":
+        raise UnsupportedError("has Triton kernels, which run on CUDA devices alone")
+
+
 def seed(case: Case) -> Function:
+    """The first Triton package, loaded from the folder that SEED_ATTN_RES names."""
+    need_cuda(case)
     if case.op not in ("phase1", "merge"):
         raise UnsupportedError("has phase 1 and merge only")
     if case.D & (case.D - 1):
@@ -210,14 +239,14 @@ def seed(case: Case) -> Function:
         phase1 = package.phase_1_batched_attention_triton_op
 
         def run(x: dict[str, Tensor]) -> list[Tensor]:
-            out, lse = phase1(x["sources"][:, None], x["queries"], EPS)
+            out, lse = phase1(x["sources"][:, None], folded(x), EPS)
             return [out[:, 0], lse[:, 0]]
 
         return run
     merge = package.phase_2_online_softmax_merge_triton_op
 
     def run_merge(x: dict[str, Tensor]) -> list[Tensor]:
-        one = (x["partial"][None], x["queries"][0], x["o"][None], x["lse"][None], EPS)
+        one = (x["partial"][None], folded(x)[0], x["o"][None], x["lse"][None], EPS)
         return [merge(*one)[0]]
 
     return run_merge
@@ -258,6 +287,8 @@ def seed_accumulating(case: Case) -> Callable[[], dict[str, Tensor]]:
 
 
 def fla(case: Case, gluon: bool) -> Function:
+    """flash-linear-attention, on either of its backends."""
+    need_cuda(case)
     if case.op not in ("oneshot", "oneshot_norm"):
         raise UnsupportedError("has one-shot reads only")
     os.environ["FLA_ATTNRES_GLUON"] = "1" if gluon else "0"
@@ -277,7 +308,7 @@ def fla(case: Case, gluon: bool) -> Function:
             fused_attnres(
                 x["queries"][0],
                 x["sources"],
-                ones,
+                x["key_weight"][0] if "key_weight" in x else ones,
                 output_rms_weight=x.get("weight"),
                 rms_eps=EPS,
             )
@@ -287,6 +318,8 @@ def fla(case: Case, gluon: bool) -> Function:
 
 
 def liger(case: Case) -> Function:
+    """Liger-Kernel."""
+    need_cuda(case)
     if case.op != "oneshot":
         raise UnsupportedError("has one-shot reads without output norm only")
     if case.N > 32:
@@ -299,23 +332,26 @@ def liger(case: Case) -> Function:
 
     def run(x: dict[str, Tensor]) -> list[Tensor]:
         v = x["sources"][:, None]  # (N,1,T,D)
-        return [LigerAttnResFunction.apply(v, x["queries"][0], ones, EPS)[0]]
+        weight = x["key_weight"][0] if "key_weight" in x else ones
+        return [LigerAttnResFunction.apply(v, x["queries"][0], weight, EPS)[0]]
 
     return run
 
 
 def fast_attnres(case: Case) -> Function:
+    """fast-attnres."""
+    need_cuda(case)
     try:
         import attnres
     except ImportError as error:
         raise UnsupportedError(f"not installed, or it does not import: {error}") from error
     if case.op == "oneshot":
-        return lambda x: [attnres.attnres(x["sources"], x["queries"][0].bfloat16(), eps=EPS)]
+        return lambda x: [attnres.attnres(x["sources"], folded(x)[0].bfloat16(), eps=EPS)]
     if case.op != "phase1":
         raise UnsupportedError("has one-shot reads and phase 1 without lse only")
     if case.S > 16:
         raise UnsupportedError("takes at most 16 queries")
-    return lambda x: [attnres.attnres_multi(x["sources"], x["queries"].bfloat16(), eps=EPS)]
+    return lambda x: [attnres.attnres_multi(x["sources"], folded(x).bfloat16(), eps=EPS)]
 
 
 def loops(op: str, x: dict[str, Tensor]) -> list[Tensor]:
@@ -330,7 +366,7 @@ def loops(op: str, x: dict[str, Tensor]) -> list[Tensor]:
     v = [source.float() for source in x["sources"].unbind(0)]
     inverse = [rsqrt_mean_square(source) for source in v]
     outs, lses = [], []
-    for q in x["queries"].unbind(0):
+    for q in folded(x).unbind(0):
         logits = torch.stack([(s * q).sum(-1) * r for s, r in zip(v, inverse, strict=True)])
         p = logits.softmax(0)
         outs.append(sum(p[i][:, None] * source for i, source in enumerate(v)))
@@ -346,14 +382,32 @@ def products(op: str, x: dict[str, Tensor]) -> list[Tensor]:
         raise UnsupportedError("the form with matrix products is that of reads over sources")
     v = x["sources"]
     inverse = rsqrt_mean_square(v.float())  # (N,T)
-    logits = torch.einsum("ntd,sd->nst", v, x["queries"].to(v.dtype)).float() * inverse[:, None]
+    logits = torch.einsum("ntd,sd->nst", v, folded(x).to(v.dtype)).float() * inverse[:, None]
     out = torch.einsum("nst,ntd->std", logits.softmax(0).to(v.dtype), v)
     if op == "phase1":
         return [out, logits.logsumexp(0)]
     return [normalised(out[0].float(), x).to(v.dtype)]
 
 
-def compiled(case: Case, form: Callable[[str, dict[str, Tensor]], list[Tensor]]) -> Function:
+Form = Callable[[str, dict[str, Tensor]], list[Tensor]]
+
+
+def in_storage(op: str, x: dict[str, Tensor]) -> list[Tensor]:
+    """:func:`formula` with everything, sums included, in the storage dtype: what one writes first.
+
+    PyTorch's reductions keep float32 inside, and round what they give.
+    """
+    kind = next(iter(v for k, v in x.items() if k in ("sources", "o"))).dtype
+    return formula(op, {name: value.to(kind) for name, value in x.items()})
+
+
+def eager(case: Case, form: Form) -> Function:
+    """A form of the formulas as it stands."""
+    return lambda x: form(case.op, x)
+
+
+def compiled(case: Case, form: Form) -> Function:
+    """A form of the formulas through torch.compile."""
     if form is products and "sources" not in case.inputs:
         raise UnsupportedError("the form with matrix products is that of reads over sources")
     torch._functorch.config.donated_buffer = False  # the graph is kept for many backward passes
@@ -369,6 +423,12 @@ PEERS: dict[str, Callable[[Case], Function]] = {
     "torch.compile (sums)": lambda case: compiled(case, loops),
     "torch.compile (products)": lambda case: compiled(case, products),
 }
+
+EAGER: dict[str, Callable[[Case], Function]] = {
+    "eager": lambda case: eager(case, in_storage),
+    "eager (float32 inside)": lambda case: eager(case, loops),
+}
+"""What a user writes without any package; benchmarks time its compiled forms instead."""
 
 DISTRIBUTIONS = ["flash-linear-attention", "fla-core", "liger-kernel", "fast-attnres", "triton"]
 
