@@ -26,7 +26,7 @@ from flash_attn_res.cli.errors import CliError
 
 SOURCES = (2, 8, 33)
 QUICK_SOURCES = (2, 8)
-WIDTH = 118  # columns that the printed tables need
+WIDTH = 128  # columns that the printed tables need
 SLOW = ("torch.compile (sums)", "torch.compile (products)")  # minutes of compiling: by name alone
 
 
@@ -70,8 +70,7 @@ def measure(
     console: Console,
 ) -> tuple[table.Table, dict[str, Any] | None]:
     """Runs everything; also where the hidden states come from, if they were needed."""
-    storages = ("bf16",) if arguments.quick else tuple(table.EAGER_STORAGE)
-    field = table.contenders(modes, packages, storages)
+    field = table.contenders(modes, packages)
     held: list[states.States] = []
 
     def hidden_states() -> states.States:
@@ -220,7 +219,9 @@ def _print_worst(rows: list[dict[str, Any]], op: str, console: Console) -> None:
     grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
     grid.add_column("package, storage", no_wrap=True, vertical="bottom")
     for tensor in tensors:
-        grid.add_column(tensor.replace(" ", "\n"), justify="right", vertical="bottom")
+        grid.add_column(
+            tensor.replace(" ", "\n"), justify="right", vertical="bottom", min_width=7
+        )
     for (package, storage), own in cases.items():
         name = "ours" if package == table.OURS else package
         grid.add_row(f"{name}, {storage}", *(worst(own.get(tensor, [])) for tensor in tensors))
@@ -232,7 +233,7 @@ def worst(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "-"
     if any(row["rel_l2"] is None for row in rows):
-        return "inf" if any(row["not_finite"] for row in rows) else "not 0"
+        return "inf" if any(row.get("not_finite") for row in rows) else "not 0"
     return f"{max(row['rel_l2'] for row in rows):.1e}"
 
 
@@ -274,7 +275,7 @@ def _print_comparison(rows: Sequence[dict[str, Any]], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    scale = {n: torch.finfo(d).eps for n, d in table.EAGER_STORAGE.items()}
+    scale = {n: torch.finfo(d).eps for n, d in table.STORAGE.items()}
 
     def excess(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
         own, other = pair

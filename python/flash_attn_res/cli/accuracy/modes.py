@@ -23,7 +23,8 @@ class Mode:
     name: str
     value: torch.dtype  # of sources, phase-1 results, updates and x
     partial: torch.dtype  # of the running sum
-    about: str  # a line for --help
+    # Operations in which it differs from the mode that keeps everything in `value`.
+    ops: tuple[str, ...] = ("phase1", "oneshot_norm", "advance", "network")
 
     def store(self, name: str, value: Tensor) -> Tensor:
         """An input of an operation, drawn in float32, as this mode keeps it."""
@@ -62,14 +63,9 @@ def run(op: str, x: dict[str, Tensor]) -> list[Tensor]:
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("bf16", torch.bfloat16, torch.bfloat16, "everything in bfloat16"),
-        Mode("fp16", torch.float16, torch.float16, "everything in float16, without a scale"),
-        Mode("fp32", torch.float32, torch.float32, "everything in float32"),
-        Mode(
-            "bf16 + fp32 sum",
-            torch.bfloat16,
-            torch.float32,
-            "blocks in bfloat16, the partial sum in float32",
-        ),
+        Mode("bf16", torch.bfloat16, torch.bfloat16),
+        Mode("fp16", torch.float16, torch.float16),  # without a scale
+        Mode("fp32", torch.float32, torch.float32),
+        Mode("bf16 + fp32 sum", torch.bfloat16, torch.float32, ("advance", "network")),
     )
 }

@@ -38,8 +38,9 @@ GRADIENTS = {
     "weight": "d norm weight",
 }
 
-#: Storage dtypes in which the packages and eager PyTorch are measured.
-EAGER_STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: Storage dtypes of the packages, and in which of them each is measured. All take bfloat16.
+STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MEASURED_IN = {"eager": ("bf16", "fp16"), "eager (float32 inside)": ("bf16", "fp16", "fp32")}
 
 
 #: Significant digits of a number in a row, where three do not do.
@@ -56,6 +57,7 @@ class Contender:
     store: Callable[[str, Tensor], Tensor]  # an input, by name, as it is kept
     create: Callable[[peers.Case], peers.Function]
     network: network.Forward
+    ops: tuple[str, ...] = (*OUTPUTS, "network")
 
 
 @dataclass
@@ -87,25 +89,23 @@ def ours(mode: Mode) -> Contender:
         mode.store,
         lambda case: lambda x: mode.run(case.op, x),
         network.of_mode(mode),
+        mode.ops,
     )
 
 
 def package(name: str, storage: str) -> Contender:
     """Another package, or eager PyTorch, with all values in one dtype."""
-    dtype = EAGER_STORAGE[storage]
+    dtype = STORAGE[storage]
     create = (peers.EAGER | peers.PEERS)[name]
-    plain = Mode(storage, dtype, dtype, "")
+    plain = Mode(storage, dtype, dtype)
     return Contender(name, storage, dtype, plain.store, create, network.of_package(name, create))
 
 
-def contenders(
-    modes: Sequence[str], packages: Sequence[str], storages: Sequence[str]
-) -> list[Contender]:
-    """Ours in the modes; eager in `storages`; every other package in bfloat16, which all take."""
+def contenders(modes: Sequence[str], packages: Sequence[str]) -> list[Contender]:
+    """Ours in the modes, then the packages as `MEASURED_IN` says."""
     found = [ours(MODES[name]) for name in modes]
     for name in packages:
-        kinds = storages if name in peers.EAGER else ("bf16",)
-        found += [package(name, storage) for storage in kinds]
+        found += [package(name, storage) for storage in MEASURED_IN.get(name, ("bf16",))]
     return found
 
 
@@ -179,6 +179,8 @@ def add_operation(
 
     sizes = {"N": size.N, "S": lead[0] if lead else 1, "T": size.T, "D": size.D}
     for contender in field:
+        if op not in contender.ops:
+            continue
         stored = {n: contender.store(n, v).to(device) for n, v in leaves.items()}
         case = peers.Case(
             op, **sizes, device=device, dtype=contender.dtype, inputs=stored, cotangents=cotangents
@@ -249,7 +251,7 @@ def row_of(
         "op": op,
         "shape": sizes,
         "tensor": tensor,
-        **numbers,
+        **{name: value for name, value in numbers.items() if name != "not_finite" or value},
     }
 
 
