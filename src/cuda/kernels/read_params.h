@@ -42,6 +42,10 @@ struct ReadParams {
   ValueView x, partial_out, mix;     // [T, D]
   FloatView logits, inv_rms, probs;  // [T, K], optional
   FloatView mix_inv_rms;             // [1, T], optional
+  ValueView snapshot;                // [T, D], a copy of partial_out, optional
+  FloatView x_scale;                 // [T, groups] of a quantised x
+  int x_scale_groups;
+  bool x_scale_power_of_two;
   int64_t tokens;
 };
 

@@ -59,6 +59,9 @@ cudaError_t share_out(const void* kernel, int shared_bytes, int64_t tokens, Plan
   plan.clusters = static_cast<int>(clusters);
   plan.rounds = static_cast<int>(steps / clusters);
   plan.extra = static_cast<int>(steps % clusters);
+  if (plan.rounds < kWindowRounds) {
+    plan.window = 0;
+  }
   return error;
 }
 

@@ -1,4 +1,5 @@
-// read: one kernel, a token's rows in registers where they fit and are aligned, else streamed.
+// read: one kernel, a token's rows in registers where they fit and are aligned, else streamed, with
+// the quantisation of x and the snapshot behind it.
 
 #include <cstdint>
 #include <span>
@@ -64,6 +65,10 @@ ReadParams<kRows> make_params(const ReadArgs& args) {
   p.inv_rms = float_view(args.inv_rms);
   p.probs = float_view(args.probs);
   p.mix_inv_rms = float_view(args.mix_inv_rms);
+  p.snapshot = value_view(args.snapshot);
+  p.x_scale = float_view(args.x_scale);
+  p.x_scale_groups = static_cast<int>(args.x_scale.cols);
+  p.x_scale_power_of_two = args.scale_rounding == ScaleRounding::kPowerOfTwo;
   p.tokens = args.x.rows;
   return p;
 }
@@ -87,27 +92,55 @@ UniformType storage_of(const ReadArgs& args) {
 using RowsKernel = void (*)(ReadRowsParams);
 
 /// The kernel with room for `terms`.
-template <class Storage>
+template <class Storage, bool kQuantized>
 RowsKernel find_rows_kernel(int terms) {
   constexpr std::span<const ReadRowsForm> kForms =
       read_rows_forms(/*half=*/sizeof(Packed<Storage>) == 16);
   RowsKernel found = nullptr;
   const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
     ((found =
-          kForms[kIndex].terms == terms ? read_rows_kernel<Storage, kForms[kIndex].terms> : found),
+          kForms[kIndex].terms == terms
+              ? read_rows_kernel<Storage, kForms[kIndex].terms, kQuantized>
+              : found),
      ...);
   };
   look(std::make_index_sequence<kForms.size()>());
   return found;
 }
 
-/// Runs the call with its rows in registers, if a kernel can. `storage` is that of the rows.
+RowsKernel find_rows_kernel(DType storage, bool quantized, int terms) {
+  switch (storage) {
+    case DType::kBFloat16:
+      return quantized ? find_rows_kernel<__nv_bfloat16, true>(terms)
+                       : find_rows_kernel<__nv_bfloat16, false>(terms);
+    case DType::kFloat16:
+      return quantized ? find_rows_kernel<__half, true>(terms)
+                       : find_rows_kernel<__half, false>(terms);
+    default:
+      return quantized ? find_rows_kernel<AnyAligned, true>(terms)
+                       : find_rows_kernel<AnyAligned, false>(terms);
+  }
+}
+
+/// Whether rows of float8 can be stored in pieces of eight.
+bool is_aligned_to_eight(const Matrix& matrix) {
+  return reinterpret_cast<uintptr_t>(matrix.data) % 8 == 0 &&
+         (matrix.rows <= 1 || matrix.stride % 8 == 0);
+}
+
+/// Runs the whole call, x quantised and the snapshot taken where that is asked for, with its rows
+/// in registers, if a kernel can. `storage` is that of the rows.
 bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
-  storage.add(value_view(args.x));
+  const bool quantized = args.x_scale.present();
+  if (!quantized) {
+    storage.add(value_view(args.x));
+  }
   storage.add(value_view(args.mix));
+  storage.add(value_view(args.snapshot));
   const bool aligned = storage.vectorized() && D % kChunk == 0 &&
+                       (!quantized || is_aligned_to_eight(args.x)) &&
                        (!args.norm_weight.present() || value_view(args.norm_weight).vectorized);
   const bool half = is_half(storage.get());
   const ReadRowsPolicy policy =
@@ -118,18 +151,15 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
   if (!aligned || policy.terms == 0 || blocks != grid_blocks(blocks)) {
     return false;
   }
-  const RowsKernel kernel =
-      storage.get() == DType::kBFloat16  ? find_rows_kernel<__nv_bfloat16>(policy.terms)
-      : storage.get() == DType::kFloat16 ? find_rows_kernel<__half>(policy.terms)
-                                         : find_rows_kernel<AnyAligned>(policy.terms);
+  const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy.terms);
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
     return false;
   }
   const ReadRowsLayout layout = {static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
-                                 static_cast<unsigned>(policy.terms)};
+                                 static_cast<unsigned>(policy.terms), quantized};
   const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
   call.launch_with(
-      {.cluster = policy.cluster}, kernel, dim3(grid_blocks(blocks)),
+      {.cluster = policy.cluster, .overlap = true}, kernel, dim3(grid_blocks(blocks)),
       dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
       shared_bytes, make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args));
   return true;
@@ -155,7 +185,7 @@ void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage
 
 }  // namespace
 
-/// A quantised x is computed as float32 rows in the workspace, and quantised by a second launch.
+/// For reads that quantise their x in a second launch.
 int64_t read_workspace_bytes(const ReadArgs& args) {
   return args.x_scale.present() ? args.x.rows * args.x.cols * size_of(DType::kFloat32) : 0;
 }
@@ -165,16 +195,14 @@ Status read(const ReadArgs& given, const Context& context) {
   const int64_t D = given.x.cols;
   ReadArgs args = given;
   if (!args.partial_out.present()) {
-    args.partial_out = args.snapshot;  // the only place where the sum goes, if anywhere
+    std::swap(args.partial_out, args.snapshot);  // the only place where the sum goes, if anywhere
   }
   const bool quantized = given.x_scale.present();
-  if (quantized) {
-    if (given.mix_rounding == MixRounding::kStorage && mix_dtype(given) != DType::kFloat32) {
-      return {StatusCode::kUnsupportedDevice,
-              "read: mix_rounding kStorage with x in float8_e4m3 is computed on the CPU alone, "
-              "expected kFloat32 on CUDA"};
-    }
-    args.x = {context.workspace, T, D, D, DType::kFloat32};
+  if (quantized && given.mix_rounding == MixRounding::kStorage &&
+      mix_dtype(given) != DType::kFloat32) {
+    return {StatusCode::kUnsupportedDevice,
+            "read: mix_rounding kStorage with x in float8_e4m3 is computed on the CPU alone, "
+            "expected kFloat32 on CUDA"};
   }
   if (Status status = check_dim("read", D); !status.ok() || T == 0) {
     return status;
@@ -184,14 +212,18 @@ Status read(const ReadArgs& given, const Context& context) {
     return call.status();
   }
   const UniformType storage = storage_of(args);
-  if (!run_rows(call, args, storage)) {
-    run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
+  if (run_rows(call, args, storage)) {
+    return call.status();
   }
+  if (quantized) {
+    args.x = {context.workspace, T, D, D, DType::kFloat32};
+  }
+  run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
   if (quantized) {
     launch_quantize(call, args.x, given.x, given.x_scale, given.scale_rounding);
   }
-  if (given.partial_out.present() && given.snapshot.present()) {
-    call.copy(given.partial_out, given.snapshot);
+  if (args.snapshot.present()) {
+    call.copy(args.partial_out, args.snapshot);
   }
   return call.status();
 }
