@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cuda/hopper_read_forward_plan.h"
+
 namespace flash_attn_res::cuda {
 namespace {
 
@@ -21,6 +23,7 @@ TEST(ReadRows, RegistersOfAMultiprocessorHoldTheBlocksOfEachForm) {
       EXPECT_LE(form.max_threads() * form.registers, 65536);
       EXPECT_GE(form.max_threads() / form.blocks, 96);
       EXPECT_EQ(read_rows_form(half, form.terms).registers, form.registers);
+      EXPECT_LE(form.least_terms, form.terms);
     }
     EXPECT_LE(terms, kReadRowsMaxTerms);
   }
@@ -31,22 +34,26 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
     for (const bool clusters : {false, true}) {
       for (int64_t terms = 1; terms <= 40; ++terms) {
         for (int64_t dim = 8; dim <= 32768; dim += dim < 4096 ? 8 : 1016) {
-          const ReadRowsPolicy policy = choose_read_rows(half, terms, dim, clusters);
-          if (policy.terms == 0) {
-            EXPECT_TRUE(terms > read_rows_forms(half).back().terms || dim > 3072)
-                << "K=" << terms << " D=" << dim;
-            continue;
+          for (const int64_t tokens : {int64_t{1}, kReadFewTokens, kReadFewTokens + 1}) {
+            const ReadRowsPolicy policy = choose_read_rows(half, terms, dim, clusters, tokens);
+            if (policy.terms == 0) {
+              EXPECT_TRUE(terms > read_rows_forms(half).back().terms || dim > 3072)
+                  << "K=" << terms << " D=" << dim;
+              continue;
+            }
+            SCOPED_TRACE(testing::Message() << "K=" << terms << " D=" << dim << " half=" << half);
+            const ReadRowsForm form = read_rows_form(half, policy.terms);
+            const int64_t per_block = int64_t{policy.threads} / 32 * form.chunks * kSegment;
+            ASSERT_GE(policy.terms, terms);
+            ASSERT_EQ(policy.threads % 32, 0);
+            ASSERT_LE(policy.threads * policy.tokens, form.max_threads());
+            ASSERT_GE(per_block * policy.cluster, dim);
+            ASSERT_LT((per_block - form.chunks * kSegment) * policy.cluster, dim);
+            ASSERT_TRUE(clusters || policy.cluster == 1);
+            ASSERT_TRUE(policy.tokens == 1 || policy.cluster == 1);
+            // Sums are formed in an order that the form knows from least_terms on.
+            ASSERT_GE(terms, form.least_terms);
           }
-          SCOPED_TRACE(testing::Message() << "K=" << terms << " D=" << dim << " half=" << half);
-          const ReadRowsForm form = read_rows_form(half, policy.terms);
-          const int64_t per_block = int64_t{policy.threads} / 32 * form.chunks * kSegment;
-          ASSERT_GE(policy.terms, terms);
-          ASSERT_EQ(policy.threads % 32, 0);
-          ASSERT_LE(policy.threads * policy.tokens, form.max_threads());
-          ASSERT_GE(per_block * policy.cluster, dim);
-          ASSERT_LT((per_block - form.chunks * kSegment) * policy.cluster, dim);
-          ASSERT_TRUE(clusters || policy.cluster == 1);
-          ASSERT_TRUE(policy.tokens == 1 || policy.cluster == 1);
         }
       }
     }
@@ -54,11 +61,50 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
 }
 
 TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
-  EXPECT_EQ(choose_read_rows(true, 4, 2048, true), (ReadRowsPolicy{4, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 2048, true), (ReadRowsPolicy{2, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 8, 7168, true), (ReadRowsPolicy{8, 4, 224, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 7168, true), (ReadRowsPolicy{2, 1, 448, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 256, true), (ReadRowsPolicy{2, 1, 32, 4}));
+  EXPECT_EQ(choose_read_rows(true, 4, 2048, true, 8192), (ReadRowsPolicy{4, 1, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 8192), (ReadRowsPolicy{2, 1, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 8, 7168, true, 8192), (ReadRowsPolicy{8, 4, 224, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 8192), (ReadRowsPolicy{2, 1, 448, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 256, true, 8192), (ReadRowsPolicy{2, 1, 32, 4}));
+  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 1), (ReadRowsPolicy{6, 4, 224, 1}));
+}
+
+TEST(HopperRead, APlanHasRoomForItsTokens) {
+  constexpr int64_t kShared = 227 * 1024;
+  for (int terms = 1; terms <= kReadRowsMaxTerms; ++terms) {
+    for (int updates = 0; updates <= kReadRowsMaxUpdates; ++updates) {
+      for (int dim = 8; dim <= 16384; dim += dim < 4096 ? 8 : 1016) {
+        const int rows = terms + updates;
+        const hopper::ReadPlan plan = hopper::choose_read(terms, rows, dim, kShared);
+        if (plan.warps == 0) {
+          EXPECT_GT(rows * dim, 64 * 1024) << "K=" << terms << " D=" << dim;
+          continue;
+        }
+        SCOPED_TRACE(testing::Message() << "K=" << terms << " rows=" << rows << " D=" << dim);
+        ASSERT_LE(hopper::read_map(plan, terms, dim).bytes, kShared);
+        ASSERT_LE(plan.threads(), hopper::kReadThreadsMax);
+        ASSERT_LE(plan.groups, hopper::kReadGroupsMax);
+        ASSERT_GE(plan.warps * hopper::read_segments(terms) * kSegment, dim);
+        ASSERT_GE(plan.slots, rows);  // or no token would ever be complete
+        ASSERT_LE(plan.groups, plan.tokens);
+        // The barrier of a token is free before the next one that has it.
+        ASSERT_LE(plan.tokens, hopper::kReadTokensMax);
+        ASSERT_GE((plan.tokens - 1) * rows, plan.slots);
+      }
+    }
+  }
+}
+
+TEST(HopperRead, TheTableSaysWhoServes) {
+  DeviceLimits h100;
+  h100.major = 9;
+  h100.multiprocessors = 132;
+  EXPECT_TRUE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
+  EXPECT_TRUE(read_rings(/*norm=*/false, /*update=*/false, 2, 7168, 8192, h100));
+  EXPECT_FALSE(read_rings(/*norm=*/false, /*update=*/false, 2, 2048, 65536, h100));
+  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 500, h100)) << "few tokens";
+  h100.major = 8;
+  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
 }
 
 }  // namespace

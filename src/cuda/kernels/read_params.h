@@ -4,6 +4,7 @@
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
 
 #include "cuda/device/params.h"
+#include "cuda/policy.h"
 
 namespace flash_attn_res::cuda {
 
@@ -48,6 +49,9 @@ struct ReadParams {
   bool x_scale_power_of_two;
   int64_t tokens;
 };
+
+/// Those of the kernels that have room for 32 terms.
+using ReadRowsParams = ReadParams<kReadRowsMaxTerms + kReadRowsMaxUpdates>;
 
 template <int kRows>
 struct ReadBackwardParams {

@@ -10,9 +10,9 @@
 // out   x, partial' (and a copy of it), h [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T];
 //       x_scale [T, 1 or ceil(D / 128)]
 // bytes every row of a token is read once; K + 1 units of T * D elements, and partial' written
-// sums  float32, over D in an order that knows the columns alone: eight products in order, a
-//       butterfly over the 32 chunks of a segment of 256 columns, segments in increasing order.
-//       A token has the same bits however its columns are spread over threads and blocks
+// sums  float32, over D in the order of read_sums.cuh: a token has the same bits however its
+// columns
+//       are spread over threads and blocks
 //
 // A thread loads its chunks of all rows at once and keeps them as stored until the mixture. Nothing
 // else hides latency: blocks are small, live for one token, and there are enough of them on a
@@ -33,11 +33,10 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/row_chunk.cuh"
 #include "cuda/kernels/read_params.h"
+#include "cuda/kernels/read_sums.cuh"
 #include "cuda/policy.h"
 
 namespace flash_attn_res::cuda {
-
-using ReadRowsParams = ReadParams<kReadRowsMaxTerms + kReadRowsMaxUpdates>;
 
 template <class T, int kTerms>
 inline constexpr ReadRowsForm kReadRowsForm =
@@ -57,45 +56,6 @@ struct ReadRowsLayout {
   FLASH_ATTN_RES_HOST_DEVICE unsigned floats() const {
     return (largest() + (quantized ? segments : 0) + 1) & ~1u;
   }
-};
-
-/// The columns of a query that meet one chunk of a row, in two loads where it is `aligned`.
-__device__ __forceinline__ Chunk load_query_chunk(const FloatView& query, int col, int key_begin,
-                                                  bool aligned) {
-  const float* const u = query.data + (col - key_begin);
-  if (aligned && col >= key_begin) {
-    const float4 low = reinterpret_cast<const float4*>(u)[0];
-    const float4 high = reinterpret_cast<const float4*>(u)[1];
-    return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-  }
-  Chunk c;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    c.v[i] = col + i >= key_begin ? u[i] : 0.0f;
-  }
-  return c;
-}
-
-/// Sums over a warp of the squares and dots of up to eight terms, two at a time: what is left of
-/// a pair after the first two halving steps is one value a lane, so that few are alive at once.
-template <int kTerms>
-struct PairSums {
-  static constexpr int kPairs = kTerms > 4 ? 4 : kTerms > 2 ? 2 : 1;
-  float values[kPairs];
-
-  __device__ __forceinline__ void set(int i, float (&pair)[4], int lane) {
-    scatter_steps<2, 16>(pair, lane);
-    values[i] = pair[0];
-  }
-  __device__ __forceinline__ float finish(int lane) {
-    scatter_steps<kPairs / 2, 4>(values, lane);
-    return warp_sum(values[0], 8 / kPairs);
-  }
-  /// Which of the 4 kPairs sums a lane ends up with, and whether it is the one to store it.
-  static __device__ __forceinline__ int index(int lane) {
-    return lane % 8 / (8 / kPairs) * 4 + lane / 8;
-  }
-  static __device__ __forceinline__ bool is_owner(int lane) { return lane % (8 / kPairs) == 0; }
 };
 
 /// The bits of the largest absolute value of a chunk.
@@ -247,7 +207,9 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
           const int s = s0 + 2 * i + k;
           if (s < kTerms && in_use(s) && term_of(s) >= p.first_key) {
             Chunk key = unpack_row_chunk<T>(slots[s][c], dtype_of(s));
-            keep_from(key, col, p.key_begin);
+            if (p.key_begin > 0) {
+              keep_from(key, col, p.key_begin);
+            }
             pair[2 * k] = dot_add(key, key, 0.0f);
             pair[2 * k + 1] = dot_add(u, key, 0.0f);
           }
@@ -264,26 +226,13 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
   wait_for_sums(term_mail);
 
   // Every warp computes the softmax for itself: lane l has term l.
-  float logit = -INFINITY;
-  float inv_rms = 0.0f;
-  if (lane < p.first_key) {
-    logit = phase1_lse;
-  } else if (lane < K) {
-    const float2* const own =
-        reinterpret_cast<const float2*>(term_sums) + (lane == K - 1 ? kLast : lane);
-    float square = 0.0f;
-    float dot = 0.0f;
-#pragma unroll 8
-    for (unsigned g = 0; g < segments; ++g) {
-      square += own[g * kTerms].x;
-      dot += own[g * kTerms].y;
-    }
-    inv_rms = rsqrtf(square * p.inv_key_dim + p.eps);
-    logit = p.query.present() ? p.scale * inv_rms * dot : 0.0f;
+  TermLogit own = term_logit<kReadRowsForm<T, kTerms>.least_terms, kTerms>(p, term_sums, kTerms,
+                                                                           kLast, segments, lane);
+  if (lane < p.first_key || lane >= K) {
+    own = {lane < K ? phase1_lse : -INFINITY, 0.0f};
   }
-  const float largest = warp_max(logit);
-  const float weight = lane < K ? expf(logit - largest) : 0.0f;
-  const float prob = weight / warp_sum(weight);
+  const auto [logit, inv_rms] = own;
+  const float prob = softmax_over_lanes<kTerms>(logit, lane < K);
   if (threadIdx.x < kLanes && rank == 0 && lane < K) {
     if (p.logits.present()) {
       p.logits.at(t, lane) = logit;
@@ -342,11 +291,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
       share(norm_sums + own, sum, norm_mail);
     }
     wait_for_sums(norm_mail);
-    float square = 0.0f;
-#pragma unroll 8
-    for (unsigned g = 0; g < segments; ++g) {
-      square += norm_sums[g];
-    }
+    const float square = sum_of_segments(norm_sums, segments, lane);
     const float inv_rms_mix = rsqrtf(square * p.inv_dim + p.norm_eps);
     if (threadIdx.x == 0 && rank == 0 && p.mix_inv_rms.present()) {
       p.mix_inv_rms.at(0, t) = inv_rms_mix;

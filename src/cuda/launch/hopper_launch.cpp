@@ -7,8 +7,9 @@ void share_out(Call& call, const void* kernel, int shared_bytes, int64_t tokens,
   const int64_t limit =
       std::max<int64_t>(std::min<int64_t>(steps, kMultiprocessorsMax / plan.cluster), 1);
   const int64_t clusters =
-      plan.cluster == 1 ? std::min<int64_t>(limit, call.limits().multiprocessors)
-                        : call.resident_clusters(kernel, plan.cluster, kThreads, shared_bytes, limit);
+      plan.cluster == 1
+          ? std::min<int64_t>(limit, call.limits().multiprocessors)
+          : call.resident_clusters(kernel, plan.cluster, kThreads, shared_bytes, limit);
   plan.clusters = static_cast<int>(clusters);
   plan.rounds = static_cast<int>(steps / std::max<int64_t>(clusters, 1));
   plan.extra = static_cast<int>(steps % std::max<int64_t>(clusters, 1));

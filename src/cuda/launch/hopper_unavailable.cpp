@@ -28,6 +28,8 @@ Status attend_backward(const AttendBackwardArgs&, const Context&, const Plan*) {
   return unavailable("attend_backward");
 }
 
+bool run_read(Call&, const ReadRowsParams&, DType) { return false; }
+
 unsigned run_read_backward(Call&, const ReadBackwardArgs&, const ReadBackwardShape&,
                            const ReadBackwardScratch&, const ReadBackwardPlan*) {
   return 0;

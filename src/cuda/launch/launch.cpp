@@ -77,8 +77,8 @@ cudaError_t allow_all_shared(const void* kernel, int device, const DeviceLimits&
         error != cudaSuccess) {
       return error;
     }
-    allowed = static_cast<int>(limits.shared_per_block) -
-              static_cast<int>(attributes.sharedSizeBytes);
+    allowed =
+        static_cast<int>(limits.shared_per_block) - static_cast<int>(attributes.sharedSizeBytes);
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
   });
 }

@@ -7,6 +7,7 @@
 
 #include "common/validate.h"
 #include "cuda/backend.h"
+#include "cuda/hopper.h"
 #include "cuda/kernels/read_rows.cuh"
 #include "cuda/kernels/read_streamed.cuh"
 #include "cuda/launch/dispatch.cuh"
@@ -98,10 +99,9 @@ RowsKernel find_rows_kernel(int terms) {
       read_rows_forms(/*half=*/sizeof(Packed<Storage>) == 16);
   RowsKernel found = nullptr;
   const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    ((found =
-          kForms[kIndex].terms == terms
-              ? read_rows_kernel<Storage, kForms[kIndex].terms, kQuantized>
-              : found),
+    ((found = kForms[kIndex].terms == terms
+                  ? read_rows_kernel<Storage, kForms[kIndex].terms, kQuantized>
+                  : found),
      ...);
   };
   look(std::make_index_sequence<kForms.size()>());
@@ -144,12 +144,18 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
                        (!args.norm_weight.present() || value_view(args.norm_weight).vectorized);
   const bool half = is_half(storage.get());
   const ReadRowsPolicy policy =
-      choose_read_rows(half, read_terms(args), D, call.limits().major >= 9);
+      choose_read_rows(half, read_terms(args), D, call.limits().major >= 9, T);
   // Tokens and blocks are counted in 32 bits.
   const int64_t blocks =
       policy.terms == 0 ? 0 : ceil_div(T, policy.tokens) * int64_t{policy.cluster};
   if (!aligned || policy.terms == 0 || blocks != grid_blocks(blocks)) {
     return false;
+  }
+  const ReadRowsParams params = make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  if (half && !quantized &&
+      read_rings(params.norm, args.partial_out.present(), params.num_terms, D, T, call.limits()) &&
+      hopper::run_read(call, params, storage.get())) {
+    return true;
   }
   const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy.terms);
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
@@ -159,9 +165,10 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
                                  static_cast<unsigned>(policy.terms), quantized};
   const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
   call.launch_with(
-      {.cluster = policy.cluster, .overlap = true}, kernel, dim3(grid_blocks(blocks)),
+      {.cluster = policy.cluster, .overlap = read_overlaps(blocks)}, kernel,
+      dim3(grid_blocks(blocks)),
       dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
-      shared_bytes, make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args));
+      shared_bytes, params);
   return true;
 }
 
