@@ -1,5 +1,5 @@
-// The Hopper paths of a build without the CUTLASS headers: they serve nothing, and the general
-// kernels run instead.
+// The Hopper paths of a build without code for sm_90a or without the CUTLASS headers: they serve
+// nothing, and the general kernels run instead.
 
 #include <string>
 
