@@ -13,12 +13,12 @@ namespace flash_attn_res::cuda::hopper {
 inline constexpr int kReadTermsMax = 32;      // a lane has one term
 inline constexpr int kReadStagesMax = 8;      // tokens in the ring
 inline constexpr int kReadStatsStages = 4;    // tokens whose statistics are under way
-inline constexpr int kReadWarpsMax = 8;       // compute warps of a CTA, 256 columns each
+inline constexpr int kReadWarpsMax = 10;      // compute warps of a CTA, 256 columns each
 inline constexpr int kReadWarpColumns = 256;  // a lane has one chunk of 8 columns
 inline constexpr int kReadServiceWarps = 2;   // one loads, one makes the weights
-/// Two warps more than a CTA has: the compiler then keeps to the 80 registers with which a
-/// multiprocessor holds 24 warps.
-inline constexpr int kReadLaunchBound = (kReadWarpsMax + kReadServiceWarps + 2) * 32;
+/// With two CTAs of this size the compiler keeps to the 80 registers with which a multiprocessor
+/// holds 24 warps.
+inline constexpr int kReadLaunchBound = (kReadWarpsMax + kReadServiceWarps) * 32;
 inline constexpr int kReadResidentWarps = 24;
 
 /// Launch choices of one call.
@@ -40,7 +40,7 @@ struct ReadBackwardPlan {
 struct ReadBackwardExtents {
   int terms;        // K
   int narrow_rows;  // rows of 16-bit values of a token: terms, dx, dmix, dpartial_out, dsources
-  int wide_rows;    // rows of float32 values: dsources that are added to
+  int wide_rows;    // rows of float32 values: dpartial_out, and dsources that are added to
   int sums;         // sums over D of a token, a multiple of 4: see the kernel
 };
 

@@ -12,9 +12,9 @@
 // The second form of dp_j needs no dh: all 2K + 1 sums over D, <w, z_j>, <h, z_j> and <g dx, h>,
 // are formed in one sweep (K without norm), and a token has one point where all must meet.
 //
-// in    K terms, dx, dmix, dpartial_out [T, D] 16-bit; logits, inv_rms [T, K], rh [T], u [R] float;
-//       g [D] any; dsources [T, D] 16-bit or float where they are added to
-// out   dsources, dpartial, dphase1_out, dh [T, D]; dphase1_lse, gate [T] float;
+// in    K terms, dx, dmix [T, D] 16-bit; dpartial_out, and dsources where they are added to [T, D]
+//       16-bit or float; logits, inv_rms [T, K], rh [T], u [R] float; g [D] any
+// out   dsources, dpartial [T, D] 16-bit or float; dphase1_out, dh [T, D]; dphase1_lse, gate [T] float;
 //       du and dg of a cluster's tokens [clusters, D] float, summed by reduce_partials
 // bytes K + 1 units of T * D elements read, K written, one more each that is accumulated
 // sums  float32: the 256 columns of a warp by a butterfly, then warps, then CTAs in order. du, dg
@@ -55,7 +55,7 @@ struct ReadBackwardInputs {
   const char* data[kCapacity];
   int64_t stride_bytes[kCapacity];
   int narrow, wide;  // numbers of rows
-  // Place of a row among the narrow ones; the terms are 0 .. K - 1.
+  // Place of a row; the terms are 0 .. K - 1.
   int dx, dmix, dpartial, dsources;
 };
 
@@ -66,9 +66,9 @@ struct HopperReadBackwardParams {
   ReadBackwardMap map;
   float inv_dim;                  // 1 / D
   int64_t dsources_stride_bytes;  // of every one of dsources
-  bool wide_dsources;             // float32
-  int num_sources;                // N
-  int* issued;                    // zero at the start; of Window
+  bool wide_dsources, wide_dpartial_out, wide_dpartial;  // float32
+  int num_sources;                                       // N
+  int* issued;                                           // of Window; in any state at the start
 };
 
 struct ReadBackwardHead {
@@ -126,11 +126,19 @@ struct ReadBackwardCta {
 
 /// Keeps clusters from running ahead of each other, so that all of them read one narrow band of
 /// memory: when they drift apart, DRAM pages are reopened, at a cost of up to 15 % of the time. A
-/// hint only: it never decides what is computed, and a wait is given up after some 50 us.
+/// hint only: it never decides what is computed, and a wait that takes some 50 us is the last.
 class Window {
  public:
+  /// CTA 0 starts the counter. Nothing orders this before the others' counting but time: they load
+  /// a ring of tokens first, which it takes as loaded. A kernel of its own for it took 2 us.
   explicit __device__ __forceinline__ Window(const HopperReadBackwardParams& p)
-      : issued_(p.issued), lead_(p.plan.clusters * p.plan.window / 100) {}
+      : issued_(p.issued), lead_(p.plan.clusters * p.plan.window / 100) {
+    if (blockIdx.x == 0 && threadIdx.x % kWarp == 0) {
+      asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(issued_),
+                   "r"(p.plan.stages * p.plan.clusters)
+                   : "memory");
+    }
+  }
 
   /// Once for each token of a cluster: it is about to be loaded.
   __device__ __forceinline__ void count() const {
@@ -139,15 +147,23 @@ class Window {
 
   /// Waits until token t, counted over all clusters, is within the window.
   __device__ __forceinline__ void wait(int64_t t) {
-    for (int tries = 0; tries < 64 && t > seen_ + lead_; ++tries) {
-      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen_) : "l"(issued_) : "memory");
+    int tries = 0;
+    for (; tries < kTries && t > seen_ + lead_; ++tries) {
+      int now;
+      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(issued_) : "memory");
+      seen_ = now;
+    }
+    if (tries == kTries) {
+      lead_ = INT64_MAX / 2;  // some cluster is not running
     }
   }
 
  private:
+  static constexpr int kTries = 64;
+
   int* issued_;  // tokens that all clusters have begun to load
-  int lead_;
-  int seen_ = 0;  // the last reading
+  int64_t lead_;
+  int64_t seen_ = 0;  // the last reading
 };
 
 __device__ __forceinline__ void load_tokens(const HopperReadBackwardParams& p,
@@ -157,13 +173,18 @@ __device__ __forceinline__ void load_tokens(const HopperReadBackwardParams& p,
   const int total = cta.columns * (2 * p.inputs.narrow + 4 * p.inputs.wide);
   Window window(p);
   RingCursor cursor;
+  bool first_round = true;
   for (int64_t t = cta.cluster; t < p.read.tokens; t += p.plan.clusters) {
     Barrier& full = cta.head.full[cursor.slot];
-    cta.head.free[cursor.slot].wait(cursor.parity ^ 1);  // passes at once in the first round
+    if (!first_round) {
+      cta.head.free[cursor.slot].wait(cursor.parity ^ 1);
+    }
     if (lane == 0) {
-      window.wait(t);
-      if (cta.rank == 0) {
-        window.count();
+      if (!first_round) {
+        window.wait(t);
+        if (cta.rank == 0) {
+          window.count();
+        }
       }
       full.arrive_and_expect(total);
     }
@@ -179,6 +200,7 @@ __device__ __forceinline__ void load_tokens(const HopperReadBackwardParams& p,
     }
     __syncwarp();
     cursor.advance(p.plan.stages);
+    first_round = first_round && cursor.slot != 0;
   }
 }
 
@@ -276,12 +298,13 @@ struct ReadBackwardWeights {
       }
       my_totals[i] = sum;
     }
-    if (p.plan.cluster > 1) {
-      fence_before_bulk_copies();
-      __syncwarp();
-      if (lane < p.plan.cluster && lane != cta.rank) {
-        copy_to_peer(my_totals, num_sums * 4, totals_full, lane);
-      }
+    __syncwarp();
+    const int quads = num_sums / 4;
+    for (int i = lane; i < (p.plan.cluster - 1) * quads; i += kWarp) {
+      const int peer = i / quads;
+      float* const place = my_totals + i % quads * 4;
+      store_to_peer(place, *reinterpret_cast<const float4*>(place), totals_full,
+                    peer < cta.rank ? peer : peer + 1);
     }
     __syncwarp();
   }
@@ -393,6 +416,10 @@ struct ReadBackwardCompute {
     return cta.ring + slot * p.map.stage_bytes + local * 2;
   }
   __device__ __forceinline__ int pitch() const { return p.plan.columns * 2; }
+  /// Of a float32 row, from the chunk of row 0; `place` counts all rows.
+  __device__ __forceinline__ const char* wide_row(const char* rows, int place) const {
+    return rows + (2 * place - p.inputs.narrow) * pitch() + local * 2;
+  }
 
   __device__ __forceinline__ static Chunk load(const char* place) {
     return unpack(Packed<T>{*reinterpret_cast<const uint4*>(place)});
@@ -505,7 +532,7 @@ struct ReadBackwardCompute {
     const int count = p.num_sources;
     const char* z = rows + read.first_key * pitch();
     const char* held =
-        kWide ? rows + p.inputs.narrow * pitch() + local * 2 : rows + p.inputs.dsources * pitch();
+        kWide ? wide_row(rows, p.inputs.dsources) : rows + p.inputs.dsources * pitch();
     const int64_t offset = t * p.dsources_stride_bytes;
 #pragma unroll 1
     for (int n = 0; n < count; ++n) {
@@ -566,11 +593,17 @@ struct ReadBackwardCompute {
       }
     }
     if (read.has_partial) {
-      Chunk dz =
-          read.dpartial_out.present() ? load(rows + p.inputs.dpartial * pitch()) : zero_chunk();
+      Chunk dz = zero_chunk();
+      if (p.wide_dpartial_out) {
+        dz = load_wide(wide_row(rows, p.inputs.dpartial));
+      } else if (read.dpartial_out.present()) {
+        dz = load(rows + p.inputs.dpartial * pitch());
+      }
       dz = gradient(rows + (K - 1) * pitch(), weights[K - 1], dh, dz);
       if (read.dpartial.present() && active) {
-        store_whole<T>(read.dpartial.row(t).data, col, pack<T>(dz));
+        char* const to = read.dpartial.row(t).data;
+        p.wide_dpartial ? store_whole<float>(to, col, pack<float>(dz))
+                        : store_whole<T>(to, col, pack<T>(dz));
       }
     }
     __syncwarp();
@@ -636,8 +669,6 @@ __global__ void __launch_bounds__(kReadLaunchBound, 2)
   for (int i = thread; i < (p.map.vectors - p.map.partials) / 4; i += p.plan.threads()) {
     cta.partials[i] = 0.0f;
   }
-  // The rest waits for the kernels before this one: it was launched while they ended.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   if (p.plan.cluster > 1) {
     __syncwarp();
     cute::cluster_sync();
