@@ -16,10 +16,12 @@ inline constexpr int kReadStatsStages = 4;    // tokens whose statistics are und
 inline constexpr int kReadWarpsMax = 10;      // compute warps of a CTA, 256 columns each
 inline constexpr int kReadWarpColumns = 256;  // a lane has one chunk of 8 columns
 inline constexpr int kReadServiceWarps = 2;   // one loads, one makes the weights
-/// With two CTAs of this size the compiler keeps to the 80 registers with which a multiprocessor
-/// holds 24 warps.
-inline constexpr int kReadLaunchBound = (kReadWarpsMax + kReadServiceWarps) * 32;
-inline constexpr int kReadResidentWarps = 24;
+/// Warps that a multiprocessor holds by registers. With two terms the rows are few and registers are
+/// the limit: 72 of them, not 80, make room for a third CTA at D = 7168, where that is worth 7 % of
+/// the time with a norm. With more terms shared memory is the limit.
+FLASH_ATTN_RES_HOPPER_BOTH int read_resident_warps(int terms) {
+  return terms == 2 ? 28 : 24;
+}
 
 /// Launch choices of one call.
 struct ReadBackwardPlan {
@@ -29,7 +31,8 @@ struct ReadBackwardPlan {
   int stages = 3;    // tokens in the ring of a CTA: two in use, the others on their way
   int blocks = 1;    // CTAs that one multiprocessor runs at once, by registers and shared memory
   int clusters = 1;  // clusters launched; they take tokens in turn
-  int window = 50;   // tokens that a cluster may lead, in percent of the clusters
+  int lead = 1;      // tokens, counted over all clusters, by which one may run ahead of the rest
+  int look = 1;      // tokens of a cluster from one look at the count to the next
 
   friend bool operator==(const ReadBackwardPlan&, const ReadBackwardPlan&) = default;
 
@@ -52,7 +55,7 @@ struct ReadBackwardExtents {
 ///   weights   [2, K + 1] float4: p_j and the factors of u and z_j in dz_j; the last: along
 ///   partials  [2, warps, sums] float: each warp's share of the sums over D
 ///   totals    [2, cluster, sums] float: each CTA's share
-///   vectors   [2, columns] float: u and g
+///   vectors   [2, 2, columns / 8] float4: u and g, the two halves of each chunk in planes
 ///   ring      [stages, narrow rows * columns * 2 + wide rows * columns * 4]
 struct ReadBackwardMap {
   int stats, probs, weights, partials, totals, vectors, ring, stage_bytes, bytes;

@@ -102,7 +102,7 @@ struct ReadBackwardCta {
   float4* weights;  // (2, K + 1)
   float* partials;  // (2, warps, sums)
   float* totals;    // (2, cluster, sums)
-  float* vectors;   // (2, columns)
+  float4* vectors;  // (2, 2, columns / 8)
   char* ring;       // (stages, bytes of a token)
   int rank, cluster;
   int first_column, columns;
@@ -114,12 +114,20 @@ struct ReadBackwardCta {
         weights(reinterpret_cast<float4*>(shared + p.map.weights)),
         partials(reinterpret_cast<float*>(shared + p.map.partials)),
         totals(reinterpret_cast<float*>(shared + p.map.totals)),
-        vectors(reinterpret_cast<float*>(shared + p.map.vectors)),
+        vectors(reinterpret_cast<float4*>(shared + p.map.vectors)),
         ring(shared + p.map.ring),
         rank(p.plan.cluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0),
         cluster(static_cast<int>(blockIdx.x) / p.plan.cluster),
         first_column(rank * p.plan.columns),
         columns(min(p.plan.columns, p.read.dim - first_column)) {}
+
+  /// Tokens are dealt to the clusters in turn, one a step.
+  __device__ __forceinline__ int64_t token(int step, const HopperReadBackwardParams& p) const {
+    return cluster + static_cast<int64_t>(step) * p.plan.clusters;
+  }
+  __device__ __forceinline__ int steps(const HopperReadBackwardParams& p) const {
+    return static_cast<int>((p.read.tokens - cluster + p.plan.clusters - 1) / p.plan.clusters);
+  }
 };
 
 // ------------------------------------------------------------------------------------- load warp
@@ -132,7 +140,7 @@ class Window {
   /// CTA 0 starts the counter. Nothing orders this before the others' counting but time: they load
   /// a ring of tokens first, which it takes as loaded. A kernel of its own for it took 2 us.
   explicit __device__ __forceinline__ Window(const HopperReadBackwardParams& p)
-      : issued_(p.issued), lead_(p.plan.clusters * p.plan.window / 100) {
+      : issued_(p.issued), lead_(p.plan.lead) {
     if (blockIdx.x == 0 && threadIdx.x % kWarp == 0) {
       asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(issued_),
                    "r"(p.plan.stages * p.plan.clusters)
@@ -140,9 +148,9 @@ class Window {
     }
   }
 
-  /// Once for each token of a cluster: it is about to be loaded.
-  __device__ __forceinline__ void count() const {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(issued_) : "memory");
+  /// A cluster is about to load so many tokens.
+  __device__ __forceinline__ void count(int tokens) const {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(issued_), "r"(tokens) : "memory");
   }
 
   /// Waits until token t, counted over all clusters, is within the window.
@@ -173,19 +181,20 @@ __device__ __forceinline__ void load_tokens(const HopperReadBackwardParams& p,
   const int total = cta.columns * (2 * p.inputs.narrow + 4 * p.inputs.wide);
   Window window(p);
   RingCursor cursor;
-  bool first_round = true;
-  for (int64_t t = cta.cluster; t < p.read.tokens; t += p.plan.clusters) {
+  int steps_to_look = p.plan.stages;
+  for (int64_t t = cta.cluster; t < p.read.tokens; t += p.plan.clusters, --steps_to_look) {
     Barrier& full = cta.head.full[cursor.slot];
-    if (!first_round) {
-      cta.head.free[cursor.slot].wait(cursor.parity ^ 1);
-    }
-    if (lane == 0) {
-      if (!first_round) {
+    cta.head.free[cursor.slot].wait(cursor.parity ^ 1);  // passes at once in the first round
+    if (steps_to_look == 0) {
+      steps_to_look = p.plan.look;
+      if (lane == 0) {
         window.wait(t);
         if (cta.rank == 0) {
-          window.count();
+          window.count(p.plan.look);
         }
       }
+    }
+    if (lane == 0) {
       full.arrive_and_expect(total);
     }
     __syncwarp();
@@ -200,7 +209,6 @@ __device__ __forceinline__ void load_tokens(const HopperReadBackwardParams& p,
     }
     __syncwarp();
     cursor.advance(p.plan.stages);
-    first_round = first_round && cursor.slot != 0;
   }
 }
 
@@ -390,7 +398,6 @@ struct ReadBackwardCompute {
   int lane, warp;
   int local, col;  // first column of the chunk: in this CTA, and in all
   bool active;     // else the lane repeats the last chunk, and nothing comes of it
-  bool is_key;     // of keys that meet a query
   Chunk dquery = zero_chunk();
   Chunk dweight = zero_chunk();
 
@@ -406,7 +413,11 @@ struct ReadBackwardCompute {
     active = local < cta.columns;
     local = min(local, cta.columns - kChunk);
     col = cta.first_column + local;
-    is_key = col >= p.read.key_begin && p.read.query.present();
+  }
+
+  /// Whether the chunk is of keys that meet a query.
+  __device__ __forceinline__ bool is_key() const {
+    return col >= p.read.key_begin && p.read.query.present();
   }
 
   __device__ __forceinline__ int terms() const { return kTerms > 0 ? kTerms : p.read.num_terms; }
@@ -429,9 +440,37 @@ struct ReadBackwardCompute {
     return unpack(Packed<float>{from[0], from[1]});
   }
 
-  /// u (0) or g (1)
+  /// Where this lane has the halves of its chunk of u (0) or g (1), in planes: halves side by side
+  /// would meet in the banks of shared memory.
+  __device__ __forceinline__ float4& half(int which, int plane) const {
+    return cta.vectors[((which * 2 + plane) * p.plan.columns + local) / kChunk];
+  }
   __device__ __forceinline__ Chunk vector(int which) const {
-    return load_wide(reinterpret_cast<const char*>(cta.vectors + which * p.plan.columns + local));
+    return unpack(Packed<float>{half(which, 0), half(which, 1)});
+  }
+
+  /// Brings this warp's columns of u and g in. No other warp reads them.
+  __device__ __forceinline__ void fetch_vectors() const {
+    Chunk u;
+    Chunk g;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int r = col + i - p.read.key_begin;
+      u.v[i] = p.read.query.present() && r >= 0 ? p.read.query.at(0, r) : 0.0f;
+      g.v[i] = 1.0f;
+    }
+    if (kNorm && p.read.norm_weight.present()) {
+      g = load_chunk(p.read.norm_weight.row(0), col, p.read.dim);
+    }
+    if (active) {
+      half(0, 0) = {u.v[0], u.v[1], u.v[2], u.v[3]};
+      half(0, 1) = {u.v[4], u.v[5], u.v[6], u.v[7]};
+      if constexpr (kNorm) {
+        half(1, 0) = {g.v[0], g.v[1], g.v[2], g.v[3]};
+        half(1, 1) = {g.v[4], g.v[5], g.v[6], g.v[7]};
+      }
+    }
+    __syncwarp();  // idle lanes repeat the last chunk, which is of this warp
   }
 
   /// w and h of a token. `probs` are `stride` floats apart.
@@ -476,7 +515,12 @@ struct ReadBackwardCompute {
     if (!active) {
       token = {zero_chunk(), zero_chunk()};
     }
-    float y_dot_h = dot_add(token.w, token.h, 0.0f);  // still times rh
+    if constexpr (kNorm) {
+      const float y_dot_h = warp_sum(dot_add(token.w, token.h, 0.0f));  // still times rh
+      if (lane == 0) {
+        partials[SumMap<kNorm>::y_dot_h(K)] = y_dot_h;
+      }
+    }
     if (p.read.dmix.present() && active) {
       add(token.w, load(rows + p.inputs.dmix * pitch()));
     }
@@ -500,12 +544,6 @@ struct ReadBackwardCompute {
         partials[index] = sum;
       }
     }
-    if constexpr (kNorm) {
-      y_dot_h = warp_sum(y_dot_h);
-      if (lane == 0) {
-        partials[SumMap<kNorm>::y_dot_h(K)] = y_dot_h;
-      }
-    }
     __syncwarp();
     if (lane == 0) {
       cta.head.partials_full[buffer].arrive();
@@ -516,7 +554,7 @@ struct ReadBackwardCompute {
   __device__ __forceinline__ Chunk gradient(const char* z, const float4& weight, const Chunk& dh,
                                             Chunk dz) {
     add_scaled(dz, weight.x, dh);
-    const Chunk key = load(is_key ? z : reinterpret_cast<const char*>(&cta.head.zeros));
+    const Chunk key = load(is_key() ? z : reinterpret_cast<const char*>(&cta.head.zeros));
     add_scaled(dz, weight.y, vector(0));  // u: read again for each term, registers are scarcer
     add_scaled(dz, weight.z, key);
     add_scaled(dquery, weight.y, key);
@@ -550,8 +588,9 @@ struct ReadBackwardCompute {
   }
 
   /// P2: the gradients of a token.
-  __device__ __forceinline__ void finish(int step, const RingCursor& ring, int64_t t) {
+  __device__ __forceinline__ void finish(int step, const RingCursor& ring) {
     const int K = terms();
+    const int64_t t = cta.token(step, p);
     const ReadBackwardParams<kReadTermsMax>& read = p.read;
     const float4* const weights = cta.weights + pair_slot(step) * (K + 1);
     const char* const rows = tile(ring.slot);
@@ -614,14 +653,15 @@ struct ReadBackwardCompute {
 
   __device__ __forceinline__ void run() {
     RingCursor meeting, finishing;
+    fetch_vectors();
     meet(0, meeting);  // a cluster has one token at least
-    int step = 0;
-    for (int64_t t = cta.cluster; t < p.read.tokens; t += p.plan.clusters, ++step) {
-      if (t + p.plan.clusters < p.read.tokens) {
+    const int steps = cta.steps(p);
+    for (int step = 0; step < steps; ++step) {
+      if (step + 1 < steps) {
         meeting.advance(p.plan.stages);
         meet(step + 1, meeting);
       }
-      finish(step, finishing, t);
+      finish(step, finishing);
       finishing.advance(p.plan.stages);
     }
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -641,7 +681,7 @@ struct ReadBackwardCompute {
 };
 
 template <class T, bool kNorm, int kTerms>
-__global__ void __launch_bounds__(kReadLaunchBound, 2)
+__global__ void __launch_bounds__(read_resident_warps(kTerms) / 2 * kWarp, 2)
     read_backward_kernel(const __grid_constant__ HopperReadBackwardParams p) {
 #if __CUDA_ARCH__ >= 900  // the launcher never runs it on any other architecture
   const int thread = static_cast<int>(threadIdx.x);
@@ -675,25 +715,10 @@ __global__ void __launch_bounds__(kReadLaunchBound, 2)
   } else {
     __syncthreads();
   }
-  if (warp == warps) {
-    load_tokens(p, cta, lane);
-    return;
-  }
-  // u and g come in while the first tokens do.
-  const int others = (warps + 1) * kWarp;  // threads of all warps but the load warp
-  for (int i = warp < warps ? thread : thread - kWarp; i < cta.columns; i += others) {
-    const int r = cta.first_column + i - p.read.key_begin;
-    cta.vectors[i] = p.read.query.present() && r >= 0 ? p.read.query.at(0, r) : 0.0f;
-    if constexpr (kNorm) {
-      cta.vectors[p.plan.columns + i] =
-          p.read.norm_weight.present()
-              ? load_element(p.read.norm_weight.row(0), cta.first_column + i)
-              : 1.0f;
-    }
-  }
-  asm volatile("bar.sync 1, %0;" ::"r"(others) : "memory");
   if (warp < warps) {
     ReadBackwardCompute<T, kNorm, kTerms>(p, cta, warp, lane).run();
+  } else if (warp == warps) {
+    load_tokens(p, cta, lane);
   } else {
     ReadBackwardWeights<kNorm>(p, cta, lane).run();
   }
