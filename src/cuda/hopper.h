@@ -46,11 +46,6 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context,
 /// eight columns, dx given where there is a norm. T > 0.
 bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits);
 
-/// Launch choices; `clusters` is still to be set from the device. `columns` is 0 where nothing
-/// fits.
-ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents, int64_t dim,
-                                      const DeviceLimits& limits);
-
 /// Runs a call that is served, and returns how many rows of partial sums of dquery and dnorm_weight
 /// it leaves in the scratch memory. `plan`: other launch choices than the policy's, for
 /// measurements.

@@ -4,9 +4,11 @@
 #ifndef FLASH_ATTN_RES_CUDA_HOPPER_READ_PLAN_H_
 #define FLASH_ATTN_RES_CUDA_HOPPER_READ_PLAN_H_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/hopper_plan.h"
+#include "cuda/policy.h"
 
 namespace flash_attn_res::cuda::hopper {
 
@@ -16,12 +18,10 @@ inline constexpr int kReadStatsStages = 4;    // tokens whose statistics are und
 inline constexpr int kReadWarpsMax = 10;      // compute warps of a CTA, 256 columns each
 inline constexpr int kReadWarpColumns = 256;  // a lane has one chunk of 8 columns
 inline constexpr int kReadServiceWarps = 2;   // one loads, one makes the weights
-/// Warps that a multiprocessor holds by registers. With two terms the rows are few and registers are
-/// the limit: 72 of them, not 80, make room for a third CTA at D = 7168, where that is worth 7 % of
-/// the time with a norm. With more terms shared memory is the limit.
-FLASH_ATTN_RES_HOPPER_BOTH int read_resident_warps(int terms) {
-  return terms == 2 ? 28 : 24;
-}
+/// Warps that a multiprocessor holds by registers. With two terms the rows are few and registers
+/// are the limit: 72 of them, not 80, make room for a third CTA at D = 7168, where that is worth 7
+/// % of the time with a norm. With more terms shared memory is the limit.
+FLASH_ATTN_RES_HOPPER_BOTH int read_resident_warps(int terms) { return terms == 2 ? 28 : 24; }
 
 /// Launch choices of one call.
 struct ReadBackwardPlan {
@@ -76,6 +76,64 @@ FLASH_ATTN_RES_HOPPER_BOTH ReadBackwardMap read_backward_map(const ReadBackwardP
   map.stage_bytes = (extents.narrow_rows + 2 * extents.wide_rows) * plan.columns * 2;
   map.bytes = map.ring + plan.stages * map.stage_bytes;
   return map;
+}
+
+/// Launch choices; `clusters` is still to be set from the device. `columns` is 0 where nothing
+/// fits.
+inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents, int64_t dim,
+                                             const DeviceLimits& limits) {
+  constexpr int64_t kReserved = 1024;  // the system takes 1 KB of shared memory a block
+  constexpr int kBlocksMax = 8;
+  constexpr int kStagesLeast = 3;  // with two, all that is in shared memory is in use
+  constexpr int kStagesWanted = 4;
+  // A fourth token in the ring is worth 1 to 3 % where three are less than this in all rings of a
+  // multiprocessor, and costs up to 0.6 % where they are more.
+  constexpr int64_t kRingEnough = 144 * 1024;
+  // Less costs up to 40 %, more up to 3 %: 2 to 4 MB are best at all of D = 2048 (K = 2, 4), 2304
+  // (K = 2, 10), 4096, 5120 and 7168 (K = 2, 8).
+  constexpr int64_t kWindowBytes = 3 << 20;
+  // The counter takes some 200 operations a microsecond; tokens of 16 KB come 150 a microsecond.
+  constexpr int64_t kLookBytes = 16 * 1024;
+
+  ReadBackwardPlan plan;
+  const int64_t token_bytes = (extents.narrow_rows + 2 * extents.wide_rows) * dim * 2;
+  plan.lead = static_cast<int>(std::max<int64_t>(kWindowBytes / token_bytes, 1));
+  plan.look = static_cast<int>(ceil_div(kLookBytes, token_bytes));
+  // Tokens on their way in each ring hide the loads, several CTAs of a multiprocessor each other's
+  // exchanges of sums. A wider cluster makes room for both, but has one exchange more a token: so
+  // the narrowest comes first that gives two CTAs, or needs no exchange; then what fits at all.
+  for (const int least_blocks : {2, 1}) {
+    for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
+      plan.cluster = cluster;
+      plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), 8));
+      plan.warps = static_cast<int>(ceil_div(plan.columns, kReadWarpColumns));
+      const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
+      if (plan.warps > kReadWarpsMax || !every_rank_works) {
+        continue;
+      }
+      const auto fits = [&](int blocks, int stages) {
+        plan.stages = stages;
+        const int64_t bytes = read_backward_map(plan, extents).bytes;
+        return bytes <= limits.shared_per_block &&
+               blocks * (bytes + kReserved) <= limits.shared_per_multiprocessor;
+      };
+      const int least = cluster == 1 ? 1 : least_blocks;
+      plan.blocks =
+          std::clamp(read_resident_warps(extents.terms) * 32 / plan.threads(), 1, kBlocksMax);
+      while (plan.blocks > least && !fits(plan.blocks, kStagesLeast)) {
+        --plan.blocks;
+      }
+      const int64_t ring_bytes =
+          int64_t{kStagesLeast} * plan.blocks * read_backward_map(plan, extents).stage_bytes;
+      for (int stages = ring_bytes < kRingEnough ? kStagesWanted : kStagesLeast;
+           stages >= kStagesLeast; --stages) {
+        if (fits(plan.blocks, stages)) {
+          return plan;
+        }
+      }
+    }
+  }
+  return {};
 }
 
 }  // namespace flash_attn_res::cuda::hopper

@@ -97,8 +97,8 @@ __device__ __forceinline__ void store_to_peer(float* shared, const float4& value
                                               int rank) {
   const uint32_t peer = static_cast<uint32_t>(rank);
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
-          "r"(cute::set_block_rank(cute::cast_smem_ptr_to_uint(shared), peer)),
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(cute::set_block_rank(cute::cast_smem_ptr_to_uint(shared), peer)),
       "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w),
       "r"(cute::set_block_rank(barrier.address(), peer))
       : "memory");

@@ -14,7 +14,8 @@
 //
 // in    K terms, dx, dmix [T, D] 16-bit; dpartial_out, and dsources where they are added to [T, D]
 //       16-bit or float; logits, inv_rms [T, K], rh [T], u [R] float; g [D] any
-// out   dsources, dpartial [T, D] 16-bit or float; dphase1_out, dh [T, D]; dphase1_lse, gate [T] float;
+// out   dsources, dpartial [T, D] 16-bit or float; dphase1_out, dh [T, D]; dphase1_lse, gate [T]
+// float;
 //       du and dg of a cluster's tokens [clusters, D] float, summed by reduce_partials
 // bytes K + 1 units of T * D elements read, K written, one more each that is accumulated
 // sums  float32: the 256 columns of a warp by a butterfly, then warps, then CTAs in order. du, dg
@@ -64,8 +65,8 @@ struct HopperReadBackwardParams {
   ReadBackwardInputs inputs;
   ReadBackwardPlan plan;
   ReadBackwardMap map;
-  float inv_dim;                  // 1 / D
-  int64_t dsources_stride_bytes;  // of every one of dsources
+  float inv_dim;                                         // 1 / D
+  int64_t dsources_stride_bytes;                         // of every one of dsources
   bool wide_dsources, wide_dpartial_out, wide_dpartial;  // float32
   int num_sources;                                       // N
   int* issued;                                           // of Window; in any state at the start
@@ -137,8 +138,8 @@ struct ReadBackwardCta {
 /// hint only: it never decides what is computed, and a wait that takes some 50 us is the last.
 class Window {
  public:
-  /// CTA 0 starts the counter. Nothing orders this before the others' counting but time: they load
-  /// a ring of tokens first, which it takes as loaded. A kernel of its own for it took 2 us.
+  /// CTA 0 starts the counter. Nothing but time orders this before the others' counting: they load
+  /// a ring of tokens first, which it takes as loaded.
   explicit __device__ __forceinline__ Window(const HopperReadBackwardParams& p)
       : issued_(p.issued), lead_(p.plan.lead) {
     if (blockIdx.x == 0 && threadIdx.x % kWarp == 0) {
@@ -235,9 +236,7 @@ struct ReadBackwardWeights {
         K(params.read.num_terms),
         num_sums(SumMap<kNorm>::count(params.read.num_terms)) {}
 
-  __device__ __forceinline__ int64_t token(int step) const {
-    return cta.cluster + static_cast<int64_t>(step) * p.plan.clusters;
-  }
+  __device__ __forceinline__ int64_t token(int step) const { return cta.token(step, p); }
 
   __device__ __forceinline__ float* stats(int step) const {
     return cta.stats + step % kReadStatsStages * (2 * K + 1);

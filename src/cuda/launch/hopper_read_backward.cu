@@ -72,62 +72,6 @@ bool is_whole(const ConstMatrix& matrix, DType dtype) {
 
 }  // namespace
 
-ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents, int64_t dim,
-                                      const DeviceLimits& limits) {
-  constexpr int64_t kReserved = 1024;  // the system takes 1 KB of shared memory a block
-  constexpr int kBlocksMax = 8;
-  constexpr int kStagesLeast = 3;  // with two, all that is in shared memory is in use
-  constexpr int kStagesWanted = 4;
-  // A fourth token in the ring is worth 1 to 3 % where three are less than this in all rings of a
-  // multiprocessor, and costs up to 0.6 % where they are more.
-  constexpr int64_t kRingEnough = 144 * 1024;
-  // Less costs up to 40 %, more up to 3 %: 2 to 4 MB are best at all of D = 2048 (K = 2, 4), 2304
-  // (K = 2, 10), 4096, 5120 and 7168 (K = 2, 8).
-  constexpr int64_t kWindowBytes = 3 << 20;
-  // The counter takes some 200 operations a microsecond; tokens of 16 KB come 150 a microsecond.
-  constexpr int64_t kLookBytes = 16 * 1024;
-
-  ReadBackwardPlan plan;
-  const int64_t token_bytes = (extents.narrow_rows + 2 * extents.wide_rows) * dim * 2;
-  plan.lead = static_cast<int>(std::max<int64_t>(kWindowBytes / token_bytes, 1));
-  plan.look = static_cast<int>(ceil_div(kLookBytes, token_bytes));
-  // Tokens on their way in each ring hide the loads, several CTAs of a multiprocessor each other's
-  // exchanges of sums. A wider cluster makes room for both, but has one exchange more a token: so
-  // the narrowest comes first that gives two CTAs, or needs no exchange; then what fits at all.
-  for (const int least_blocks : {2, 1}) {
-    for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
-      plan.cluster = cluster;
-      plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), kChunk));
-      plan.warps = static_cast<int>(ceil_div(plan.columns, kReadWarpColumns));
-      const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
-      if (plan.warps > kReadWarpsMax || !every_rank_works) {
-        continue;
-      }
-      const auto fits = [&](int blocks, int stages) {
-        plan.stages = stages;
-        const int64_t bytes = read_backward_map(plan, extents).bytes;
-        return bytes <= limits.shared_per_block &&
-               blocks * (bytes + kReserved) <= limits.shared_per_multiprocessor;
-      };
-      const int least = cluster == 1 ? 1 : least_blocks;
-      plan.blocks =
-          std::clamp(read_resident_warps(extents.terms) * 32 / plan.threads(), 1, kBlocksMax);
-      while (plan.blocks > least && !fits(plan.blocks, kStagesLeast)) {
-        --plan.blocks;
-      }
-      const int64_t ring_bytes =
-          int64_t{kStagesLeast} * plan.blocks * read_backward_map(plan, extents).stage_bytes;
-      for (int stages = ring_bytes < kRingEnough ? kStagesWanted : kStagesLeast;
-           stages >= kStagesLeast; --stages) {
-        if (fits(plan.blocks, stages)) {
-          return plan;
-        }
-      }
-    }
-  }
-  return {};
-}
-
 bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits) {
   const ReadBackwardShape shape(args);
   const bool norm = args.norm == OutputNorm::kRms;
