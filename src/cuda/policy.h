@@ -248,13 +248,13 @@ constexpr bool read_overlaps(int64_t blocks) { return blocks <= 32 || blocks >= 
 inline constexpr int64_t kReadRingDims[] = {1024, 2048, 2304, 3072, 4096, 5120, 7168, 8192};
 inline constexpr int64_t kReadRingTerms[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 32};
 inline constexpr std::string_view kReadRingWins[2][2][13] = {
-    {{".xxxxxx.", "..x...x.", "..xxxxxx", ".......x", "..x...x.", "......x.", "........",  //
-      "........", "..x..x..", "..x.....", "...x....", ".xxx....", "x.xx...."},
-     {"........", "........", ".......x", ".......x", "..xxxxx.", "..xxxxx.", "..xxxxx.",  // update
-      "..xxxxx.", "..xxxxx.", "..xxxx..", ".xxxxx..", ".xxxx...", "x.xx...."}},
-    {{"..xx.xx.", "..x.....", "..xxxx..", "..x..x..", "..x...x.", "..x...x.", "..x...x.",  // norm
-      "......x.", "..x..xx.", "..x..xx.", "..xx....", ".xxxx...", "x.xx...."},
-     {"........", "........", ".....x..", "........", "..xx..x.", "..xx..x.", "..xx..x.",  // both
+    {{".xxxxxx.", "..xxxxx.", "..xxxxxx", "..xxxxxx", "..x...x.", "..x...x.", "......x.",  //
+      "........", "..x..x..", "..x..x..", "..xx....", ".xxx....", "x.xx...."},
+     {"....xxx.", "....xx..", ".x..xx.x", "......xx", "..xxxxx.", "..xxxxx.", "..xxxxx.",  // update
+      "..xxxxx.", "..xxxxx.", "..xxxx..", ".xxxxx..", ".xxxx...", "..xx...."}},
+    {{"..xx.xx.", "..xx..x.", ".xxx.x..", "..xx.xx.", "..x...x.", "..x.....", "..x...x.",  // norm
+      "..x...x.", "..x...x.", "..x...x.", ".xxx....", ".xxxx...", "x.xx...."},
+     {"..x.....", "..xx.xx.", "..xx.x..", "...x.xxx", "..xx..x.", "..xx..x.", "..xx..x.",  // both
       "..xx..x.", "..xx.xx.", "..xx.x..", ".xx.xx..", ".xxxx...", "x.xx...."}},
 };
 

@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#include "cuda/hopper_read_forward_plan.h"
+#include "cuda/hopper_read_backward_plan.h"
+#include "cuda/hopper_read_plan.h"
 
 namespace flash_attn_res::cuda {
 namespace {
@@ -75,9 +76,12 @@ TEST(HopperRead, APlanHasRoomForItsTokens) {
     for (int updates = 0; updates <= kReadRowsMaxUpdates; ++updates) {
       for (int dim = 8; dim <= 16384; dim += dim < 4096 ? 8 : 1016) {
         const int rows = terms + updates;
-        const hopper::ReadPlan plan = hopper::choose_read(terms, rows, dim, kShared);
+        const hopper::ReadPlan plan =
+            hopper::choose_read(terms, rows, dim, terms % 2 == 0, kShared);
         if (plan.warps == 0) {
-          EXPECT_GT(rows * dim, 64 * 1024) << "K=" << terms << " D=" << dim;
+          const bool too_wide = dim > 31 * hopper::read_segments(terms) * kSegment;
+          EXPECT_TRUE(too_wide || rows * dim * 3 > kShared - 32 * 1024)
+              << "K=" << terms << " rows=" << rows << " D=" << dim;
           continue;
         }
         SCOPED_TRACE(testing::Message() << "K=" << terms << " rows=" << rows << " D=" << dim);
@@ -105,6 +109,78 @@ TEST(HopperRead, TheTableSaysWhoServes) {
   EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 500, h100)) << "few tokens";
   h100.major = 8;
   EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
+}
+
+constexpr DeviceLimits kH100 = {.major = 9,
+                                .minor = 0,
+                                .multiprocessors = 132,
+                                .shared_per_block = 227 * 1024,
+                                .shared_per_multiprocessor = 228 * 1024};
+
+/// Sums of a token with norm: see SumMap in the kernel.
+hopper::ReadBackwardExtents extents(int terms, int narrow, int wide) {
+  return {.terms = terms,
+          .narrow_rows = narrow,
+          .wide_rows = wide,
+          .sums = static_cast<int>(round_up(2 * terms + 1, 4))};
+}
+
+TEST(HopperReadBackward, AChoiceCoversTheTokenAndFitsTheDevice) {
+  int served = 0;
+  for (const int terms : {1, 2, 3, 5, 9, 17, 32}) {
+    for (const int wide : {0, 1, terms}) {
+      for (int64_t dim = 8; dim <= 16384; dim += dim < 4096 ? 8 : 1016) {
+        const hopper::ReadBackwardExtents sizes = extents(terms, terms + 2, wide);
+        const hopper::ReadBackwardPlan plan = hopper::choose_read_backward(sizes, dim, kH100);
+        if (plan.columns == 0) {
+          continue;
+        }
+        ++served;
+        SCOPED_TRACE(testing::Message() << "K=" << terms << " D=" << dim << " wide=" << wide);
+        const int64_t bytes = hopper::read_backward_map(plan, sizes).bytes;
+        ASSERT_GE(int64_t{plan.columns} * plan.cluster, dim);
+        ASSERT_LT(int64_t{plan.columns} * (plan.cluster - 1), dim);
+        ASSERT_LE(plan.columns, plan.warps * hopper::kReadWarpColumns);
+        ASSERT_LE(plan.threads() * plan.blocks, hopper::read_resident_warps(terms) * 32);
+        ASSERT_LE(bytes, kH100.shared_per_block);
+        ASSERT_LE((bytes + 1024) * plan.blocks, kH100.shared_per_multiprocessor);
+        ASSERT_GE(plan.stages, 3);
+        ASSERT_LE(plan.stages, hopper::kReadStagesMax);
+        ASSERT_GE(plan.lead, 1);
+        ASSERT_GE(plan.look, 1);
+      }
+    }
+  }
+  EXPECT_GT(served, 5000);
+}
+
+TEST(HopperReadBackward, TheShapesOfTheBenchmarksHaveTheMeasuredPlans) {
+  using Plan = hopper::ReadBackwardPlan;
+  const auto choose = [](int terms, int64_t dim) {  // terms, dx, and with two terms dpartial_out
+    return hopper::choose_read_backward(extents(terms, terms + (terms == 2 ? 2 : 1), 0), dim,
+                                        kH100);
+  };
+  EXPECT_EQ(choose(2, 2048),
+            (Plan{.columns = 2048, .warps = 8, .stages = 4, .blocks = 2, .lead = 192, .look = 1}));
+  EXPECT_EQ(choose(2, 7168), (Plan{.cluster = 4,
+                                   .columns = 1792,
+                                   .warps = 7,
+                                   .stages = 4,
+                                   .blocks = 3,
+                                   .lead = 54,
+                                   .look = 1}));
+  EXPECT_EQ(choose(2, 2304),
+            (Plan{.columns = 2304, .warps = 9, .stages = 4, .blocks = 2, .lead = 170, .look = 1}));
+  EXPECT_EQ(choose(8, 7168), (Plan{.cluster = 4,
+                                   .columns = 1792,
+                                   .warps = 7,
+                                   .stages = 3,
+                                   .blocks = 2,
+                                   .lead = 24,
+                                   .look = 1}));
+  EXPECT_EQ(choose(10, 2304),
+            (Plan{.columns = 2304, .warps = 9, .stages = 3, .blocks = 1, .lead = 62, .look = 1}));
+  EXPECT_EQ(choose(2, 512).look, 4);
 }
 
 }  // namespace

@@ -34,9 +34,10 @@
 #include "cuda/device/grid.cuh"
 #include "cuda/device/hopper_barrier.cuh"
 #include "cuda/device/hopper_copy.cuh"
+#include "cuda/device/hopper_window.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/row_chunk.cuh"
-#include "cuda/hopper_read_forward_plan.h"
+#include "cuda/hopper_read_plan.h"
 #include "cuda/kernels/read_params.h"
 #include "cuda/kernels/read_sums.cuh"
 #include "cuda/policy.h"
@@ -47,6 +48,7 @@ struct HopperReadParams {
   ReadRowsParams read;
   ReadPlan plan;
   ReadMap map;
+  int* issued;  // of Window
 };
 
 struct ReadHead {
@@ -64,7 +66,14 @@ __device__ __forceinline__ void load_rows(const HopperReadParams& p, ReadHead& h
   RingCursor token;         // whose rows are loaded
   RingCursor oldest;        // whose rows make room next
   int room = p.plan.slots;  // slots that nobody uses
-  for (int64_t t = blockIdx.x; t < p.read.tokens; t += gridDim.x) {
+  Window window(p.issued, p.plan.lead, (p.plan.tokens - 1) * static_cast<int>(gridDim.x));
+  int steps_to_look = p.plan.tokens - 1;
+  for (int64_t t = blockIdx.x; t < p.read.tokens; t += gridDim.x, --steps_to_look) {
+    if (steps_to_look == 0) {
+      steps_to_look = p.plan.look;
+      window.wait(t);
+      window.count(p.plan.look);
+    }
     Barrier& full = head.full[token.slot];
     for (int r = 0; r < rows; ++r) {
       if (room == 0) {

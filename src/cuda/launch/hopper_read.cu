@@ -24,15 +24,17 @@ auto find_kernel(int terms) {
 
 }  // namespace
 
-bool run_read(Call& call, const ReadRowsParams& read, DType storage) {
+bool run_read(Call& call, const ReadRowsParams& read, DType storage, int* issued) {
   const DeviceLimits& limits = call.limits();
   HopperReadParams params = {};
   params.read = read;
-  params.plan = choose_read(read.num_terms, read.num_rows, read.dim, limits.shared_per_block);
+  params.plan =
+      choose_read(read.num_terms, read.num_rows, read.dim, read.norm, limits.shared_per_block);
   if (params.plan.warps == 0) {
     return false;
   }
   params.map = read_map(params.plan, read.num_terms, read.dim);
+  params.issued = issued;
   const auto kernel = storage == DType::kBFloat16 ? find_kernel<__nv_bfloat16>(read.num_terms)
                                                   : find_kernel<__half>(read.num_terms);
   const unsigned blocks = grid_blocks(std::min<int64_t>(read.tokens, limits.multiprocessors));

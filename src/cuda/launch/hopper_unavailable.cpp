@@ -1,5 +1,5 @@
-// The Hopper paths of a build without the CUTLASS headers: they serve nothing, and the general
-// kernels run instead.
+// The Hopper paths of a build without code for sm_90a or without the CUTLASS headers: they serve
+// nothing, and the general kernels run instead.
 
 #include <string>
 
@@ -28,7 +28,7 @@ Status attend_backward(const AttendBackwardArgs&, const Context&, const Plan*) {
   return unavailable("attend_backward");
 }
 
-bool run_read(Call&, const ReadRowsParams&, DType) { return false; }
+bool run_read(Call&, const ReadRowsParams&, DType, int*) { return false; }
 
 unsigned run_read_backward(Call&, const ReadBackwardArgs&, const ReadBackwardShape&,
                            const ReadBackwardScratch&, const ReadBackwardPlan*) {

@@ -130,7 +130,7 @@ bool is_aligned_to_eight(const Matrix& matrix) {
 
 /// Runs the whole call, x quantised and the snapshot taken where that is asked for, with its rows
 /// in registers, if a kernel can. `storage` is that of the rows.
-bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
+bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued) {
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
   const bool quantized = args.x_scale.present();
@@ -154,7 +154,7 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
   const ReadRowsParams params = make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
   if (half && !quantized &&
       read_rings(params.norm, args.partial_out.present(), params.num_terms, D, T, call.limits()) &&
-      hopper::run_read(call, params, storage.get())) {
+      hopper::run_read(call, params, storage.get(), issued)) {
     return true;
   }
   const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy.terms);
@@ -190,11 +190,28 @@ void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage
   call.launch(kernel, dim3(blocks), dim3(kStreamedThreads), shared_bytes, params, first_partial);
 }
 
+/// Pieces of the workspace, each only of calls that may need it.
+struct ReadScratch {
+  int* issued;  // counter of the ring
+  float* rows;  // [T, D] of reads that quantise their x in a second launch
+
+  ReadScratch(Workspace& workspace, const ReadArgs& args)
+      : issued(reinterpret_cast<int*>(workspace.floats(may_ring(args) ? 1 : 0))),
+        rows(workspace.floats(args.x_scale.present() ? args.x.rows * args.x.cols : 0)) {}
+
+  /// Asked without a device: the fewest multiprocessors of one that has the ring.
+  static bool may_ring(const ReadArgs& args) {
+    constexpr int64_t kFewMultiprocessors = 64;
+    return is_half(args.x.dtype) && args.x.rows >= 4 * kFewMultiprocessors;
+  }
+};
+
 }  // namespace
 
-/// For reads that quantise their x in a second launch.
 int64_t read_workspace_bytes(const ReadArgs& args) {
-  return args.x_scale.present() ? args.x.rows * args.x.cols * size_of(DType::kFloat32) : 0;
+  Workspace workspace;
+  const ReadScratch scratch(workspace, args);
+  return workspace.used();
 }
 
 Status read(const ReadArgs& given, const Context& context) {
@@ -218,12 +235,14 @@ Status read(const ReadArgs& given, const Context& context) {
   if (!call.ok()) {
     return call.status();
   }
+  Workspace workspace(context.workspace);
+  const ReadScratch scratch(workspace, args);
   const UniformType storage = storage_of(args);
-  if (run_rows(call, args, storage)) {
+  if (run_rows(call, args, storage, scratch.issued)) {
     return call.status();
   }
   if (quantized) {
-    args.x = {context.workspace, T, D, D, DType::kFloat32};
+    args.x = {scratch.rows, T, D, D, DType::kFloat32};
   }
   run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
   if (quantized) {
