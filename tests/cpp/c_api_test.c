@@ -338,15 +338,14 @@ const char* c_api_stochastic_add(void) {
   const float one[3] = {1, -2, 0.5f};
   const float other[3] = {0.5f, 1, 1.00390625f}; /* the last sum has two neighbours */
   const int64_t seed[2] = {1, 2};
-  uint16_t sum[3];
+  uint16_t sum[3] = {0xffff, 0xffff, 0xffff}; /* NaN */
   const flash_attn_res_const_matrix terms[2] = {input(one, 1, 3), input(other, 1, 3)};
   flash_attn_res_stochastic_add_args args = flash_attn_res_default_stochastic_add_args();
   args.terms = terms;
   args.num_terms = 2;
   args.seed = seed;
-  args.out = output(NULL, 1, 3);
-  args.out.data = sum;
-  args.out.dtype = FLASH_ATTN_RES_BFLOAT16;
+  const flash_attn_res_matrix out = {sum, 1, 3, 3, FLASH_ATTN_RES_BFLOAT16};
+  args.out = out;
   CHECK(flash_attn_res_stochastic_add(&args, NULL) == FLASH_ATTN_RES_OK);
   CHECK(sum[0] == 0x3fc0 && sum[1] == 0xbf80); /* 1.5, -1 */
   CHECK(sum[2] == 0x3fc0 || sum[2] == 0x3fc1); /* 1.50390625: 1.5 or 1.5078125 */
