@@ -12,7 +12,7 @@ from flash_attn_res._load import load_operators as _load_operators
 _load_operators()
 
 from flash_attn_res import compat, inference  # noqa: E402
-from flash_attn_res.functional import AttendResult, ReadResult, attend, read  # noqa: E402
+from flash_attn_res.functional import AttendResult, ReadResult, attend, read, stochastic_add  # noqa: E402
 from flash_attn_res.modules import BlockAttnRes  # noqa: E402
 from flash_attn_res.plan import Plan  # noqa: E402
 from flash_attn_res.stream import Stream  # noqa: E402
@@ -33,4 +33,5 @@ __all__ = [
     "compat",
     "inference",
     "read",
+    "stochastic_add",
 ]

@@ -53,11 +53,19 @@ class BlockAttnRes(nn.Module):
             None for the dtype of the stream, which moves fewer bytes and rounds at every addition.
         keep_phase1: whose phase-1 results training keeps for the backward: those of ``"none"``,
             of the ``"last"`` group or of ``"all"``. The others are computed again, with equal bits.
+        stochastic_rounding: a seed; then the running sums of a bfloat16 stream are rounded as by
+            :func:`stochastic_add` instead of to nearest, and so are the buffers of ``grad_dtype``
+            None. Each ``start`` is a step of its own. A sum is then written before its site reads
+            it, which costs that site two more passes over a value.
 
     Attributes:
         queries: [L + 1, R] pseudo-queries, zero at initialisation; the last is the output's.
         key_weight: [L + 1, R] weights, one at initialisation, or None.
+        rounding_seed: int64 [2], seed and step of the next ``start``, a buffer that checkpoints
+            keep; None without stochastic rounding.
     """
+
+    rounding_seed: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +81,7 @@ class BlockAttnRes(nn.Module):
         group_blocks: int | None = None,
         grad_dtype: torch.dtype | None = torch.float32,
         keep_phase1: str = "none",
+        stochastic_rounding: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -119,6 +128,15 @@ class BlockAttnRes(nn.Module):
             self.key_weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("key_weight", None)
+
+        seed = None
+        if stochastic_rounding is not None:
+            seed = torch.tensor(
+                [_check.integer(op, "stochastic_rounding", stochastic_rounding), 0],
+                dtype=torch.int64,
+                device=device,
+            )
+        self.register_buffer("rounding_seed", seed)
 
     @classmethod
     def kimi_k3(
@@ -214,6 +232,11 @@ class BlockAttnRes(nn.Module):
             raise TypeError(
                 "start: queries is a sharded DTensor; call start inside the forward of the module "
                 "that fully_shard wraps, or register it with register_fsdp_forward_method"
+            )
+        if self.rounding_seed is not None and embedding.dtype != torch.bfloat16:
+            raise TypeError(
+                f"start: embedding is {embedding.dtype}, expected torch.bfloat16: "
+                "stochastic_rounding rounds sums to bfloat16"
             )
         # Folded once for all sites: two element-wise products of a few kilobytes.
         queries = fold_query(self.queries, self.key_weight, statistics_dtype(embedding))

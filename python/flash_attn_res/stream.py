@@ -48,6 +48,11 @@ class Stream:
         self._plan = plan
         self._scale, self._eps = module.scale, module.eps
         self._like = embedding
+        # Seed and step of this pass: the backward finds them as they were, whatever starts later.
+        self._seed: Tensor | None = None
+        if module.rounding_seed is not None:
+            self._seed = module.rounding_seed.clone()
+            module.rounding_seed[1] += 1
         self._output_dtype: torch.dtype | None = None
         self._partial: Tensor | None = None
         self._update: Tensor | None = None
@@ -234,7 +239,7 @@ class FunctionalStream(Stream):
         if not site.opens:
             return
         if site.index > 0:
-            partial, update = self._pending()
+            partial, update = self._pending(site)
             assert partial is not None
             self._sources.append(
                 partial if update is None else (partial + update).to(partial.dtype)
@@ -249,10 +254,13 @@ class FunctionalStream(Stream):
             return_probs=self._return_probs,
         )
 
-    def _pending(self) -> tuple[Tensor | None, Tensor | None]:
+    def _pending(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
         """(partial, update) for a read. A block's first output is its partial sum as it stands."""
         if self._partial is None and self._update is not None:
             return self._update.to(self._like.dtype), None
+        if self._seed is not None and self._partial is not None and self._update is not None:
+            terms = [self._partial, self._update]
+            return torch.ops.flash_attn_res.stochastic_add(terms, self._seed, site.index), None
         return self._partial, self._update
 
     def _given(self, site: Site) -> tuple[Any, ...]:
@@ -262,7 +270,7 @@ class FunctionalStream(Stream):
             assert self._phase1 is not None
             out, lse = self._phase1.out[site.slot], self._phase1.lse[site.slot]
         sources = self._sources[site.first_direct : site.num_sources]
-        return (out, lse, *self._pending(), self._queries[site.index], *sources)
+        return (out, lse, *self._pending(site), self._queries[site.index], *sources)
 
     def _call(
         self,

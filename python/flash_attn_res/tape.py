@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.autograd import Function, Variable
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
+from flash_attn_res._check import MAX_SOURCES
 from flash_attn_res.plan import Group, Plan, Site
 from flash_attn_res.stream import Stream, spread
 
@@ -50,6 +51,7 @@ _attend = torch.ops.flash_attn_res.attend_into.default
 _attend_backward = torch.ops.flash_attn_res.attend_backward_into.default
 _read = torch.ops.flash_attn_res.read_into.default
 _read_backward = torch.ops.flash_attn_res.read_backward_into.default
+_stochastic_add = torch.ops.flash_attn_res.stochastic_add_into.default
 
 _backward_pass = torch._C._current_graph_task_id  # -1 outside of a backward
 
@@ -124,11 +126,13 @@ class Tape:
         scale: float,
         eps: float,
         grad_dtype: torch.dtype,
+        seed: Tensor | None,
     ) -> None:
         self.queries = queries.detach()  # [L + 1, R] folded
         self.query_rows = self.queries.unbind(0)
         self.query_grad = queries.requires_grad
         self.scale, self.eps, self.grad_dtype = scale, eps, grad_dtype
+        self.seed = seed  # of stochastic rounding
         self.shape, self.dtype, self.device = embedding.shape, embedding.dtype, embedding.device
         self.tokens = embedding.numel() // embedding.shape[-1]
         self.sources = [embedding.detach()]  # [..., D] each; for the forward alone
@@ -236,6 +240,38 @@ class Tape:
                 self.dsources[j].zero_()
         return [self.dsources[j] for j in range(first, end)], accumulate
 
+    @property
+    def rounds_gradients(self) -> bool:
+        """Whether gradients of sources are added up with stochastic rounding."""
+        return self.seed is not None and self.grad_dtype == torch.bfloat16
+
+    def parts(self, first: int, end: int) -> list[Tensor]:
+        """float32 gradients of the sources first..end - 1 from one node, for ``add_parts``."""
+        return [
+            torch.empty(self.shape, dtype=torch.float32, device=self.device)
+            for _ in range(first, end)
+        ]
+
+    def add_parts(self, first: int, parts: Sequence[Tensor], node: int) -> None:
+        """Adds what a node wrote to ``parts`` to the buffers, rounded stochastically.
+
+        Nodes are numbered; sites of the generator below 2^31 are those of the forward.
+        """
+        seed = self.seed
+        assert seed is not None
+        for j, part in enumerate(parts, first):
+            terms = [self.dsources[j], part] if j in self.dsources else [part]
+            if j not in self.dsources:
+                self.dsources[j] = self.values()
+            _stochastic_add(terms, seed, 2**31 + node * MAX_SOURCES + j, self.dsources[j])
+
+    def total(self, partial: Tensor, update: Tensor, site: int) -> Tensor:
+        """A running sum plus the last output, where sums are rounded stochastically."""
+        assert self.seed is not None
+        total = self.values()
+        _stochastic_add([partial, update], self.seed, site, total)
+        return total
+
     def take(self, source: int, dtype: torch.dtype) -> Tensor | None:
         """The gradient of a source, which is complete."""
         gradient = self.dsources.pop(source, None)
@@ -271,14 +307,21 @@ class _Close(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tape: Tape, partial: Tensor | None, update: Tensor, token: Tensor
+        ctx: Any,
+        tape: Tape,
+        site: int,
+        partial: Tensor | None,
+        update: Tensor,
+        token: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         if partial is None:
             total = update.detach().to(tape.dtype)
+        elif tape.seed is not None:
+            total = tape.total(partial, update, site)
         else:
             total = torch.add(partial, update).to(tape.dtype)
-        needs = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        needs = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.tape, ctx.source = tape, tape.add_source(total, needs)
         ctx.update_dtype = update.dtype
         return token.new_empty(0)
@@ -288,9 +331,9 @@ class _Close(Function):
         tape: Tape = ctx.tape
         tape.enter()
         gradient = tape.take(ctx.source, tape.dtype)
-        _, need_partial, need_update, _ = ctx.needs_input_grad
+        _, _, need_partial, need_update, _ = ctx.needs_input_grad
         dupdate = gradient.to(ctx.update_dtype) if gradient is not None and need_update else None
-        return None, gradient if need_partial else None, dupdate, None
+        return None, None, gradient if need_partial else None, dupdate, None
 
 
 class _Open(Function):
@@ -317,7 +360,10 @@ class _Open(Function):
             dsources: list[Tensor] = []
             accumulate = False
             if tape.needs_grad(0, group.num_sources):
-                dsources, accumulate = tape.buffers(0, group.num_sources)
+                if tape.rounds_gradients:
+                    dsources = tape.parts(0, group.num_sources)
+                else:
+                    dsources, accumulate = tape.buffers(0, group.num_sources)
             _attend_backward(
                 phase1.out,
                 phase1.dlse,
@@ -333,6 +379,8 @@ class _Open(Function):
                 tape.query_gradients()[sites] if tape.query_grad else None,
                 True,
             )
+            if tape.rounds_gradients:
+                tape.add_parts(0, dsources, len(tape.query_rows) + group.first)
             phase1.drop()
             tape.begun.remove(phase1)
         return None, None, None
@@ -399,7 +447,10 @@ class _Read(Function):
         dsources: list[Tensor] = []
         accumulate = False
         if tape.needs_grad(site.first_direct, site.num_sources):
-            dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
+            if tape.rounds_gradients:
+                dsources = tape.parts(site.first_direct, site.num_sources)
+            else:
+                dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
         dpartial = total.new_empty(total.shape) if need_partial or need_update else None
         has_query = logits.shape[1] > 1
         dquery = tape.query_gradients()[site.index] if has_query and tape.query_grad else None
@@ -428,6 +479,8 @@ class _Read(Function):
             True,
             dweight,
         )
+        if tape.rounds_gradients:
+            tape.add_parts(site.first_direct, dsources, site.index)
         dupdate = None
         if dpartial is not None and need_update:
             dupdate = dpartial.to(ctx.update_dtype)
@@ -447,6 +500,8 @@ def run_site(
     """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
     if partial is None and update is not None:
         partial, update = update.to(tape.dtype), None
+    elif tape.seed is not None and partial is not None and update is not None:
+        partial, update = tape.total(partial, update, site.index), None
     total = partial if update is None else tape.values()
     x = tape.values()
     terms = int(phase1 is not None) + len(sources) + int(total is not None)
@@ -490,7 +545,7 @@ class TapeStream(Stream):
         grad_dtype = module.grad_dtype or embedding.dtype
         if embedding.dtype == torch.float64:
             grad_dtype = torch.float64
-        self._tape = Tape(embedding, queries, module.scale, module.eps, grad_dtype)
+        self._tape = Tape(embedding, queries, module.scale, module.eps, grad_dtype, self._seed)
         self._tape.record = return_probs
         self._keep = module.keep_phase1
         self._last_group = max(
@@ -550,7 +605,9 @@ class TapeStream(Stream):
         """The phase 1 that a site reads, run if the site is the first to."""
         if site.opens:
             if site.index > 0:
-                self._token = _Close.apply(self._tape, self._partial, self._update, self._token)
+                self._token = _Close.apply(
+                    self._tape, site.index, self._partial, self._update, self._token
+                )
                 self._partial = self._update = None
             self._release_phase1()
             self._phase1 = self._tape.phase1 = Phase1(site.group)
