@@ -402,7 +402,8 @@ def test_cpp_decoder(variant: str, dtype: str, tmp_path_factory: pytest.TempPath
 
     folder = tmp_path_factory.mktemp(f"{variant}-{dtype}")
     options = ("--layers", "3", "--dtype", dtype, "--variants", variant)
-    file = train_tiny(folder, "--steps", "30", *options) / f"{variant}.safetensors"
+    with torch.enable_grad():
+        file = train_tiny(folder, "--steps", "30", *options) / f"{variant}.safetensors"
     texts = {}
     logits = {}
     for device in ("cpu", "cuda"):

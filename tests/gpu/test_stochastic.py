@@ -34,7 +34,10 @@ def test_special_values() -> None:
         [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-39, -1e-45, 3.4e38] * 8
     ).reshape(2, 32)
     ours = stochastic_add([values.cuda()], seed_of(1, 0)).cpu().view(torch.int16)
-    assert ours.equal(stochastic_add([values], seed_of(1, 0, "cpu")).view(torch.int16))
+    theirs = stochastic_add([values], seed_of(1, 0, "cpu")).view(torch.int16)
+    number = ~values.isnan()  # which bits a NaN has is the machine's affair
+    assert torch.equal(ours[number], theirs[number])
+    assert ours.view(torch.bfloat16)[~number].isnan().all()
 
 
 def test_over_the_memory_of_a_term() -> None:
