@@ -33,6 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train the variants and compare them"))
     _add_sample(commands.add_parser("sample", help="print text from a trained model"))
     _add_inspect(commands.add_parser("inspect", help="show which depths a model reads"))
+    doctor = commands.add_parser("doctor", help="say what is installed and whether it computes")
+    doctor.description = (
+        "Says what is installed and why something fast may not be used, and checks a read, forward "
+        "and backward, on every device. Leaves with 1 where a check fails."
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -140,6 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.inspect import run_inspect
 
             return run_inspect(arguments)
+        if arguments.command == "doctor":
+            from flash_attn_res.cli.doctor import run_doctor
+
+            return run_doctor(arguments)
         from flash_attn_res.cli.sample import run_sample
 
         return run_sample(arguments)
