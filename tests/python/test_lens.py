@@ -124,6 +124,18 @@ def test_closed_lens_leaves_nothing_and_open_one_changes_nothing() -> None:
     assert lens.report().networks[0].tokens == 8
 
 
+def test_compiled_model() -> None:
+    network = Network(3)
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    x = torch.randn(4, DIM)
+    before = compiled(x)
+    with DepthLens(compiled) as lens:
+        torch.testing.assert_close(compiled(x), before)
+    assert lens.report().networks[0].tokens == 4
+    assert torch.equal(compiled(x), before)
+    assert lens.report().networks[0].tokens == 4
+
+
 def test_gradients_under_the_lens() -> None:
     network = Network(3)
     x = torch.randn(4, DIM)
