@@ -1,4 +1,4 @@
-"""The command `flash-attn-res`: train small language models with Attention Residuals, sample them.
+"""The command `flash-attn-res`: train and sample small models, show the depths they read.
 
 Only argparse is imported here; what a command needs is imported when it runs.
 """
@@ -26,11 +26,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="flash-attn-res",
         description="Train small byte-level language models with plain residuals, Block and Full "
-        "Attention Residuals side by side, and print text from them.",
+        "Attention Residuals side by side, print text from them, and show which depths a "
+        "model reads.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_train(commands.add_parser("train", help="train the variants and compare them"))
     _add_sample(commands.add_parser("sample", help="print text from a trained model"))
+    _add_inspect(commands.add_parser("inspect", help="show which depths a model reads"))
+    doctor = commands.add_parser("doctor", help="say what is installed and whether it computes")
+    doctor.description = (
+        "Says what is installed and why something fast may not be used, and checks a read, forward "
+        "and backward, on every device. Leaves with 1 where a check fails."
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -104,6 +112,28 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs a model and writes which sources every site reads to OUT: depth.json, depth.png and "
+        "depth.html, one page that works offline."
+    )
+    parser.add_argument(
+        "path",
+        help="a run's folder, its checkpoint.safetensors or a variant's weights; or "
+        "FILE.py:FUNCTION, a function that returns (model, inputs)",
+    )
+    parser.add_argument("--variant", help="which model of a run (default: block, if it is there)")
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text to run a trained model on, as for train"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=8, help="batches of validation text (default 8)"
+    )
+    parser.add_argument("--out", default="depth", help="folder to write to (default depth)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
@@ -112,6 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.train import run_train
 
             return run_train(arguments)
+        if arguments.command == "inspect":
+            from flash_attn_res.cli.inspect import run_inspect
+
+            return run_inspect(arguments)
+        if arguments.command == "doctor":
+            from flash_attn_res.cli.doctor import run_doctor
+
+            return run_doctor(arguments)
         from flash_attn_res.cli.sample import run_sample
 
         return run_sample(arguments)
