@@ -291,7 +291,8 @@ class _Start(Function):
             if need and gradient is None and tape.shared:  # another process waits for it
                 gradient = torch.zeros(tape.shape, dtype=tape.dtype, device=tape.device)
             dsources.append(gradient)
-        return None, tape.dqueries if need_queries else None, *dsources
+        dqueries = tape.query_gradients() if tape.shared else tape.dqueries
+        return None, dqueries if need_queries else None, *dsources
 
 
 class _Close(Function):
@@ -565,9 +566,7 @@ class TapeStream(Stream):
         self._tape = Tape(embedding, queries, module.scale, module.eps, grad_dtype)
         self._tape.record = return_probs
         self._keep = module.keep_phase1
-        self._last_group = max(
-            (group.index for group in plan.groups if group.two_phase), default=-1
-        )
+        self._last_group = last_group(plan)
         self._phase1: Phase1 | None = None
         received: Sequence[Tensor] = [embedding]
         if given is not None:
@@ -628,6 +627,8 @@ class TapeStream(Stream):
 
     def _phase1_of(self, site: Site) -> Phase1 | None:
         """The phase 1 that a site reads, run if the site is the first to."""
+        if site.opens and self._phase1 is not None and self._phase1.group is site.group:
+            return self._phase1  # prefetched
         if site.opens:
             if site.closes:
                 self._token = _Close.apply(self._tape, self._partial, self._update, self._token)
@@ -645,6 +646,28 @@ class TapeStream(Stream):
             return
         if self._keep == "none" or phase1.group.index != self._last_group:
             phase1.drop()
+
+    def use_plan(self, change: Callable[[Plan], Plan]) -> None:
+        """Runs by another plan of the same network; before the first read."""
+        assert isinstance(self._plan, Plan)
+        assert self._sublayer == 0
+        self._plan = change(self._plan)
+        self._last_group = last_group(self._plan)
+
+    def prefetch(self, side: torch.cuda.Stream | None = None) -> None:
+        """Between read and write: runs the phase 1 that the next site opens, if it needs no output.
+
+        Args:
+            side: the CUDA stream to run it on; the next read waits for it.
+        """
+        self._expect("write")
+        site = self._plan.sites[self._sublayer + 1 : self._sublayer + 2]
+        if not site or not site[0].opens or site[0].closes:
+            return
+        with torch.cuda.stream(side):
+            if side is not None:
+                self._tape.follow_stream()
+            self._phase1_of(site[0])
 
     def export(self, first: int, boundary: bool) -> tuple[list[Tensor], Tensor | None]:
         """Ends a part of a network: the sources from ``first`` on, and the running sum.
@@ -668,6 +691,10 @@ class TapeStream(Stream):
         self._partial = self._update = None
         self._state = "done"
         return exported, None if boundary else exported.pop()
+
+    def release(self) -> None:
+        """Lets go of the sources after :meth:`export`; the graph holds what its backward needs."""
+        self._release()
 
     @property
     def sources(self) -> list[Tensor]:
@@ -729,6 +756,11 @@ class TapeStream(Stream):
     def _release(self) -> None:
         self._release_phase1()
         self._tape.sources = []
+
+
+def last_group(plan: Plan | PartialPlan) -> int:
+    """Index of the last group with phase 1, or -1."""
+    return max((group.index for group in plan.groups if group.two_phase), default=-1)
 
 
 def read_again(
