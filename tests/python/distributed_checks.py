@@ -6,6 +6,7 @@ it must hold, every process asserts it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import json
@@ -81,8 +82,9 @@ class Stage(nn.Module):
         with torch.no_grad():
             self.attn_res.queries.copy_(whole.queries[sites.start : sites.stop])
             self.attn_res.key_weight.copy_(whole.key_weight[sites.start : sites.stop])
-        self.layers = nn.ModuleList(network.layers[i] for i in sublayers)
-        self.norms = nn.ParameterList(network.norms[i] for i in sites)
+        # Copies: wrappers change a module's parameters, and the network stays what it is.
+        self.layers = nn.ModuleList(copy.deepcopy(network.layers[i]) for i in sublayers)
+        self.norms = nn.ParameterList(network.norms[i].detach().clone() for i in sites)
         self.layout, self.stage, self.checkpoint = layout, stage, checkpoint
         # An embedding, so that the first source has a gradient to hand out.
         self.embed = nn.Parameter(torch.ones(whole.dim).to(weight)) if stage == 0 else None
@@ -103,7 +105,9 @@ def square_loss(y: Tensor, target: Tensor) -> Tensor:
     return (y * target).sum()
 
 
-def make_network(process: Process, layers: int, block: int, dtype: torch.dtype, **options) -> Network:
+def make_network(
+    process: Process, layers: int, block: int, dtype: torch.dtype, **options
+) -> Network:
     torch.manual_seed(11)
     return Network(layers, block, **options).to(process.device, dtype)
 
@@ -170,7 +174,9 @@ def one_process(given, micro_batches: int, dtype: torch.dtype, eager: bool = Fal
     held = network.norms[0].dtype
     network.to(dtype)
     embed = torch.ones(DIM, device=x.device, dtype=dtype, requires_grad=True)
-    for batch, goal in zip(x.to(dtype).chunk(micro_batches), target.to(dtype).chunk(micro_batches), strict=True):
+    for batch, goal in zip(
+        x.to(dtype).chunk(micro_batches), target.to(dtype).chunk(micro_batches), strict=True
+    ):
         y = network.eager(batch * embed) if eager else network(batch * embed)
         square_loss(y, goal).backward()
     found = {}
@@ -571,7 +577,9 @@ def sequence_errors(process: Process) -> None:
         shards.take(x[0, 0])
     stream = shards.start(network.attn_res, x)
     stream.read()
-    with pytest.raises(ValueError, match=r"output has shape \[2, 4, 32\], expected 8 tokens in dim"):
+    with pytest.raises(
+        ValueError, match=r"output has shape \[2, 4, 32\], expected 8 tokens in dim"
+    ):
         stream.write(x[:, :4])
     with pytest.raises(ValueError, match="a DTensor needs TokenShards of a DeviceMesh"):
         shards.start(network.attn_res, x).read(dtensor=True)
@@ -752,5 +760,9 @@ if __name__ == "__main__":  # by hand: python tests/python/distributed_checks.py
         )
         for file in sorted(Path(where).iterdir()):
             outcome = json.loads(file.read_text())
-            print(file.stem, outcome.get("failed", outcome.get("error")) or "passed", outcome["seconds"])
+            print(
+                file.stem,
+                outcome.get("failed", outcome.get("error")) or "passed",
+                outcome["seconds"],
+            )
         print(codes)

@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_train(commands.add_parser("train", help="train the variants and compare them"))
     _add_sample(commands.add_parser("sample", help="print text from a trained model"))
+    _add_plan(commands.add_parser("plan", help="count memory and traffic over many devices"))
     return parser
 
 
@@ -104,6 +105,36 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints what the blocks of Attention Residuals take up on each device and what travels "
+        "between pipeline stages and in a tensor-parallel group. The defaults are of Kimi K3's size."
+    )
+    for flag, default, text in (
+        ("--layers", 186, "sublayers; a Transformer layer has two"),
+        ("--dim", 7168, "width of the residual stream"),
+        ("--block-size", 24, "sublayers to a block"),
+        ("--pp", 8, "ranks of the pipeline"),
+        ("--vpp", 2, "virtual stages to a rank"),
+        ("--tp", 1, "ranks of the tensor-parallel group"),
+        ("--seq", 8192, "tokens of a micro-batch"),
+    ):
+        parser.add_argument(
+            flag, type=int, default=default, metavar="N", help=f"{text} (default {default})"
+        )
+    parser.add_argument(
+        "--value-bytes", type=int, choices=(1, 2, 4), default=2, help="of an element (default 2)"
+    )
+    parser.add_argument(
+        "--links",
+        type=float,
+        nargs="+",
+        default=[50.0, 450.0],
+        metavar="GB/S",
+        help="speeds of a link, one direction (default 50 450)",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
@@ -112,6 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.train import run_train
 
             return run_train(arguments)
+        if arguments.command == "plan":
+            from flash_attn_res.cli.plan import run_plan
+
+            return run_plan(arguments)
         from flash_attn_res.cli.sample import run_sample
 
         return run_sample(arguments)

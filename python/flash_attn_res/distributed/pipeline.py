@@ -269,7 +269,9 @@ class _Stage(PipelineStage):
         sent_bytes: what was sent so far, ``"forward"`` and ``"backward"``.
     """
 
-    def __init__(self, module: nn.Module, attn_res: StageAttnRes, cache: BlockCache, **given: Any) -> None:
+    def __init__(
+        self, module: nn.Module, attn_res: StageAttnRes, cache: BlockCache, **given: Any
+    ) -> None:
         layout, stage = attn_res.layout, attn_res.stage
         # With a dw_builder, schedules that split the backward (zero bubble) run it as a whole where
         # its first half would be: the gradients of blocks are added up in place, once.

@@ -78,9 +78,7 @@ class _Take(Function):
 class _Pending:
     """An all-gather that runs."""
 
-    def __init__(
-        self, dim: int, rows: Tensor, tokens: int
-    ) -> None:
+    def __init__(self, dim: int, rows: Tensor, tokens: int) -> None:
         self._dim, self._rows, self._tokens = dim, rows, tokens
 
     def wait(self) -> Tensor:
@@ -379,4 +377,3 @@ def split_first(plan: Plan) -> Plan:
             sources = first // plan.block_size + 1 if len(spans) > 1 else group.num_sources
             groups.append(Group(len(groups), first, size, sources, two_phase))
     return Plan(plan.num_sublayers, plan.block_size, tuple(groups), plan.costs)
-
