@@ -11,9 +11,9 @@ Starts one process a device and measures, in bfloat16 with SwiGLU sublayers (RMS
              sublayers: plain residuals (add and norm on the shard), and AttnRes with and without
              phase 1 on a side stream beside the all-gather
 
-Contenders run in turn in every round; a time is the slower rank's. Ratios are medians of the rounds'
-ratios to plain. A profile of one run of each prefill says for how long communication ran and for how
-much of that phase 1 ran beside it; --traces keeps the Chrome traces.
+Contenders run in turn in every round; a time is the slower rank's. Ratios are medians of the
+rounds' ratios to plain. A profile of one run of each prefill says for how long communication ran,
+and for how much of that phase 1 ran beside it; --traces keeps the Chrome traces.
 """
 
 from __future__ import annotations

@@ -337,7 +337,7 @@ class _Export(Function):
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.first, ctx.end = tape, first, len(tape.sources)
         ctx.update_dtype = None if update is None else update.dtype
-        exported = [source.detach() for source in tape.sources[first:]]
+        exported = [source.detach().contiguous() for source in tape.sources[first:]]
         needs = tape.source_grads[first:]
         if update is not None:
             total = update.to(tape.dtype) if partial is None else torch.add(partial, update)

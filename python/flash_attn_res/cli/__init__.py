@@ -108,7 +108,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Prints what the blocks of Attention Residuals take up on each device and what travels "
-        "between pipeline stages and in a tensor-parallel group. The defaults are of Kimi K3's size."
+        "between pipeline stages and in a tensor-parallel group. The defaults are of Kimi K3's "
+        "size."
     )
     for flag, default, text in (
         ("--layers", 186, "sublayers; a Transformer layer has two"),

@@ -1,7 +1,8 @@
 """Which stage of a pipeline runs what, and what travels between stages.
 
-With C stages of which each completes N_p blocks on average, a token's width D, P ranks and V virtual
-stages a rank (C = P V), section 4.1 of the paper (arXiv 2603.15031) counts, in elements a token::
+With C stages of which each completes N_p blocks on average, a token's width D, P ranks and V
+virtual stages a rank (C = P V), section 4.1 of the paper (arXiv 2603.15031) counts, in elements a
+token::
 
     naive    C (C - 1) / 2 * N_p D                              every block goes to every stage
     cached   P (P - 1) / 2 * N_p D + (V - 1) P^2 * N_p D        a rank keeps what it received

@@ -1,7 +1,7 @@
 """How a value [..., D] travels between stages: as it is, or in a format of fewer bytes.
 
-A payload turns a value into a tuple of floating-point tensors and back. Gradients travel in the same
-format: the rounding of a format counts as the identity in the backward.
+A payload turns a value into a tuple of floating-point tensors and back. Gradients travel in the
+same format: the rounding of a format counts as the identity in the backward.
 
 ``Scaled`` is the format of fewer bytes: each token has a scale s = max |v| / top in float32, and
 v / s is stored in float16 (top = 65504) or float8_e4m3fn (top = 448). float8 travels as pairs of

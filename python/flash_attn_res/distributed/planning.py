@@ -16,7 +16,8 @@ class Estimate:
 
     Attributes:
         layers, dim, block_size: sublayers L, D, S.
-        pp, vpp, tp: ranks of the pipeline, virtual stages a rank, ranks of the tensor-parallel group.
+        pp, vpp: ranks of the pipeline, and virtual stages of each.
+        tp: ranks of the tensor-parallel group.
         seq: tokens T of a micro-batch.
         value_bytes: of an element of the stream.
         grad_bytes: of an element of the buffers that sum the gradients of blocks.
@@ -82,23 +83,25 @@ class Estimate:
             "prefill or one device's forward: embedding and blocks "
             f"{_size(sources * self.value)} a device",
         ]
-        rows = [("rank", "stages", "blocks held", "in flight", "blocks", "gradient buffers")]
-        for rank in range(self.pp):
-            rows.append(
-                (
-                    str(rank),
-                    ", ".join(map(str, layout.stages_of(rank))),
-                    str(layout.values_held(rank)),
-                    str(self.in_flight(rank)),
-                    _size(self.blocks_memory(rank)),
-                    _size(self.gradients_memory(rank)),
-                )
+        rows: list[tuple[str, ...]] = [
+            ("rank", "stages", "blocks held", "in flight", "blocks", "gradient buffers")
+        ]
+        rows += [
+            (
+                str(rank),
+                ", ".join(map(str, layout.stages_of(rank))),
+                str(layout.values_held(rank)),
+                str(self.in_flight(rank)),
+                _size(self.blocks_memory(rank)),
+                _size(self.gradients_memory(rank)),
             )
+            for rank in range(self.pp)
+        ]
         lines += ["", "memory a device while training", *_table(rows)]
         if layout.num_stages > 1:
             cached, naive = self.transitions(), self.transitions(cache=False)
-            rows = [("transition", "carries", "bytes", "without cache")]
-            rows[0] += tuple(f"ms at {link:g} GB/s" for link in links)
+            speeds = (f"ms at {link:g} GB/s" for link in links)
+            rows = [("transition", "carries", "bytes", "without cache", *speeds)]
             for stage, (some, every) in enumerate(zip(cached, naive, strict=True)):
                 count = len(layout.received(stage + 1))
                 carries = f"{count} blocks" + " + sum" * layout.has_partial(stage + 1)
@@ -109,11 +112,11 @@ class Estimate:
             lines += ["", "a micro-batch forward; its backward returns as much", *_table(rows)]
         if self.tp > 1:
             moved = (self.tp - 1) * self.value
-            times = ", ".join(f"{moved / link / 1e6:.2f} ms at {link:g} GB/s" for link in links)
+            spent = ", ".join(f"{moved / link / 1e6:.2f} ms at {link:g} GB/s" for link in links)
             lines += [
                 "",
                 f"a sublayer's reduce-scatter, and its all-gather: {_size(moved)} a device each "
-                f"({times}); together as much as the all-reduce that they take the place of",
+                f"({spent}); together as much as the all-reduce that they take the place of",
             ]
         return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Sequence-sharded reading in a tensor-parallel group (section 3.4 of arXiv 2603.15031).
 
-Reading mixes depths, not tokens. A group of P ranks splits the tokens: each keeps the blocks and the
-running sum of T / P tokens, and the all-reduce after a sublayer becomes a reduce-scatter and an
+Reading mixes depths, not tokens. A group of P ranks splits the tokens: each keeps the blocks and
+the running sum of T / P tokens, and the all-reduce after a sublayer becomes a reduce-scatter and an
 all-gather with the ``read`` between them::
 
     y (partial sums, all tokens) -> reduce-scatter -> add, mixture, norm of T / P tokens
