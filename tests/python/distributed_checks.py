@@ -733,7 +733,7 @@ def spawn(target: Callable, world: int, device: str, folder: Path, only: str = "
     for worker in workers:
         worker.start()
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]

@@ -6,9 +6,9 @@ the stage's module, so that schedules (GPipe, 1F1B, interleaved 1F1B, its zero-b
 them and their gradients as they move any activation.
 
 Blocks that a rank keeps for its later stages go past autograd. A rank has, for each micro-batch,
-one gradient buffer for each block: the sites of all its stages add to it in place, and so does what the
-next stage returns. The stage that received the block runs backward after all of those. It hands the
-buffer out, once, and the gradient takes the way back that the block came.
+one gradient buffer for each block: the sites of all its stages add to it in place, and so does what
+the next stage returns. The stage that received the block runs backward after all of those. It hands
+the buffer out, once, and the gradient takes the way back that the block came.
 
 .. code-block:: python
 
