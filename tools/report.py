@@ -428,9 +428,8 @@ def step() -> str:
         lines.append([shape, STEP_PACKAGES.get(row["package"], row["package"]), *cells])
     caption = (
         f"{document['device']}, torch {document['versions']['torch']}, bfloat16, eager; SwiGLU "
-        "sublayers. Medians over interleaved rounds, and of the rounds' ratios to plain. Measured at "
-        + ", ".join(sorted({f"`{row['commit']}`" for row in document["rows"]}))
-        + "."
+        "sublayers. Medians over interleaved rounds, and of the rounds' ratios to plain. Measured "
+        "at " + ", ".join(sorted({f"`{row['commit']}`" for row in document["rows"]})) + "."
     )
     header = ["network", "residual", "forward ms", "step ms", "peak GiB"]
     return caption + "\n\n" + markdown(header, lines)

@@ -121,7 +121,7 @@ class BlockAttnRes(nn.Module):
         # Made here: torch.compile then finds them ready.
         self._inference_plan = self._make_plan(Costs(training=False))
         self._training_plans = {dtype: self._make_plan(self._costs(dtype)) for dtype in _STREAM}
-        shape = (num_sublayers + 1, self.query_dim)
+        shape = (len(self._sites()), self.query_dim)
         self.queries = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self.key_weight: nn.Parameter | None
         if key_weight:
@@ -151,6 +151,10 @@ class BlockAttnRes(nn.Module):
         _check.positive_int("kimi_k3", "num_layers", num_layers)
         _check.positive_int("kimi_k3", "block_size", block_size)
         return cls(2 * num_layers, dim, 2 * block_size, eps=eps, **options)
+
+    def _sites(self) -> range:
+        """The sites whose parameters this module holds."""
+        return range(self.num_sublayers + 1)
 
     def reset_parameters(self) -> None:
         """Zero queries and unit key weights, as at construction."""
@@ -221,25 +225,12 @@ class BlockAttnRes(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
         """
-        _check.leading("start", "embedding", embedding)
-        if embedding.shape[-1] != self.dim:
-            raise ValueError(
-                f"start: embedding has shape {_check.shape_text(embedding)}, expected a width of "
-                f"{self.dim}, the dim of this BlockAttnRes"
-            )
-        _check.same_device("start", "embedding", embedding, "queries", self.queries)
-        if hasattr(self.queries, "full_tensor"):
-            raise TypeError(
-                "start: queries is a sharded DTensor; call start inside the forward of the module "
-                "that fully_shard wraps, or register it with register_fsdp_forward_method"
-            )
+        queries = self._fold("start", "embedding", embedding)
         if self.rounding_seed is not None and embedding.dtype != torch.bfloat16:
             raise TypeError(
                 f"start: embedding is {embedding.dtype}, expected torch.bfloat16: "
                 "stochastic_rounding rounds sums to bfloat16"
             )
-        # Folded once for all sites: two element-wise products of a few kilobytes.
-        queries = fold_query(self.queries, self.key_weight, statistics_dtype(embedding))
         plan = self._inference_plan
         if torch.is_grad_enabled():
             plan = self._training_plans[embedding.dtype]
@@ -247,6 +238,25 @@ class BlockAttnRes(nn.Module):
             functional = torch.compiler.is_compiling()
         kind = FunctionalStream if functional else TapeStream
         return kind(self, embedding, queries, plan, return_probs)
+
+    def _fold(self, op: str, name: str, value: Tensor) -> Tensor:
+        """Checks a value [..., D] that a stream begins with, and gives the folded queries.
+
+        They are folded once for all sites: two element-wise products of a few kilobytes.
+        """
+        _check.leading(op, name, value)
+        if value.shape[-1] != self.dim:
+            raise ValueError(
+                f"{op}: {name} has shape {_check.shape_text(value)}, expected a width of "
+                f"{self.dim}, the dim of this {type(self).__name__}"
+            )
+        _check.same_device(op, name, value, "queries", self.queries)
+        if hasattr(self.queries, "full_tensor"):
+            raise TypeError(
+                f"{op}: queries is a sharded DTensor; call {op} inside the forward of the module "
+                "that fully_shard wraps, or register it with register_fsdp_forward_method"
+            )
+        return fold_query(self.queries, self.key_weight, statistics_dtype(value))
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

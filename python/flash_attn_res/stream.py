@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from flash_attn_res import _check
 from flash_attn_res.functional import AttendResult, attend, read
-from flash_attn_res.plan import Plan, Site
+from flash_attn_res.plan import PartialPlan, Plan, Site
 
 if TYPE_CHECKING:
     from flash_attn_res.modules import BlockAttnRes
@@ -43,7 +43,11 @@ class Stream:
     """
 
     def __init__(
-        self, module: BlockAttnRes, embedding: Tensor, plan: Plan, return_probs: bool
+        self,
+        module: BlockAttnRes,
+        embedding: Tensor,
+        plan: Plan | PartialPlan,
+        return_probs: bool,
     ) -> None:
         self._plan = plan
         self._scale, self._eps = module.scale, module.eps
@@ -157,6 +161,10 @@ class Stream:
             RuntimeError, ValueError, TypeError: as :meth:`read`.
         """
         self._expect("finish")
+        if self._sublayer == len(self._plan.sites):
+            raise RuntimeError(
+                "finish: this stream runs a part of a network that has no output; call export"
+            )
         norm = self._norm("finish", norm_weight, norm_eps)
         y = self._read(self._plan.sites[self._sublayer], *norm)
         self._state = "done"
@@ -238,7 +246,7 @@ class FunctionalStream(Stream):
         """Before a read: closes what is pending and runs phase 1 where the plan says so."""
         if not site.opens:
             return
-        if site.index > 0:
+        if site.closes:
             partial, update = self._pending(site)
             assert partial is not None
             self._sources.append(

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "and backward, on every device. Leaves with 1 where a check fails."
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_plan(commands.add_parser("plan", help="count memory and traffic over many devices"))
     return parser
 
 
@@ -134,6 +135,37 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints what the blocks of Attention Residuals take up on each device and what travels "
+        "between pipeline stages and in a tensor-parallel group. The defaults are of Kimi K3's "
+        "size."
+    )
+    for flag, default, text in (
+        ("--layers", 186, "sublayers; a Transformer layer has two"),
+        ("--dim", 7168, "width of the residual stream"),
+        ("--block-size", 24, "sublayers to a block"),
+        ("--pp", 8, "ranks of the pipeline"),
+        ("--vpp", 2, "virtual stages to a rank"),
+        ("--tp", 1, "ranks of the tensor-parallel group"),
+        ("--seq", 8192, "tokens of a micro-batch"),
+    ):
+        parser.add_argument(
+            flag, type=int, default=default, metavar="N", help=f"{text} (default {default})"
+        )
+    parser.add_argument(
+        "--value-bytes", type=int, choices=(1, 2, 4), default=2, help="of an element (default 2)"
+    )
+    parser.add_argument(
+        "--links",
+        type=float,
+        nargs="+",
+        default=[50.0, 450.0],
+        metavar="GB/S",
+        help="speeds of a link, one direction (default 50 450)",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
@@ -150,6 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.doctor import run_doctor
 
             return run_doctor(arguments)
+        if arguments.command == "plan":
+            from flash_attn_res.cli.plan import run_plan
+
+            return run_plan(arguments)
         from flash_attn_res.cli.sample import run_sample
 
         return run_sample(arguments)
