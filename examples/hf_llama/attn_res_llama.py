@@ -3,7 +3,7 @@
     model = AutoModelForCausalLM.from_pretrained(...)
     add_attn_res(model, block_size=8)
 
-With the queries at zero the patched model gives the logits that it gave before (up to eps): training
+With the queries at zero the patched model gives the logits that it gave before, up to eps: training
 goes on from there. Caches and generate() work as ever. For recomputation use ``checkpoint=True``
 instead of gradient_checkpointing_enable(): a stream cannot be read twice.
 """
