@@ -66,7 +66,7 @@ def test_python_in_the_documentation_runs(page: pathlib.Path) -> None:
         line = page.read_text()[: block.start("code")].count("\n")
         if block["info"].startswith("python"):
             program = compile("\n" * line + block["code"], str(page), "exec")
-            if block["info"] == "python raises":
+            if block["mark"] == "raises":
                 with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
                     exec(program, namespace)
                 raised = str(caught.value)
