@@ -286,7 +286,9 @@ def main() -> None:
                 for contender in contenders
                 if contender.package.startswith("torch.compile")
             )
-            print(f"{'':14} twice as fast as torch.compile: {200 * moved / best / rate:.0f} % of copy")
+            print(
+                f"{'':14} twice as fast as torch.compile: {200 * moved / best / rate:.0f} % of copy"
+            )
     write_results(options.out, cpu_name(), statistics.median(copies), rows)
     print(f"wrote {options.out}")
 

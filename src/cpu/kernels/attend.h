@@ -7,7 +7,8 @@
 //
 // A token's sources are visited twice: for the dot products, from memory, and for the mixture, from
 // a packed float32 copy that the first visit leaves in L2 (rows of equal tensors lie a power of two
-// bytes apart more often than not, and would evict each other; see kPiece). Bytes from and to
+// bytes apart more often than not, and would evict each other; see kPiece). The mixture runs piece
+// by piece within the next token's dot products: results drain while those run. Bytes from and to
 // memory: N * D elements read, S * D written. Statistics and sums are float32; nothing depends on
 // other tokens. Saved for the backward: logits, inv_rms, lse.
 

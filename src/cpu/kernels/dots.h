@@ -193,8 +193,8 @@ inline void dot_piece(const Reader<Packed>* x, int64_t A, const Reader<Packed>* 
 }
 
 /// out (A,B) row-major, and squares (B) with Sweep::kFirstWithSquares, of packed rows x and of rows
-/// v that are packed on the way, as (pieces, B, kPiece) floats, for the sweeps that follow. Before a
-/// piece of all rows is overwritten in `packed`, leave(begin, width) is called.
+/// v that are packed on the way, as (pieces, B, kPiece) floats, for the sweeps that follow. Before
+/// a piece of all rows is overwritten in `packed`, leave(begin, width) is called.
 template <Sweep kSweep, class Ev, class Leave>
 inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t B, int64_t count,
                          float* packed, float* out, float* squares, Leave&& leave) {

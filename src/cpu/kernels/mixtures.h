@@ -94,8 +94,8 @@ FLASH_ATTN_RES_INLINE void mix_tile(const Reader<Ev>* v, int64_t N, const float*
   });
 }
 
-/// out_s = sum_n p_sn v_n for S queries, elements [start + begin, start + begin + width) of out, from
-/// the piece of packed rows that begins at `begin`.
+/// out_s = sum_n p_sn v_n for S queries, elements [start + begin, start + begin + width) of out,
+/// from the piece of packed rows that begins at `begin`.
 template <class Eo>
 inline void mix_piece(const float* packed, int64_t N, const float* p, const Writer<Eo>* out,
                       int64_t S, int64_t start, int64_t begin, int64_t width) {
