@@ -742,7 +742,9 @@ class TapeStream(Stream):
             tape.follow_stream()
         self._release_phase1()
         if boundary:
-            self._token = _Close.apply(tape, self._partial, self._update, self._token)
+            self._token = _Close.apply(
+                tape, self._sublayer, self._partial, self._update, self._token
+            )
             self._partial = self._update = None
         exported = list(_Export.apply(tape, first, self._partial, self._update, self._token))
         self._partial = self._update = None
