@@ -34,7 +34,7 @@ READY := $(VENV)/bootstrap.stamp
 PACKAGE := build/python/package-$(CUDA).stamp
 CPP_SOURCES := $(shell find include src bindings cmake -type f) CMakeLists.txt
 
-.PHONY: help demo test bench gpu-test lint format wheel install cuda-check clean
+.PHONY: help demo test bench docs gpu-test lint format wheel install cuda-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | column -t -s@
@@ -50,7 +50,7 @@ $(PACKAGE): $(CPP_SOURCES) pyproject.toml | bootstrap
 	@echo "building the package (CUDA $(CUDA))"
 	@$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation \
 	  --config-settings=build-dir=build/python \
-	  $(patsubst -D%,--config-settings=cmake.define.%,$(CUDA_OPTIONS)) --editable '.[cli,test]'
+	  $(patsubst -D%,--config-settings=cmake.define.%,$(CUDA_OPTIONS)) --editable '.[cli,docs,test]'
 	@rm -f build/python/package-*.stamp
 	@touch $@
 
@@ -87,6 +87,10 @@ bench: install build-cpp ## measure the CPU kernels, alone and against PyTorch
 	@build/cpu/benchmarks/cpp/cpu_benchmark \
 	  --benchmark_out=benchmarks/results/cpu-cpp.json --benchmark_out_format=json
 	@$(VENV)/bin/python benchmarks/python/cpu.py
+
+docs: install ## build the documentation site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 gpu-test: ## run tests/gpu on this machine's GPU and record the outcome
 	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$(PYTHON); fi; \

@@ -59,6 +59,8 @@ if(FLASH_ATTN_RES_CUDA_ENABLED)
       "${CMAKE_CUDA_COMPILER_VERSION} for architectures ${architectures}")
 endif()
 
+include(FlashAttnResHopper)
+
 # Defines the target flash_attn_res_cutlass (headers only) for sources written with CuTe, if the
 # headers are found. They are needed to build, never to use the library.
 function(flash_attn_res_find_cutlass)

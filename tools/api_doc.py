@@ -24,7 +24,7 @@ COMPAT = {
     "vllm": ["attn_res"],
     "flashinfer": ["kimi_k3_attn_res", "prepare_kimi_k3_attn_res"],
 }
-HEADERS = ["types.h", "status.h", "attend.h", "read.h", "fold.h"]
+HEADERS = ["types.h", "status.h", "attend.h", "read.h", "stochastic.h", "fold.h"]
 
 
 def header_section(path: pathlib.Path) -> str:
@@ -83,7 +83,7 @@ def escape(text: str) -> str:
 def python_section() -> str:
     sys.path.insert(0, str(ROOT / "python"))
     import flash_attn_res
-    from flash_attn_res import compat, inference, plan, stream
+    from flash_attn_res import compat, distributed, inference, lens, plan, stream
 
     parts = []
     for function in (flash_attn_res.attend, flash_attn_res.read):
@@ -98,6 +98,14 @@ def python_section() -> str:
         parts += entry(f"flash_attn_res.inference.{name}", getattr(inference, name))
     for name in ("Runner", "Step", "BlockBank", "SiteWeights"):
         parts += class_entries(f"flash_attn_res.inference.{name}", getattr(inference, name))
+    for name in ("DepthLens", "DepthReport", "NetworkReading", "SiteReading"):
+        parts += class_entries(f"flash_attn_res.lens.{name}", getattr(lens, name))
+    for name in ("html", "write_html", "write_json", "write_png"):
+        parts += entry(f"flash_attn_res.lens.{name}", getattr(lens, name))
+    for name in ("PipelineLayout", "StageAttnRes", "Scaled", "TokenShards", "ShardedStream"):
+        parts += class_entries(f"flash_attn_res.distributed.{name}", getattr(distributed, name))
+    for name in ("make_stages", "paper_volume"):
+        parts += entry(f"flash_attn_res.distributed.{name}", getattr(distributed, name))
     for module, names in COMPAT.items():
         for name in names:
             member = getattr(getattr(compat, module), name)

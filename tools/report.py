@@ -65,11 +65,12 @@ def cpu_table(with_eager: bool) -> str:
             f"{ours['percent_of_copy']:.0f} %",
             f"{compiled['us'] / 1e3:.1f}",
             f"{compiled['us'] / ours['us']:.1f}x",
+            f"{2 * compiled['percent_of_copy']:.0f} %",
         ]
         if with_eager:
             line.append(f"{packages['eager']['us'] / ours['us']:.1f}x")
         rows.append(line)
-    header = ["operation", "dtype", "ms", "of copy", "torch.compile ms", "faster"]
+    header = ["operation", "dtype", "ms", "of copy", "torch.compile ms", "faster", "2x is, of copy"]
     if with_eager:
         header.append("than eager")
     threads = document["rows"][0]["threads"]
@@ -261,6 +262,37 @@ def fp8() -> str:
     return markdown(["x stored as", "inputs", "error / norm", "largest error / RMS"], lines)
 
 
+def accuracy() -> str:
+    """Errors of every tensor, the worst of the families."""
+    if not (RESULTS / "accuracy.json").exists():
+        return "Not measured yet: `flash-attn-res accuracy --out FILE` writes the result file."
+    document = load("accuracy.json")
+    columns = [
+        ("flash_attn_res", "bf16", "ours, bf16"),
+        ("eager (float32 inside)", "bf16", "eager with float32 inside, bf16"),
+        ("eager", "bf16", "eager, bf16"),
+        ("flash_attn_res", "fp16", "ours, fp16"),
+        ("flash_attn_res", "fp32", "ours, fp32"),
+    ]
+    worst: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for row in document["rows"]:
+        found = worst.setdefault((row["op"], row["tensor"]), {})
+        key = (row["package"], row["storage"])
+        found[key] = max(found.get(key, 0.0), row["rel_l2"] or 0.0)
+    lines = [
+        [
+            f"{op}: {tensor}",
+            *(f"{found[p, s]:.1e}" if (p, s) in found else "" for p, s, _ in columns),
+        ]
+        for (op, tensor), found in worst.items()
+    ]
+    caption = (
+        f"{document['device']}, torch {document['versions']['torch']}: relative L2 error against "
+        "float64, the worst of all families and numbers of sources."
+    )
+    return caption + "\n\n" + markdown(["", *(title for *_, title in columns)], lines)
+
+
 def neighbours() -> str:
     """Ours at the shapes around A, B and C."""
     document = load("h100-kernels.json")
@@ -428,13 +460,15 @@ def step() -> str:
         lines.append([shape, STEP_PACKAGES.get(row["package"], row["package"]), *cells])
     caption = (
         f"{document['device']}, torch {document['versions']['torch']}, bfloat16, eager; SwiGLU "
-        "sublayers. Medians over interleaved rounds, and of the rounds' ratios to plain."
+        "sublayers. Medians over interleaved rounds, and of the rounds' ratios to plain. Measured "
+        "at " + ", ".join(sorted({f"`{row['commit']}`" for row in document["rows"]})) + "."
     )
     header = ["network", "residual", "forward ms", "step ms", "peak GiB"]
     return caption + "\n\n" + markdown(header, lines)
 
 
 TABLES = {
+    "accuracy": accuracy,
     "decode": decode,
     "fp8": fp8,
     "cpu": cpu,

@@ -281,6 +281,14 @@ def main() -> None:
                     f"{row['percent_of_copy']:7.1f}",
                     flush=True,
                 )
+            best = min(
+                contender.percentile(50)
+                for contender in contenders
+                if contender.package.startswith("torch.compile")
+            )
+            print(
+                f"{'':14} twice as fast as torch.compile: {200 * moved / best / rate:.0f} % of copy"
+            )
     write_results(options.out, cpu_name(), statistics.median(copies), rows)
     print(f"wrote {options.out}")
 

@@ -530,8 +530,11 @@ def write(
 
     done = {key(row) for row in [*rows, *failed]}
     before = json.loads(path.read_text()) if path.exists() else {}
+    machine = describe_machine(device)
+    for row in rows:  # those that stay may be of another
+        row["commit"] = str(machine["commit"])[:7]
     document = {
-        **describe_machine(device),
+        **machine,
         "copy_tb_s": round(copy / 1e12, 4),
         "rows": [row for row in before.get("rows", []) if key(row) not in done] + rows,
         "failed": [row for row in before.get("failed", []) if key(row) not in done] + failed,

@@ -281,6 +281,28 @@ int64_t flash_attn_res_read_backward_workspace_bytes(const flash_attn_res_read_b
 flash_attn_res_status flash_attn_res_read_backward(const flash_attn_res_read_backward_args* args,
                                                    const flash_attn_res_context* context);
 
+/* ------------------------------------------------------------------------------- stochastic_add */
+
+/* A sum rounded to bfloat16 stochastically: StochasticAddArgs of stochastic.h. Needs no workspace.
+ */
+typedef struct flash_attn_res_stochastic_add_args {
+  size_t struct_size;
+  const flash_attn_res_const_matrix* terms; /* 1..4 x [T, D] */
+  int64_t num_terms;
+  const int64_t* seed; /* {seed, step}, in the memory of the call's device */
+  int64_t site;
+  flash_attn_res_matrix out; /* [T, D] bfloat16 */
+} flash_attn_res_stochastic_add_args;
+static inline flash_attn_res_stochastic_add_args flash_attn_res_default_stochastic_add_args(void) {
+  flash_attn_res_stochastic_add_args args;
+  memset(&args, 0, sizeof(args));
+  args.struct_size = sizeof(args);
+  return args;
+}
+
+flash_attn_res_status flash_attn_res_stochastic_add(const flash_attn_res_stochastic_add_args* args,
+                                                    const flash_attn_res_context* context);
+
 /* ----------------------------------------------------------------------------------------- fold */
 
 /* folded [S, R] = queries [S, R] * key_weight [S, R] or [1, R] (NULL or absent: ones). */

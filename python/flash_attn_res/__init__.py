@@ -13,7 +13,7 @@ _load_operators()
 
 from flash_attn_res import compat, inference  # noqa: E402
 from flash_attn_res.finite import check_finite  # noqa: E402
-from flash_attn_res.functional import AttendResult, ReadResult, attend, read  # noqa: E402
+from flash_attn_res.functional import AttendResult, ReadResult, attend, read, stochastic_add  # noqa: E402
 from flash_attn_res.modules import BlockAttnRes  # noqa: E402
 from flash_attn_res.plan import Plan  # noqa: E402
 from flash_attn_res.stream import Stream  # noqa: E402
@@ -35,4 +35,5 @@ __all__ = [
     "compat",
     "inference",
     "read",
+    "stochastic_add",
 ]

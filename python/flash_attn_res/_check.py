@@ -15,6 +15,7 @@ from torch import Tensor
 MAX_SOURCES = 512
 MAX_QUERIES = 128
 MAX_UPDATES = 2
+MAX_STOCHASTIC_TERMS = 4
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,6 +72,27 @@ def leading(op: str, name: str, given: object) -> Tensor:
     if checked.dtype == torch.float64 and checked.device.type != "cpu":
         raise TypeError(f"{op}: {name} is float64, which is computed on the CPU alone")
     return checked
+
+
+def rounding_seed(op: str, name: str, given: int | Tensor, like_name: str, like: Tensor) -> Tensor:
+    """Seed and step of stochastic rounding, an int64 tensor [2] on the device of ``like``."""
+    if not isinstance(given, Tensor):
+        return torch.tensor([integer(op, name, given), 0], dtype=torch.int64, device=like.device)
+    state = given
+    if state.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} is {state.dtype}, expected torch.int64")
+    if state.shape != (2,):
+        raise ValueError(f"{op}: {name} has shape {shape_text(state)}, expected [2]: seed and step")
+    same_device(op, name, state, like_name, like)
+    return state.contiguous()
+
+
+def integer(op: str, name: str, given: object) -> int:
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise TypeError(f"{op}: {name} is a {type(given).__name__}, expected an int")
+    if not -(2**63) <= given < 2**63:
+        raise ValueError(f"{op}: {name} is {given}, expected a number of 64 bits")
+    return given
 
 
 def same_device(op: str, name: str, given: Tensor, like_name: str, like: Tensor) -> None:

@@ -283,3 +283,50 @@ def read(
         mix.reshape(like.shape) if return_mix else None,
         logits.softmax(-1).reshape(*lead, num_terms) if return_probs else None,
     )
+
+
+def stochastic_add(terms: Sequence[Tensor], seed: int | Tensor, *, site: int = 0) -> Tensor:
+    """The sum of up to four values, rounded to bfloat16 stochastically.
+
+    .. code-block:: text
+
+        total = terms[0] + terms[1] + ...    in float32, from left to right
+        out   = one of the two bfloat16 values next to total, whose expectation is total
+
+    The random bits are those of Philox 4x32-10, keyed by seed, step, site and the position of the
+    element: the same call gives the same bits on every device, whatever the strides.
+
+    Args:
+        terms: 1 to 4 values [..., D] of one shape: float32, bfloat16, float16, mixed.
+        seed: a number, or an int64 tensor [2] of seed and step on the device of the terms. A
+            captured CUDA graph reads the tensor at each replay: advance the step in place
+            (``seed[1] += 1``), inside the graph or between replays.
+        site: 0 to 2^32 - 1. Sums of one step that are to be rounded independently take different
+            sites.
+
+    Returns:
+        [..., D] bfloat16. Gradients pass straight through: each term gets that of the result.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    op = "stochastic_add"
+    if not 1 <= len(terms) <= _check.MAX_STOCHASTIC_TERMS:
+        raise ValueError(
+            f"{op}: terms has {len(terms)} items, expected 1 to {_check.MAX_STOCHASTIC_TERMS}"
+        )
+    first = _check.leading(op, "terms[0]", terms[0])
+    for i, term in enumerate(terms):
+        _check.value(op, f"terms[{i}]", term, "terms[0]", first)
+    if first.dtype == torch.float64:
+        raise TypeError(
+            f"{op}: terms[0] is torch.float64, expected torch.float32, torch.bfloat16 or "
+            "torch.float16: stochastic rounding is from float32 to bfloat16"
+        )
+    if not 0 <= site < 2**32:
+        raise ValueError(f"{op}: site is {site}, expected 0 to 2^32 - 1")
+    state = _check.rounding_seed(op, "seed", seed, "terms[0]", first)
+    result: Tensor = torch.ops.flash_attn_res.stochastic_add(list(terms), state, site)
+    return result

@@ -53,11 +53,19 @@ class BlockAttnRes(nn.Module):
             None for the dtype of the stream, which moves fewer bytes and rounds at every addition.
         keep_phase1: whose phase-1 results training keeps for the backward: those of ``"none"``,
             of the ``"last"`` group or of ``"all"``. The others are computed again, with equal bits.
+        stochastic_rounding: a seed; then the running sums of a bfloat16 stream are rounded as by
+            :func:`stochastic_add` instead of to nearest, and so are the buffers of ``grad_dtype``
+            None. Each ``start`` is a step of its own. A sum is then written before its site reads
+            it, which costs that site two more passes over a value.
 
     Attributes:
         queries: [L + 1, R] pseudo-queries, zero at initialisation; the last is the output's.
         key_weight: [L + 1, R] weights, one at initialisation, or None.
+        rounding_seed: int64 [2], seed and step of the next ``start``, a buffer that checkpoints
+            keep; None without stochastic rounding.
     """
+
+    rounding_seed: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +81,7 @@ class BlockAttnRes(nn.Module):
         group_blocks: int | None = None,
         grad_dtype: torch.dtype | None = torch.float32,
         keep_phase1: str = "none",
+        stochastic_rounding: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,13 +121,22 @@ class BlockAttnRes(nn.Module):
         # Made here: torch.compile then finds them ready.
         self._inference_plan = self._make_plan(Costs(training=False))
         self._training_plans = {dtype: self._make_plan(self._costs(dtype)) for dtype in _STREAM}
-        shape = (num_sublayers + 1, self.query_dim)
+        shape = (len(self._sites()), self.query_dim)
         self.queries = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self.key_weight: nn.Parameter | None
         if key_weight:
             self.key_weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("key_weight", None)
+
+        seed = None
+        if stochastic_rounding is not None:
+            seed = torch.tensor(
+                [_check.integer(op, "stochastic_rounding", stochastic_rounding), 0],
+                dtype=torch.int64,
+                device=device,
+            )
+        self.register_buffer("rounding_seed", seed)
 
     @classmethod
     def kimi_k3(
@@ -133,6 +151,10 @@ class BlockAttnRes(nn.Module):
         _check.positive_int("kimi_k3", "num_layers", num_layers)
         _check.positive_int("kimi_k3", "block_size", block_size)
         return cls(2 * num_layers, dim, 2 * block_size, eps=eps, **options)
+
+    def _sites(self) -> range:
+        """The sites whose parameters this module holds."""
+        return range(self.num_sublayers + 1)
 
     def reset_parameters(self) -> None:
         """Zero queries and unit key weights, as at construction."""
@@ -203,20 +225,12 @@ class BlockAttnRes(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
         """
-        _check.leading("start", "embedding", embedding)
-        if embedding.shape[-1] != self.dim:
-            raise ValueError(
-                f"start: embedding has shape {_check.shape_text(embedding)}, expected a width of "
-                f"{self.dim}, the dim of this BlockAttnRes"
-            )
-        _check.same_device("start", "embedding", embedding, "queries", self.queries)
-        if hasattr(self.queries, "full_tensor"):
+        queries = self._fold("start", "embedding", embedding)
+        if self.rounding_seed is not None and embedding.dtype != torch.bfloat16:
             raise TypeError(
-                "start: queries is a sharded DTensor; call start inside the forward of the module "
-                "that fully_shard wraps, or register it with register_fsdp_forward_method"
+                f"start: embedding is {embedding.dtype}, expected torch.bfloat16: "
+                "stochastic_rounding rounds sums to bfloat16"
             )
-        # Folded once for all sites: two element-wise products of a few kilobytes.
-        queries = fold_query(self.queries, self.key_weight, statistics_dtype(embedding))
         plan = self._inference_plan
         if torch.is_grad_enabled():
             plan = self._training_plans[embedding.dtype]
@@ -224,6 +238,25 @@ class BlockAttnRes(nn.Module):
             functional = torch.compiler.is_compiling()
         kind = FunctionalStream if functional else TapeStream
         return kind(self, embedding, queries, plan, return_probs)
+
+    def _fold(self, op: str, name: str, value: Tensor) -> Tensor:
+        """Checks a value [..., D] that a stream begins with, and gives the folded queries.
+
+        They are folded once for all sites: two element-wise products of a few kilobytes.
+        """
+        _check.leading(op, name, value)
+        if value.shape[-1] != self.dim:
+            raise ValueError(
+                f"{op}: {name} has shape {_check.shape_text(value)}, expected a width of "
+                f"{self.dim}, the dim of this {type(self).__name__}"
+            )
+        _check.same_device(op, name, value, "queries", self.queries)
+        if hasattr(self.queries, "full_tensor"):
+            raise TypeError(
+                f"{op}: queries is a sharded DTensor; call {op} inside the forward of the module "
+                "that fully_shard wraps, or register it with register_fsdp_forward_method"
+            )
+        return fold_query(self.queries, self.key_weight, statistics_dtype(value))
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

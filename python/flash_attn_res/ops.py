@@ -323,6 +323,27 @@ def _read_backward(
     )
 
 
+@torch.library.register_fake("flash_attn_res::stochastic_add")
+def _(terms: list[Tensor], seed: Tensor, site: int) -> Tensor:
+    return terms[0].new_empty(terms[0].shape, dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("flash_attn_res::stochastic_add_into")
+def _(terms: list[Tensor], seed: Tensor, site: int, out: Tensor) -> None:
+    return None
+
+
+def _stochastic_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.dtypes = [term.dtype for term in inputs[0]]
+
+
+def _stochastic_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Straight through: the rounding counts as the identity."""
+    needs = ctx.needs_input_grad[0]
+    grads = [gradient.to(d) if need else None for d, need in zip(ctx.dtypes, needs, strict=True)]
+    return grads, None, None
+
+
 def _refuse_double_backward(name: str) -> Any:
     def backward(ctx: Any, *_grads: Any) -> Any:
         raise RuntimeError(
@@ -337,5 +358,8 @@ torch.library.register_autograd(
     "flash_attn_res::attend", _attend_backward, setup_context=_attend_setup
 )
 torch.library.register_autograd("flash_attn_res::read", _read_backward, setup_context=_read_setup)
+torch.library.register_autograd(
+    "flash_attn_res::stochastic_add", _stochastic_backward, setup_context=_stochastic_setup
+)
 for _name in ("attend_backward", "read_backward"):
     torch.library.register_autograd(f"flash_attn_res::{_name}", _refuse_double_backward(_name))

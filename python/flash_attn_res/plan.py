@@ -80,10 +80,12 @@ class Site:
     index: int
     group: Group
     opens: bool  #: the group's phase 1 runs before this read
+    closes: bool  #: before that, what is pending becomes a source
     slot: int  #: row of the phase-1 result; -1: none
     first_direct: int  #: sources from this one on are read directly
     num_sources: int  #: completed sources at this read; first_direct to here are read directly
     promotes: bool  #: the sum that this read completes is a source from here on
+    output: bool  #: the final aggregation: nothing is added to its sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,20 +309,23 @@ class Plan:
         sites = []
         for site in range(group.first, group.first + group.size):
             boundary = site % S == 0 and 0 < site < L
-            closed = boundary and group.two_phase and site == group.first
+            opens = group.two_phase and site == group.first
+            closes = opens and (boundary or site == L)
             # Completed before this read; what the read itself completes comes on top.
-            num_sources = 1 + min(site, L - 1) // S - int(boundary and not closed)
-            if site == L and group.two_phase and site == group.first:
+            num_sources = 1 + min(site, L - 1) // S - int(boundary and not closes)
+            if site == L and closes:
                 num_sources += 1
             sites.append(
                 Site(
                     index=site,
                     group=group,
-                    opens=group.two_phase and site == group.first,
+                    opens=opens,
+                    closes=closes,
                     slot=site - group.first if group.two_phase else -1,
                     first_direct=group.num_sources if group.two_phase else 0,
                     num_sources=num_sources,
-                    promotes=boundary and not closed,
+                    promotes=boundary and not closes,
+                    output=site == L,
                 )
             )
         return sites
@@ -368,6 +373,58 @@ class Plan:
         if self.costs.training:
             title += f" and {self.costs.grad_bytes}-byte gradient buffers"
         return "\n".join([title, *lines])
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialPlan:
+    """The sites of a run of sublayers, numbered from 0: what one pipeline stage runs.
+
+    The pending sum is added up where the run ends, so that the run begins with its completed
+    sources and, in the middle of a block, with the running sum.
+    """
+
+    num_sublayers: int
+    groups: tuple[Group, ...]
+    sites: tuple[Site, ...]
+
+
+def part(plan: Plan, first: int, end: int) -> PartialPlan:
+    """The sublayers first..end - 1 of a plan, and the output's site if they are the last."""
+    groups: list[Group] = []
+    sites: list[Site] = []
+    for site in plan.sites[first : end if end < plan.num_sublayers else end + 1]:
+        group = site.group
+        begins = site.index == first or site.index == group.first
+        if begins:
+            stop = min(group.first + group.size, end + int(end == plan.num_sublayers))
+            sources = group.num_sources
+            if site.index == first:  # all that is complete by now is there for phase 1
+                sources = first // plan.block_size + 1
+            groups.append(
+                Group(
+                    index=len(groups),
+                    first=site.index - first,
+                    size=stop - site.index,
+                    num_sources=sources,
+                    two_phase=group.two_phase,
+                )
+            )
+        group = groups[-1]
+        start = site.index == first
+        sites.append(
+            Site(
+                index=site.index - first,
+                group=group,
+                opens=group.two_phase and begins,
+                closes=site.closes and not start,
+                slot=site.index - first - group.first if group.two_phase else -1,
+                first_direct=group.num_sources if group.two_phase else 0,
+                num_sources=first // plan.block_size + 1 if start else site.num_sources,
+                promotes=site.promotes and not start,
+                output=site.output,
+            )
+        )
+    return PartialPlan(end - first, tuple(groups), tuple(sites))
 
 
 # Networks of one shape share their plans.

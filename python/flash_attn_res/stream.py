@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from flash_attn_res import _check
 from flash_attn_res.functional import AttendResult, attend, read
-from flash_attn_res.plan import Plan, Site
+from flash_attn_res.plan import PartialPlan, Plan, Site
 
 if TYPE_CHECKING:
     from flash_attn_res.modules import BlockAttnRes
@@ -43,11 +43,20 @@ class Stream:
     """
 
     def __init__(
-        self, module: BlockAttnRes, embedding: Tensor, plan: Plan, return_probs: bool
+        self,
+        module: BlockAttnRes,
+        embedding: Tensor,
+        plan: Plan | PartialPlan,
+        return_probs: bool,
     ) -> None:
         self._plan = plan
         self._scale, self._eps = module.scale, module.eps
         self._like = embedding
+        # Seed and step of this pass: the backward finds them as they were, whatever starts later.
+        self._seed: Tensor | None = None
+        if module.rounding_seed is not None:
+            self._seed = module.rounding_seed.clone()
+            module.rounding_seed[1] += 1
         self._output_dtype: torch.dtype | None = None
         self._partial: Tensor | None = None
         self._update: Tensor | None = None
@@ -152,6 +161,10 @@ class Stream:
             RuntimeError, ValueError, TypeError: as :meth:`read`.
         """
         self._expect("finish")
+        if self._sublayer == len(self._plan.sites):
+            raise RuntimeError(
+                "finish: this stream runs a part of a network that has no output; call export"
+            )
         norm = self._norm("finish", norm_weight, norm_eps)
         y = self._read(self._plan.sites[self._sublayer], *norm)
         self._state = "done"
@@ -233,8 +246,8 @@ class FunctionalStream(Stream):
         """Before a read: closes what is pending and runs phase 1 where the plan says so."""
         if not site.opens:
             return
-        if site.index > 0:
-            partial, update = self._pending()
+        if site.closes:
+            partial, update = self._pending(site)
             assert partial is not None
             self._sources.append(
                 partial if update is None else (partial + update).to(partial.dtype)
@@ -249,10 +262,13 @@ class FunctionalStream(Stream):
             return_probs=self._return_probs,
         )
 
-    def _pending(self) -> tuple[Tensor | None, Tensor | None]:
+    def _pending(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
         """(partial, update) for a read. A block's first output is its partial sum as it stands."""
         if self._partial is None and self._update is not None:
             return self._update.to(self._like.dtype), None
+        if self._seed is not None and self._partial is not None and self._update is not None:
+            terms = [self._partial, self._update]
+            return torch.ops.flash_attn_res.stochastic_add(terms, self._seed, site.index), None
         return self._partial, self._update
 
     def _given(self, site: Site) -> tuple[Any, ...]:
@@ -262,7 +278,7 @@ class FunctionalStream(Stream):
             assert self._phase1 is not None
             out, lse = self._phase1.out[site.slot], self._phase1.lse[site.slot]
         sources = self._sources[site.first_direct : site.num_sources]
-        return (out, lse, *self._pending(), self._queries[site.index], *sources)
+        return (out, lse, *self._pending(site), self._queries[site.index], *sources)
 
     def _call(
         self,

@@ -32,6 +32,7 @@ tape, so that a graph and its tape are freed by reference counting.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ from torch.autograd import Function, Variable
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from flash_attn_res import finite
-from flash_attn_res.plan import Group, Plan, Site
+from flash_attn_res._check import MAX_SOURCES
+from flash_attn_res.plan import Group, PartialPlan, Plan, Site
 from flash_attn_res.stream import Stream, spread
 
 if TYPE_CHECKING:
@@ -51,11 +53,32 @@ _attend = torch.ops.flash_attn_res.attend_into.default
 _attend_backward = torch.ops.flash_attn_res.attend_backward_into.default
 _read = torch.ops.flash_attn_res.read_into.default
 _read_backward = torch.ops.flash_attn_res.read_backward_into.default
+_stochastic_add = torch.ops.flash_attn_res.stochastic_add_into.default
 
 _backward_pass = torch._C._current_graph_task_id  # -1 outside of a backward
 
 KEEP = ("none", "last", "all")
 """Whose phase-1 results the backward finds kept; it computes the others again."""
+
+
+@dataclasses.dataclass
+class Given:
+    """What a stream begins with that continues another one, as a pipeline stage does.
+
+    Attributes:
+        sources: [..., D] all completed sources, the embedding first.
+        needs_grad: whether each of them needs a gradient.
+        received: so many of the last of them are inputs to autograd: their gradients are handed
+            out. Those of the others stay in ``grads``.
+        partial: [..., D] running sum of the block in whose middle the stream begins.
+        grads: source -> [..., D], the gradients added up so far. They outlive a backward pass.
+    """
+
+    sources: Sequence[Tensor]
+    needs_grad: Sequence[bool]
+    received: int
+    partial: Tensor | None
+    grads: dict[int, Tensor]
 
 
 class Phase1:
@@ -136,11 +159,13 @@ class Tape:
         scale: float,
         eps: float,
         grad_dtype: torch.dtype,
+        seed: Tensor | None,
     ) -> None:
         self.queries = queries.detach()  # [L + 1, R] folded
         self.query_rows = self.queries.unbind(0)
         self.query_grad = queries.requires_grad
         self.scale, self.eps, self.grad_dtype = scale, eps, grad_dtype
+        self.seed = seed  # of stochastic rounding
         self.shape, self.dtype, self.device = embedding.shape, embedding.dtype, embedding.device
         self.tokens = embedding.numel() // embedding.shape[-1]
         self.sources = [embedding.detach()]  # [..., D] each; for the forward alone
@@ -149,6 +174,7 @@ class Tape:
         self.logits: Tensor | None = None  # [T, K] of the site that was read last, if recorded
         self.record = False
         self.freed = False  # a backward pass has run
+        self.shared = False  # the gradients in dsources are shared with other tapes
         # Of the backward pass that runs:
         self.task: int | None = None
         self.replaced: set[int] = set()  # passes whose state was dropped before they ended
@@ -210,7 +236,8 @@ class Tape:
 
     def reset(self) -> None:
         """Drops the state of a pass, with what one over a part of the graph has left behind."""
-        self.dsources.clear()
+        if not self.shared:
+            self.dsources.clear()
         self.dqueries = None
         for phase1 in self.begun:
             phase1.drop()
@@ -248,6 +275,38 @@ class Tape:
                 self.dsources[j].zero_()
         return [self.dsources[j] for j in range(first, end)], accumulate
 
+    @property
+    def rounds_gradients(self) -> bool:
+        """Whether gradients of sources are added up with stochastic rounding."""
+        return self.seed is not None and self.grad_dtype == torch.bfloat16
+
+    def parts(self, first: int, end: int) -> list[Tensor]:
+        """float32 gradients of the sources first..end - 1 from one node, for ``add_parts``."""
+        return [
+            torch.empty(self.shape, dtype=torch.float32, device=self.device)
+            for _ in range(first, end)
+        ]
+
+    def add_parts(self, first: int, parts: Sequence[Tensor], node: int) -> None:
+        """Adds what a node wrote to ``parts`` to the buffers, rounded stochastically.
+
+        Nodes are numbered; sites of the generator below 2^31 are those of the forward.
+        """
+        seed = self.seed
+        assert seed is not None
+        for j, part in enumerate(parts, first):
+            terms = [self.dsources[j], part] if j in self.dsources else [part]
+            if j not in self.dsources:
+                self.dsources[j] = self.values()
+            _stochastic_add(terms, seed, 2**31 + node * MAX_SOURCES + j, self.dsources[j])
+
+    def total(self, partial: Tensor, update: Tensor, site: int) -> Tensor:
+        """A running sum plus the last output, where sums are rounded stochastically."""
+        assert self.seed is not None
+        total = self.values()
+        _stochastic_add([partial, update], self.seed, site, total)
+        return total
+
     def take(self, source: int, dtype: torch.dtype) -> Tensor | None:
         """The gradient of a source, which is complete."""
         gradient = self.dsources.pop(source, None)
@@ -264,18 +323,24 @@ class _Start(Function):
     """The first token. Its backward runs last and hands out what the tape has summed."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, embedding: Tensor, queries: Tensor) -> Tensor:
+    def forward(ctx: Any, tape: Tape, queries: Tensor, *sources: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.tape = tape
-        return embedding.new_empty(0)
+        ctx.tape, ctx.first = tape, len(tape.sources) - len(sources)
+        return queries.new_empty(0, dtype=tape.dtype)
 
     @staticmethod
     def backward(ctx: Any, _token: Tensor | None) -> tuple[Any, ...]:
         tape: Tape = ctx.tape
         tape.enter()
-        _, need_embedding, need_queries = ctx.needs_input_grad
-        dembedding = tape.take(0, tape.dtype) if need_embedding else None
-        return None, dembedding, tape.dqueries if need_queries else None
+        _, need_queries, *need_sources = ctx.needs_input_grad
+        dsources: list[Tensor | None] = []
+        for source, need in enumerate(need_sources, start=ctx.first):
+            gradient = tape.take(source, tape.dtype) if need else None
+            if need and gradient is None and tape.shared:  # another process waits for it
+                gradient = torch.zeros(tape.shape, dtype=tape.dtype, device=tape.device)
+            dsources.append(gradient)
+        dqueries = tape.query_gradients() if tape.shared else tape.dqueries
+        return None, dqueries if need_queries else None, *dsources
 
 
 class _Close(Function):
@@ -283,11 +348,18 @@ class _Close(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tape: Tape, partial: Tensor | None, update: Tensor, token: Tensor
+        ctx: Any,
+        tape: Tape,
+        site: int,
+        partial: Tensor | None,
+        update: Tensor,
+        token: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         if partial is None:
             total = update.detach().to(tape.dtype)
+        elif tape.seed is not None:
+            total = tape.total(partial, update, site)
         else:
             total = torch.add(partial, update).to(tape.dtype)
         if finite.enabled():
@@ -296,7 +368,7 @@ class _Close(Function):
                 [("the block's sum", total)],
                 [("the partial sum", partial), ("the sublayer's output", update)],
             )
-        needs = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        needs = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.tape, ctx.source = tape, tape.add_source(total, needs)
         ctx.update_dtype = update.dtype
         return token.new_empty(0)
@@ -306,9 +378,53 @@ class _Close(Function):
         tape: Tape = ctx.tape
         tape.enter()
         gradient = tape.take(ctx.source, tape.dtype)
-        _, need_partial, need_update, _ = ctx.needs_input_grad
+        _, _, need_partial, need_update, _ = ctx.needs_input_grad
         dupdate = gradient.to(ctx.update_dtype) if gradient is not None and need_update else None
-        return None, gradient if need_partial else None, dupdate, None
+        return None, None, gradient if need_partial else None, dupdate, None
+
+
+class _Export(Function):
+    """Hands out sources, and the running sum if there is one, to a stream that goes on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        first: int,
+        partial: Tensor | None,
+        update: Tensor | None,
+        token: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.tape, ctx.first, ctx.end = tape, first, len(tape.sources)
+        ctx.update_dtype = None if update is None else update.dtype
+        exported = [source.detach().contiguous() for source in tape.sources[first:]]
+        needs = tape.source_grads[first:]
+        if update is not None:
+            total = update.to(tape.dtype) if partial is None else torch.add(partial, update)
+            exported.append(total.to(tape.dtype))
+            needs.append(ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+        pairs = zip(exported, needs, strict=True)
+        ctx.mark_non_differentiable(*(tensor for tensor, need in pairs if not need))
+        return tuple(exported)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        tape.enter()
+        count = ctx.end - ctx.first
+        for source, gradient in enumerate(gradients[:count], start=ctx.first):
+            if gradient is None or not tape.source_grads[source]:
+                continue
+            held = tape.dsources.get(source)
+            if held is None:
+                tape.dsources[source] = gradient.to(tape.grad_dtype, copy=True)
+            else:
+                held.add_(gradient)
+        dtotal = gradients[count] if len(gradients) > count else None
+        _, _, need_partial, need_update, _ = ctx.needs_input_grad
+        dupdate = dtotal.to(ctx.update_dtype) if dtotal is not None and need_update else None
+        return None, None, dtotal if need_partial else None, dupdate, None
 
 
 class _Open(Function):
@@ -335,7 +451,10 @@ class _Open(Function):
             dsources: list[Tensor] = []
             accumulate = False
             if tape.needs_grad(0, group.num_sources):
-                dsources, accumulate = tape.buffers(0, group.num_sources)
+                if tape.rounds_gradients:
+                    dsources = tape.parts(0, group.num_sources)
+                else:
+                    dsources, accumulate = tape.buffers(0, group.num_sources)
             _attend_backward(
                 phase1.out,
                 phase1.dlse,
@@ -351,6 +470,8 @@ class _Open(Function):
                 tape.query_gradients()[sites] if tape.query_grad else None,
                 True,
             )
+            if tape.rounds_gradients:
+                tape.add_parts(0, dsources, len(tape.query_rows) + group.first)
             if finite.enabled():
                 finite.check(
                     f"backward of {phase1.name}",
@@ -398,8 +519,7 @@ class _Read(Function):
             return x, token.new_empty(0)
         # The last site's sum has no reader. A block's first output is its sum as it stands:
         # returned, so that its gradient comes from one place and autograd adds nothing.
-        last = site.index == len(tape.query_rows) - 1
-        return x if total is None or last else (x, total)
+        return x if total is None or site.output else (x, total)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, dtotal: Tensor | None = None) -> tuple[Any, ...]:
@@ -426,7 +546,10 @@ class _Read(Function):
         dsources: list[Tensor] = []
         accumulate = False
         if tape.needs_grad(site.first_direct, site.num_sources):
-            dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
+            if tape.rounds_gradients:
+                dsources = tape.parts(site.first_direct, site.num_sources)
+            else:
+                dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
         dpartial = total.new_empty(total.shape) if need_partial or need_update else None
         has_query = logits.shape[1] > 1
         dquery = tape.query_gradients()[site.index] if has_query and tape.query_grad else None
@@ -455,6 +578,8 @@ class _Read(Function):
             True,
             dweight,
         )
+        if tape.rounds_gradients:
+            tape.add_parts(site.first_direct, dsources, site.index)
         if finite.enabled():
             finite.check(
                 f"backward of site {site.index}",
@@ -487,6 +612,8 @@ def run_site(
     before, output = partial, update
     if partial is None and update is not None:
         partial, update = update.to(tape.dtype), None
+    elif tape.seed is not None and partial is not None and update is not None:
+        partial, update = tape.total(partial, update, site.index), None
     total = partial if update is None else tape.values()
     x = tape.values()
     terms = int(phase1 is not None) + len(sources) + int(total is not None)
@@ -535,21 +662,27 @@ class TapeStream(Stream):
         module: BlockAttnRes,
         embedding: Tensor,
         queries: Tensor,
-        plan: Plan,
+        plan: Plan | PartialPlan,
         return_probs: bool,
+        given: Given | None = None,
     ) -> None:
         super().__init__(module, embedding.detach(), plan, return_probs)
         grad_dtype = module.grad_dtype or embedding.dtype
         if embedding.dtype == torch.float64:
             grad_dtype = torch.float64
-        self._tape = Tape(embedding, queries, module.scale, module.eps, grad_dtype)
+        self._tape = Tape(embedding, queries, module.scale, module.eps, grad_dtype, self._seed)
         self._tape.record = return_probs
         self._keep = module.keep_phase1
-        self._last_group = max(
-            (group.index for group in plan.groups if group.two_phase), default=-1
-        )
+        self._last_group = last_group(plan)
         self._phase1: Phase1 | None = None
-        self._token: Tensor = _Start.apply(self._tape, embedding, queries)
+        received: Sequence[Tensor] = [embedding]
+        if given is not None:
+            self._tape.sources = [source.detach() for source in given.sources]
+            self._tape.source_grads = list(given.needs_grad)
+            self._tape.dsources, self._tape.shared = given.grads, True
+            received = given.sources[len(given.sources) - given.received :]
+            self._partial = given.partial
+        self._token: Tensor = _Start.apply(self._tape, queries, *received)
 
     def _expect(self, call: str) -> None:
         super()._expect(call)
@@ -582,8 +715,9 @@ class TapeStream(Stream):
         weight = norm_weight
         if weight is not None and tape.dtype == torch.float64:
             weight = weight.to(torch.float64)
-        # The first site has one source, of which its query changes nothing.
-        token = self._token if site.index > 0 or tape.source_grads[0] else self._token.detach()
+        # Of a single term, a query changes nothing.
+        single = site.num_sources == 1 and self._partial is None and self._update is None
+        token = self._token.detach() if single and not tape.source_grads[0] else self._token
         given = _Read.apply(
             tape, site, phase1, norm_eps, weight, self._partial, self._update, token
         )
@@ -600,9 +734,13 @@ class TapeStream(Stream):
 
     def _phase1_of(self, site: Site) -> Phase1 | None:
         """The phase 1 that a site reads, run if the site is the first to."""
+        if site.opens and self._phase1 is not None and self._phase1.group is site.group:
+            return self._phase1  # prefetched
         if site.opens:
-            if site.index > 0:
-                self._token = _Close.apply(self._tape, self._partial, self._update, self._token)
+            if site.closes:
+                self._token = _Close.apply(
+                    self._tape, site.index, self._partial, self._update, self._token
+                )
                 self._partial = self._update = None
             self._release_phase1()
             self._phase1 = self._tape.phase1 = Phase1(site.group)
@@ -617,6 +755,67 @@ class TapeStream(Stream):
             return
         if self._keep == "none" or phase1.group.index != self._last_group:
             phase1.drop()
+
+    def use_plan(self, change: Callable[[Plan], Plan]) -> None:
+        """Runs by another plan of the same network; before the first read."""
+        assert isinstance(self._plan, Plan)
+        assert self._sublayer == 0
+        self._plan = change(self._plan)
+        self._last_group = last_group(self._plan)
+
+    def prefetch(self, side: torch.cuda.Stream | None = None) -> None:
+        """Between read and write: runs the phase 1 that the next site opens, if it needs no output.
+
+        Args:
+            side: the CUDA stream to run it on; the next read waits for it.
+        """
+        self._expect("write")
+        site = self._plan.sites[self._sublayer + 1 : self._sublayer + 2]
+        if not site or not site[0].opens or site[0].closes:
+            return
+        with torch.cuda.stream(side):
+            if side is not None:
+                self._tape.follow_stream()
+            self._phase1_of(site[0])
+
+    def export(self, first: int, boundary: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Ends a part of a network: the sources from ``first`` on, and the running sum.
+
+        Args:
+            first: of the sources to hand out.
+            boundary: the part ends where a block does: the sum is the last source.
+
+        Raises:
+            RuntimeError: a sublayer is still to come.
+        """
+        self._expect("finish")
+        tape = self._tape
+        if tape.device.type == "cuda":
+            tape.follow_stream()
+        self._release_phase1()
+        if boundary:
+            self._token = _Close.apply(
+                tape, self._sublayer, self._partial, self._update, self._token
+            )
+            self._partial = self._update = None
+        exported = list(_Export.apply(tape, first, self._partial, self._update, self._token))
+        self._partial = self._update = None
+        self._state = "done"
+        return exported, None if boundary else exported.pop()
+
+    def release(self) -> None:
+        """Lets go of the sources after :meth:`export`; the graph holds what its backward needs."""
+        self._release()
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The completed sources [..., D], detached."""
+        return list(self._tape.sources)
+
+    @property
+    def sources_need_grad(self) -> list[bool]:
+        """Whether each of them needs a gradient."""
+        return list(self._tape.source_grads)
 
     def _record(self, site: Site, phase1: Phase1 | None) -> None:
         lead = self._tape.shape[:-1]
@@ -668,6 +867,11 @@ class TapeStream(Stream):
     def _release(self) -> None:
         self._release_phase1()
         self._tape.sources = []
+
+
+def last_group(plan: Plan | PartialPlan) -> int:
+    """Index of the last group with phase 1, or -1."""
+    return max((group.index for group in plan.groups if group.two_phase), default=-1)
 
 
 def read_again(

@@ -16,6 +16,7 @@
 #include "flash_attn_res/attend.h"
 #include "flash_attn_res/fold.h"
 #include "flash_attn_res/read.h"
+#include "flash_attn_res/stochastic.h"
 
 namespace flash_attn_res {
 namespace {
@@ -58,6 +59,9 @@ static_assert(offsetof(flash_attn_res_read_args, reserved) + sizeof(int32_t) ==
               sizeof(flash_attn_res_read_args));
 static_assert(offsetof(flash_attn_res_read_backward_args, reserved) + sizeof(int32_t) ==
               sizeof(flash_attn_res_read_backward_args));
+
+static_assert(offsetof(flash_attn_res_stochastic_add_args, out) + sizeof(flash_attn_res_matrix) ==
+              sizeof(flash_attn_res_stochastic_add_args));
 
 std::string& last_error() {
   thread_local std::string message;
@@ -373,6 +377,30 @@ struct ReadBackward {
   ViewList<Matrix, kMaxSources> dsources;
 };
 
+struct StochasticAdd {
+  using CArgs = flash_attn_res_stochastic_add_args;
+  static constexpr const char* kName = "stochastic_add";
+  static constexpr auto kRun = &stochastic_add;
+
+  Status assign(const CArgs* from) {
+    CArgs c = flash_attn_res_default_stochastic_add_args();
+    if (Status status = copy_struct(kName, "args", from, sizeof(c), c); !status.ok()) {
+      return status;
+    }
+    Status status = terms.assign(kName, "terms", c.terms, c.num_terms);
+    args = {
+        .terms = terms.span(),
+        .seed = c.seed,
+        .site = c.site,
+        .out = to_cpp(c.out),
+    };
+    return status;
+  }
+
+  StochasticAddArgs args;
+  ViewList<ConstMatrix, kMaxStochasticTerms> terms;
+};
+
 template <class Operation>
 int64_t workspace_bytes(const typename Operation::CArgs* args, flash_attn_res_device device) {
   Operation operation;
@@ -454,6 +482,11 @@ int64_t flash_attn_res_read_backward_workspace_bytes(const flash_attn_res_read_b
 flash_attn_res_status flash_attn_res_read_backward(const flash_attn_res_read_backward_args* args,
                                                    const flash_attn_res_context* context) {
   return far::run<far::ReadBackward>(args, context);
+}
+
+flash_attn_res_status flash_attn_res_stochastic_add(const flash_attn_res_stochastic_add_args* args,
+                                                    const flash_attn_res_context* context) {
+  return far::run<far::StochasticAdd>(args, context);
 }
 
 flash_attn_res_status flash_attn_res_fold_queries(const flash_attn_res_const_matrix* queries,

@@ -10,6 +10,7 @@
 #include "cuda/backend.h"
 #include "flash_attn_res/attend.h"
 #include "flash_attn_res/read.h"
+#include "flash_attn_res/stochastic.h"
 #include "reference/reference.h"
 
 namespace flash_attn_res {
@@ -73,12 +74,19 @@ int64_t workspace_bytes(const Operation<Args>& operation, const Args& args, Devi
   return validate(args).ok() ? choose(operation, args, device).workspace_bytes(args) : 0;
 }
 
-template <class Args>
-Status check_device(const char* name, const Args& args, Device device) {
+Status check_device_type(const char* name, Device device) {
   if (device.type != DeviceType::kCpu && device.type != DeviceType::kCuda) {
     return {StatusCode::kUnsupportedDevice, std::string(name) + ": unknown device type " +
                                                 std::to_string(static_cast<int>(device.type)) +
                                                 ", expected kCpu (0) or kCuda (1)"};
+  }
+  return {};
+}
+
+template <class Args>
+Status check_device(const char* name, const Args& args, Device device) {
+  if (Status status = check_device_type(name, device); !status.ok()) {
+    return status;
   }
   if (device.type == DeviceType::kCuda && precision_of(args) == Precision::kWide) {
     return {StatusCode::kInvalidArgument,
@@ -134,6 +142,17 @@ int64_t read_backward_workspace_bytes(const ReadBackwardArgs& args, Device devic
 
 Status read_backward(const ReadBackwardArgs& args, const Context& context) {
   return run(kReadBackward, args, context);
+}
+
+Status stochastic_add(const StochasticAddArgs& args, const Context& context) {
+  if (Status status = check_device_type("stochastic_add", context.device); !status.ok()) {
+    return status;
+  }
+  if (Status status = validate(args); !status.ok()) {
+    return status;
+  }
+  return context.device.type == DeviceType::kCuda ? cuda::stochastic_add(args, context)
+                                                  : cpu::stochastic_add(args, context);
 }
 
 }  // namespace flash_attn_res

@@ -591,6 +591,32 @@ Status validate_fold_backward(const ConstMatrix& queries, const ConstMatrix& key
   return check.take();
 }
 
+Status validate(const StochasticAddArgs& args) {
+  Checker check("stochastic_add", Precision::kStorage);
+  const auto count = static_cast<int64_t>(args.terms.size());
+  check.require(count >= 1 && count <= kMaxStochasticTerms,
+                "terms has " + std::to_string(count) + " items, expected 1 to " +
+                    std::to_string(kMaxStochasticTerms));
+  if (!check.ok()) {
+    return check.take();
+  }
+  const int64_t tokens = args.terms[0].rows;
+  const int64_t dim = args.terms[0].cols;
+  for (int64_t i = 0; i < count; ++i) {
+    check.value(item_name("terms", i), args.terms[i], tokens, dim, "[T, D]", Presence::kRequired,
+                Access::kRead);
+  }
+  check.require(dim >= 1, "terms[0] has shape " + shape_text(args.terms[0]) + ", expected D >= 1");
+  check.matrix("out", args.out, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
+  check.require(args.out.dtype == DType::kBFloat16,
+                std::string("out is ") + name_of(args.out.dtype) + ", expected bfloat16");
+  check.require(args.site >= 0 && args.site <= int64_t{0xffffffff},
+                "site is " + std::to_string(args.site) + ", expected 0 to 2^32 - 1");
+  check.require(args.seed != nullptr || tokens == 0,
+                "seed is a null pointer, expected two int64 numbers: seed and step");
+  return check.take();
+}
+
 Status validate_workspace(const char* op, const Context& context, int64_t bytes_needed) {
   constexpr uintptr_t kAlignment = 64;
   if (bytes_needed == 0) {

@@ -7,6 +7,7 @@
 #include "flash_attn_res/attend.h"
 #include "flash_attn_res/read.h"
 #include "flash_attn_res/status.h"
+#include "flash_attn_res/stochastic.h"
 
 namespace flash_attn_res {
 
@@ -18,6 +19,7 @@ Status validate(const AttendArgs& args);
 Status validate(const AttendBackwardArgs& args);
 Status validate(const ReadArgs& args);
 Status validate(const ReadBackwardArgs& args);
+Status validate(const StochasticAddArgs& args);
 Status validate_fold(const ConstMatrix& queries, const ConstMatrix& key_weight,
                      const ConstMatrix& folded);
 Status validate_fold_backward(const ConstMatrix& queries, const ConstMatrix& key_weight,

@@ -8,6 +8,7 @@
 
 #include "flash_attn_res/attend.h"
 #include "flash_attn_res/read.h"
+#include "flash_attn_res/stochastic.h"
 
 namespace flash_attn_res::cpu {
 
@@ -22,6 +23,8 @@ Status read(const ReadArgs& args, const Context& context);
 
 int64_t read_backward_workspace_bytes(const ReadBackwardArgs& args);
 Status read_backward(const ReadBackwardArgs& args, const Context& context);
+
+Status stochastic_add(const StochasticAddArgs& args, const Context& context);
 
 }  // namespace flash_attn_res::cpu
 

@@ -7,7 +7,8 @@
 #include <cstdint>
 
 #include "cuda/hopper_plan.h"
-#include "cuda/hopper_read_plan.h"
+#include "cuda/hopper_read_backward_plan.h"
+#include "cuda/kernels/read_params.h"
 #include "flash_attn_res/attend.h"
 #include "flash_attn_res/read.h"
 
@@ -41,15 +42,15 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* plan =
 Status attend_backward(const AttendBackwardArgs& args, const Context& context,
                        const Plan* plan = nullptr);
 
+/// Runs a `read` with the kernel that brings rows through a ring in shared memory, unless a token
+/// is too wide for it. `storage` is the one 16-bit dtype of all rows, aligned to 16 bytes. Where it
+/// is the faster one: `read_rings` in policy.h.
+bool run_read(Call& call, const ReadRowsParams& read, DType storage, int* issued);
+
 /// Whether the Hopper kernel can run this `read_backward`: sm_90, K <= 32, one 16-bit dtype for all
 /// values (dsources may be float32), rows aligned to 16 bytes, keys that begin at a multiple of
 /// eight columns, dx given where there is a norm. T > 0.
 bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits);
-
-/// Launch choices; `clusters` is still to be set from the device. `columns` is 0 where nothing
-/// fits.
-ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents, int64_t dim,
-                                      const DeviceLimits& limits);
 
 /// Runs a call that is served, and returns how many rows of partial sums of dquery and dnorm_weight
 /// it leaves in the scratch memory. `plan`: other launch choices than the policy's, for

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <span>
+#include <string_view>
 
 namespace flash_attn_res::cuda {
 
@@ -147,10 +148,11 @@ inline constexpr int kReadRowsMaxUpdates = 2;
 
 /// One compiled form of the kernel that keeps a token's rows in registers.
 struct ReadRowsForm {
-  int terms;      // rows that a thread has room for
-  int chunks;     // 16-byte chunks of each row that a thread keeps
-  int registers;  // of a thread, at most
-  int blocks;     // that a multiprocessor should hold: a token that takes more is split
+  int terms;        // rows that a thread has room for
+  int chunks;       // 16-byte chunks of each row that a thread keeps
+  int registers;    // of a thread, at most
+  int blocks;       // that a multiprocessor should hold: a token that takes more is split
+  int least_terms;  // the fewest that it is chosen for
 
   /// Threads that the registers of a multiprocessor allow: 16384 for each quarter of its warps.
   constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
@@ -161,13 +163,13 @@ struct ReadRowsForm {
 /// must be several, so that some load while others sum and store. With all blocks resident, these
 /// hold 64, 112, 96, 128, 120, 120, 144 and 192 KB.
 inline constexpr ReadRowsForm kReadRowsHalf[] = {
-    {2, 2, 64, 2},  {4, 2, 72, 2},  {6, 1, 64, 4},   {8, 1, 64, 4},
-    {10, 1, 80, 3}, {12, 1, 96, 4}, {18, 1, 128, 4}, {32, 1, 168, 3},
+    {2, 2, 64, 2, 1},  {4, 2, 72, 2, 3},   {6, 1, 64, 4, 1},    {8, 1, 64, 4, 7},
+    {10, 1, 80, 3, 9}, {12, 1, 96, 4, 11}, {18, 1, 128, 4, 13}, {32, 1, 168, 3, 19},
 };
 
 /// The forms for float32 and mixed rows, which take 32 bytes a chunk.
 inline constexpr ReadRowsForm kReadRowsAny[] = {
-    {2, 1, 64, 4}, {4, 1, 72, 4}, {8, 1, 128, 4}, {12, 1, 168, 3}};
+    {2, 1, 64, 4, 1}, {4, 1, 72, 4, 3}, {8, 1, 128, 4, 5}, {12, 1, 168, 3, 9}};
 
 inline constexpr int kReadRowsMaxTerms = 32;
 
@@ -196,30 +198,83 @@ struct ReadRowsPolicy {
   bool operator==(const ReadRowsPolicy&) const = default;
 };
 
+/// Calls of so few tokens leave most multiprocessors idle: what counts is the work of one thread.
+inline constexpr int64_t kReadFewTokens = 32;
+
 /// Takes the form with the fewest terms that has room, and splits a token over the fewest blocks
-/// that let the multiprocessor hold as many as the form wants. The choice never shows in the
-/// results: sums over D have one order.
-constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters) {
+/// that let the multiprocessor hold as many as the form wants. Few `tokens` are spread more thinly:
+/// one chunk a thread, blocks of 256 threads at most. At D = 7168 an advance of one token then
+/// takes 3.8 us instead of 4.8, of 16 tokens 4.5 instead of 5.0; with 64 tokens there is no
+/// difference. The choice never shows in the results: sums over D have one order.
+constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters,
+                                          int64_t tokens) {
   constexpr int64_t kSegment = 256;  // columns of a warp and chunk
   constexpr int kMaxCluster = 8;     // that every device with clusters has
+  constexpr int64_t kThinThreads = 256;
   // Narrow tokens share a block: a multiprocessor has room for 32 blocks.
   constexpr int64_t kMinThreads = 128;
+  const bool thin = clusters && tokens <= kReadFewTokens;
   for (const ReadRowsForm& form : read_rows_forms(half)) {
-    if (form.terms < terms) {
+    if (form.terms < terms || (thin && form.chunks > 1)) {
       continue;
     }
     const int most = clusters ? kMaxCluster : 1;
     for (int cluster = 1; cluster <= most; cluster *= 2) {
       const int64_t threads = ceil_div(dim, kSegment * form.chunks * cluster) * 32;
-      const int64_t limit = cluster < most ? form.max_threads() / form.blocks : form.max_threads();
+      int64_t limit = cluster < most ? form.max_threads() / form.blocks : form.max_threads();
+      if (thin && cluster < most) {
+        limit = std::min(limit, kThinThreads);
+      }
       if (threads <= limit) {
-        const int64_t tokens = cluster == 1 ? std::max<int64_t>(kMinThreads / threads, 1) : 1;
-        return {form.terms, cluster, static_cast<int>(threads), static_cast<int>(tokens)};
+        const int64_t shared = cluster == 1 ? std::max<int64_t>(kMinThreads / threads, 1) : 1;
+        return {form.terms, cluster, static_cast<int>(threads), static_cast<int>(shared)};
       }
     }
     break;  // a form with more terms has no more threads
   }
   return {};
+}
+
+/// Whether a `read` of so many blocks should begin while the grid before it ends. The blocks that
+/// then wait take time from those that run: between 33 and 255 of them, some 0.3 us, as much as
+/// others gain.
+constexpr bool read_overlaps(int64_t blocks) { return blocks <= 32 || blocks >= 256; }
+
+/// Where the kernel with a ring in shared memory (hopper_read.cuh) reads many tokens faster than
+/// the one with rows in registers, by more than a hundredth of the copy's rate: 'x'. Measured on an
+/// H100 with bfloat16 rows of 80 MB. The ring loses where rows in registers fill a multiprocessor
+/// evenly, and where a token with a norm is so wide that only one or two fit; it wins where a token
+/// would have to be split over a cluster.
+inline constexpr int64_t kReadRingDims[] = {1024, 2048, 2304, 3072, 4096, 5120, 7168, 8192};
+inline constexpr int64_t kReadRingTerms[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 32};
+inline constexpr std::string_view kReadRingWins[2][2][13] = {
+    {{".xxxxxx.", "..xxxxx.", "..xxxxxx", "..xxxxxx", "..x...x.", "..x...x.", "......x.",  //
+      "........", "..x..x..", "..x..x..", "..xx....", ".xxx....", "x.xx...."},
+     {"....xxx.", "....xx..", ".x..xx.x", "......xx", "..xxxxx.", "..xxxxx.", "..xxxxx.",  // update
+      "..xxxxx.", "..xxxxx.", "..xxxx..", ".xxxxx..", ".xxxx...", "..xx...."}},
+    {{"..xx.xx.", "..xx..x.", ".xxx.x..", "..xx.xx.", "..x...x.", "..x.....", "..x...x.",  // norm
+      "..x...x.", "..x...x.", "..x...x.", ".xxx....", ".xxxx...", "x.xx...."},
+     {"..x.....", "..xx.xx.", "..xx.x..", "...x.xxx", "..xx..x.", "..xx..x.", "..xx..x.",  // both
+      "..xx..x.", "..xx.xx.", "..xx.x..", ".xx.xx..", ".xxxx...", "x.xx...."}},
+};
+
+/// Whether the ring should serve a read: the entry for the nearest width. Fewer than four tokens a
+/// multiprocessor leave it no time to fill.
+constexpr bool read_rings(bool norm, bool update, int64_t terms, int64_t dim, int64_t tokens,
+                          const DeviceLimits& limits) {
+  if (limits.major != 9 || limits.minor != 0 || terms > kReadRingTerms[12] ||
+      tokens < 4 * static_cast<int64_t>(limits.multiprocessors)) {
+    return false;
+  }
+  int row = 0;
+  while (kReadRingTerms[row] < terms) {
+    ++row;
+  }
+  int column = 0;
+  while (column < 7 && dim * dim > kReadRingDims[column] * kReadRingDims[column + 1]) {
+    ++column;
+  }
+  return kReadRingWins[norm ? 1 : 0][update ? 1 : 0][row][static_cast<size_t>(column)] == 'x';
 }
 
 /// Which form of `read_backward` runs, and its block.

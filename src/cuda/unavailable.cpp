@@ -31,4 +31,8 @@ Status read_backward(const ReadBackwardArgs&, const Context&) {
   return unavailable("read_backward");
 }
 
+Status stochastic_add(const StochasticAddArgs&, const Context&) {
+  return unavailable("stochastic_add");
+}
+
 }  // namespace flash_attn_res::cuda

@@ -334,6 +334,31 @@ const char* c_api_fold(void) {
   return NULL;
 }
 
+const char* c_api_stochastic_add(void) {
+  const float one[3] = {1, -2, 0.5f};
+  const float other[3] = {0.5f, 1, 1.00390625f}; /* the last sum has two neighbours */
+  const int64_t seed[2] = {1, 2};
+  uint16_t sum[3] = {0xffff, 0xffff, 0xffff}; /* NaN */
+  const flash_attn_res_const_matrix terms[2] = {input(one, 1, 3), input(other, 1, 3)};
+  flash_attn_res_stochastic_add_args args = flash_attn_res_default_stochastic_add_args();
+  args.terms = terms;
+  args.num_terms = 2;
+  args.seed = seed;
+  const flash_attn_res_matrix out = {sum, 1, 3, 3, FLASH_ATTN_RES_BFLOAT16};
+  args.out = out;
+  CHECK(flash_attn_res_stochastic_add(&args, NULL) == FLASH_ATTN_RES_OK);
+  CHECK(sum[0] == 0x3fc0 && sum[1] == 0xbf80); /* 1.5, -1 */
+  CHECK(sum[2] == 0x3fc0 || sum[2] == 0x3fc1); /* 1.50390625: 1.5 or 1.5078125 */
+  args.num_terms = 5;
+  CHECK(flash_attn_res_stochastic_add(&args, NULL) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("stochastic_add") && last_error_has("num_terms is 5"));
+  args.num_terms = 2;
+  args.seed = NULL;
+  CHECK(flash_attn_res_stochastic_add(&args, NULL) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("seed"));
+  return NULL;
+}
+
 static void run_backwards(void* pool, int64_t count, void (*task)(void* context, int64_t index),
                           void* context) {
   ++*(int*)pool;

@@ -16,6 +16,7 @@ const char* c_api_read(void);
 const char* c_api_read_quantized(void);
 const char* c_api_read_backward(void);
 const char* c_api_fold(void);
+const char* c_api_stochastic_add(void);
 const char* c_api_executor(void);
 const char* c_api_bad_lists(void);
 const char* c_api_bad_structs(void);

@@ -6,6 +6,9 @@
 
 #include <cstdint>
 
+#include "cuda/hopper_read_backward_plan.h"
+#include "cuda/hopper_read_plan.h"
+
 namespace flash_attn_res::cuda {
 namespace {
 
@@ -21,6 +24,7 @@ TEST(ReadRows, RegistersOfAMultiprocessorHoldTheBlocksOfEachForm) {
       EXPECT_LE(form.max_threads() * form.registers, 65536);
       EXPECT_GE(form.max_threads() / form.blocks, 96);
       EXPECT_EQ(read_rows_form(half, form.terms).registers, form.registers);
+      EXPECT_LE(form.least_terms, form.terms);
     }
     EXPECT_LE(terms, kReadRowsMaxTerms);
   }
@@ -31,22 +35,26 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
     for (const bool clusters : {false, true}) {
       for (int64_t terms = 1; terms <= 40; ++terms) {
         for (int64_t dim = 8; dim <= 32768; dim += dim < 4096 ? 8 : 1016) {
-          const ReadRowsPolicy policy = choose_read_rows(half, terms, dim, clusters);
-          if (policy.terms == 0) {
-            EXPECT_TRUE(terms > read_rows_forms(half).back().terms || dim > 3072)
-                << "K=" << terms << " D=" << dim;
-            continue;
+          for (const int64_t tokens : {int64_t{1}, kReadFewTokens, kReadFewTokens + 1}) {
+            const ReadRowsPolicy policy = choose_read_rows(half, terms, dim, clusters, tokens);
+            if (policy.terms == 0) {
+              EXPECT_TRUE(terms > read_rows_forms(half).back().terms || dim > 3072)
+                  << "K=" << terms << " D=" << dim;
+              continue;
+            }
+            SCOPED_TRACE(testing::Message() << "K=" << terms << " D=" << dim << " half=" << half);
+            const ReadRowsForm form = read_rows_form(half, policy.terms);
+            const int64_t per_block = int64_t{policy.threads} / 32 * form.chunks * kSegment;
+            ASSERT_GE(policy.terms, terms);
+            ASSERT_EQ(policy.threads % 32, 0);
+            ASSERT_LE(policy.threads * policy.tokens, form.max_threads());
+            ASSERT_GE(per_block * policy.cluster, dim);
+            ASSERT_LT((per_block - form.chunks * kSegment) * policy.cluster, dim);
+            ASSERT_TRUE(clusters || policy.cluster == 1);
+            ASSERT_TRUE(policy.tokens == 1 || policy.cluster == 1);
+            // Sums are formed in an order that the form knows from least_terms on.
+            ASSERT_GE(terms, form.least_terms);
           }
-          SCOPED_TRACE(testing::Message() << "K=" << terms << " D=" << dim << " half=" << half);
-          const ReadRowsForm form = read_rows_form(half, policy.terms);
-          const int64_t per_block = int64_t{policy.threads} / 32 * form.chunks * kSegment;
-          ASSERT_GE(policy.terms, terms);
-          ASSERT_EQ(policy.threads % 32, 0);
-          ASSERT_LE(policy.threads * policy.tokens, form.max_threads());
-          ASSERT_GE(per_block * policy.cluster, dim);
-          ASSERT_LT((per_block - form.chunks * kSegment) * policy.cluster, dim);
-          ASSERT_TRUE(clusters || policy.cluster == 1);
-          ASSERT_TRUE(policy.tokens == 1 || policy.cluster == 1);
         }
       }
     }
@@ -54,11 +62,125 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
 }
 
 TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
-  EXPECT_EQ(choose_read_rows(true, 4, 2048, true), (ReadRowsPolicy{4, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 2048, true), (ReadRowsPolicy{2, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 8, 7168, true), (ReadRowsPolicy{8, 4, 224, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 7168, true), (ReadRowsPolicy{2, 1, 448, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 256, true), (ReadRowsPolicy{2, 1, 32, 4}));
+  EXPECT_EQ(choose_read_rows(true, 4, 2048, true, 8192), (ReadRowsPolicy{4, 1, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 8192), (ReadRowsPolicy{2, 1, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 8, 7168, true, 8192), (ReadRowsPolicy{8, 4, 224, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 8192), (ReadRowsPolicy{2, 1, 448, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 256, true, 8192), (ReadRowsPolicy{2, 1, 32, 4}));
+  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 1), (ReadRowsPolicy{6, 4, 224, 1}));
+}
+
+TEST(HopperRead, APlanHasRoomForItsTokens) {
+  constexpr int64_t kShared = 227 * 1024;
+  for (int terms = 1; terms <= kReadRowsMaxTerms; ++terms) {
+    for (int updates = 0; updates <= kReadRowsMaxUpdates; ++updates) {
+      for (int dim = 8; dim <= 16384; dim += dim < 4096 ? 8 : 1016) {
+        const int rows = terms + updates;
+        const hopper::ReadPlan plan =
+            hopper::choose_read(terms, rows, dim, terms % 2 == 0, kShared);
+        if (plan.warps == 0) {
+          const bool too_wide = dim > 31 * hopper::read_segments(terms) * kSegment;
+          EXPECT_TRUE(too_wide || rows * dim * 3 > kShared - 32 * 1024)
+              << "K=" << terms << " rows=" << rows << " D=" << dim;
+          continue;
+        }
+        SCOPED_TRACE(testing::Message() << "K=" << terms << " rows=" << rows << " D=" << dim);
+        ASSERT_LE(hopper::read_map(plan, terms, dim).bytes, kShared);
+        ASSERT_LE(plan.threads(), hopper::kReadThreadsMax);
+        ASSERT_LE(plan.groups, hopper::kReadGroupsMax);
+        ASSERT_GE(plan.warps * hopper::read_segments(terms) * kSegment, dim);
+        ASSERT_GE(plan.slots, rows);  // or no token would ever be complete
+        ASSERT_LE(plan.groups, plan.tokens);
+        // The barrier of a token is free before the next one that has it.
+        ASSERT_LE(plan.tokens, hopper::kReadTokensMax);
+        ASSERT_GE((plan.tokens - 1) * rows, plan.slots);
+      }
+    }
+  }
+}
+
+TEST(HopperRead, TheTableSaysWhoServes) {
+  DeviceLimits h100;
+  h100.major = 9;
+  h100.multiprocessors = 132;
+  EXPECT_TRUE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
+  EXPECT_TRUE(read_rings(/*norm=*/false, /*update=*/false, 2, 7168, 8192, h100));
+  EXPECT_FALSE(read_rings(/*norm=*/false, /*update=*/false, 2, 2048, 65536, h100));
+  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 500, h100)) << "few tokens";
+  h100.major = 8;
+  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
+}
+
+constexpr DeviceLimits kH100 = {.major = 9,
+                                .minor = 0,
+                                .multiprocessors = 132,
+                                .shared_per_block = 227 * 1024,
+                                .shared_per_multiprocessor = 228 * 1024};
+
+/// Sums of a token with norm: see SumMap in the kernel.
+hopper::ReadBackwardExtents extents(int terms, int narrow, int wide) {
+  return {.terms = terms,
+          .narrow_rows = narrow,
+          .wide_rows = wide,
+          .sums = static_cast<int>(round_up(2 * terms + 1, 4))};
+}
+
+TEST(HopperReadBackward, AChoiceCoversTheTokenAndFitsTheDevice) {
+  int served = 0;
+  for (const int terms : {1, 2, 3, 5, 9, 17, 32}) {
+    for (const int wide : {0, 1, terms}) {
+      for (int64_t dim = 8; dim <= 16384; dim += dim < 4096 ? 8 : 1016) {
+        const hopper::ReadBackwardExtents sizes = extents(terms, terms + 2, wide);
+        const hopper::ReadBackwardPlan plan = hopper::choose_read_backward(sizes, dim, kH100);
+        if (plan.columns == 0) {
+          continue;
+        }
+        ++served;
+        SCOPED_TRACE(testing::Message() << "K=" << terms << " D=" << dim << " wide=" << wide);
+        const int64_t bytes = hopper::read_backward_map(plan, sizes).bytes;
+        ASSERT_GE(int64_t{plan.columns} * plan.cluster, dim);
+        ASSERT_LT(int64_t{plan.columns} * (plan.cluster - 1), dim);
+        ASSERT_LE(plan.columns, plan.warps * hopper::kReadWarpColumns);
+        ASSERT_LE(plan.threads() * plan.blocks, hopper::read_resident_warps(terms) * 32);
+        ASSERT_LE(bytes, kH100.shared_per_block);
+        ASSERT_LE((bytes + 1024) * plan.blocks, kH100.shared_per_multiprocessor);
+        ASSERT_GE(plan.stages, 3);
+        ASSERT_LE(plan.stages, hopper::kReadStagesMax);
+        ASSERT_GE(plan.lead, 1);
+        ASSERT_GE(plan.look, 1);
+      }
+    }
+  }
+  EXPECT_GT(served, 5000);
+}
+
+TEST(HopperReadBackward, TheShapesOfTheBenchmarksHaveTheMeasuredPlans) {
+  using Plan = hopper::ReadBackwardPlan;
+  const auto choose = [](int terms, int64_t dim) {  // terms, dx, and with two terms dpartial_out
+    return hopper::choose_read_backward(extents(terms, terms + (terms == 2 ? 2 : 1), 0), dim,
+                                        kH100);
+  };
+  EXPECT_EQ(choose(2, 2048),
+            (Plan{.columns = 2048, .warps = 8, .stages = 4, .blocks = 2, .lead = 192, .look = 1}));
+  EXPECT_EQ(choose(2, 7168), (Plan{.cluster = 4,
+                                   .columns = 1792,
+                                   .warps = 7,
+                                   .stages = 4,
+                                   .blocks = 3,
+                                   .lead = 54,
+                                   .look = 1}));
+  EXPECT_EQ(choose(2, 2304),
+            (Plan{.columns = 2304, .warps = 9, .stages = 4, .blocks = 2, .lead = 170, .look = 1}));
+  EXPECT_EQ(choose(8, 7168), (Plan{.cluster = 4,
+                                   .columns = 1792,
+                                   .warps = 7,
+                                   .stages = 3,
+                                   .blocks = 2,
+                                   .lead = 24,
+                                   .look = 1}));
+  EXPECT_EQ(choose(10, 2304),
+            (Plan{.columns = 2304, .warps = 9, .stages = 3, .blocks = 1, .lead = 62, .look = 1}));
+  EXPECT_EQ(choose(2, 512).look, 4);
 }
 
 }  // namespace

@@ -2,12 +2,13 @@
 
 As in test_hopper.py, misaligned rows send a call to the general kernels. Results may take the place
 of what they are computed from (`dh` of `phase1_out`, `dpartial` of `dpartial_out`), which the
-training stream relies on: the fast runs do so, and must give the same bits as runs that do not.
+training stream relies on: runs that do so must give the same bits as runs that do not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import native
 import pytest
@@ -34,6 +35,8 @@ class Site:
     dmix: bool = False
     accumulate: bool = False
     gradient: torch.dtype = torch.bfloat16  # of dsources
+    dpartial_out: torch.dtype | None = None  # of this gradient and the next, where not of storage
+    dpartial: torch.dtype | None = None
     storage: torch.dtype = torch.bfloat16
 
     @property
@@ -43,12 +46,14 @@ class Site:
 
 ADVANCE = {"phase1": True, "partial": True, "norm": True}
 SITES = [
-    # one, two, four and eight CTAs a token, and the edges of a warp's 256 columns
+    # one, two, three, four and eight CTAs a token, and the edges of a warp's 256 columns and of the
+    # ten warps that a CTA may have
     *(
         Site(T=301, D=D, **ADVANCE)
-        for D in (8, 256, 264, 2048, 2304, 4096, 5120, 7168, 8192, 16384)
+        for D in (8, 256, 264, 2048, 2304, 2560, 2568, 4096, 5120, 7168, 7176, 8192, 16384)
     ),
     Site(T=1, D=7168, **ADVANCE),
+    Site(T=2000, D=7168, **ADVANCE),
     Site(T=3000, D=2048, phase1=True, partial=True),
     Site(T=2500, D=2304, phase1=True, partial=True, dmix=True),
     Site(T=300, D=2048, phase1=True, norm=True),
@@ -64,9 +69,49 @@ SITES = [
     Site(T=200, D=2304, sources=10, norm=True, gradient=torch.float32),
     Site(T=200, D=2048, sources=5, accumulate=True),
     Site(T=200, D=4096, sources=16, norm=True),
+    Site(T=700, D=2304, sources=10),  # rows so many that one CTA has a multiprocessor to itself
+    Site(T=5000, D=72, **ADVANCE),  # tokens so short that they are counted several at a time
     Site(T=100, D=1024, sources=31),
     Site(T=100, D=1024, sources=31, partial=True, norm=True),
     Site(T=100, D=1024, sources=33, norm=True),  # more terms than lanes: general in both runs
+    # the sites that Full AttnRes and groups of several blocks have: float32 gradients of sources
+    # become dpartial_out, and dpartial has the storage of the values
+    Site(T=3000, D=2048, phase1=True, partial=True, dpartial_out=torch.float32),
+    *(Site(T=301, D=D, dpartial_out=torch.float32, **ADVANCE) for D in (264, 2304, 7168)),
+    Site(T=301, D=2304, dpartial_out=torch.float32, dpartial=torch.float32, **ADVANCE),
+    Site(T=301, D=2048, dpartial=torch.float32, **ADVANCE),
+    Site(
+        T=301,
+        D=7168,
+        phase1=True,
+        sources=3,
+        partial=True,
+        norm=True,
+        accumulate=True,
+        gradient=torch.float32,
+        dpartial_out=torch.float32,
+    ),
+    Site(
+        T=301,
+        D=2048,
+        sources=5,
+        partial=True,
+        accumulate=True,
+        dpartial_out=torch.float32,
+        dmix=True,
+    ),
+    Site(
+        T=201,
+        D=2304,
+        sources=2,
+        partial=True,
+        norm=True,
+        storage=torch.float16,
+        gradient=torch.float32,
+        accumulate=True,
+        dpartial_out=torch.float32,
+        dpartial=torch.float32,
+    ),
     # sliced keys and float16
     Site(T=250, D=2048, key_dim=512, sources=4, norm=True),
     Site(T=250, D=2048, key_dim=776, **ADVANCE),
@@ -82,8 +127,17 @@ def misaligned(tensor: Tensor) -> Tensor:
     return view
 
 
-def run(site: Site, tensors: dict, results: dict, place=lambda value: value) -> dict:
-    """read_backward on `tensors`, `place` laying out values and results."""
+def run(
+    site: Site,
+    tensors: dict,
+    results: dict,
+    place: Callable[[Tensor], Tensor] = lambda value: value,
+    in_place: bool = False,
+) -> dict:
+    """read_backward on `tensors`, `place` laying out values and results.
+
+    in_place: dh and dpartial take the place of phase1_out and dpartial_out.
+    """
 
     def lay_out(value: object) -> object:
         if isinstance(value, list):
@@ -93,6 +147,10 @@ def run(site: Site, tensors: dict, results: dict, place=lambda value: value) -> 
 
     given = {name: lay_out(value) for name, value in tensors.items()}
     out = {name: lay_out(value) for name, value in results.items()}
+    if in_place and site.phase1:
+        out["dh"] = given["phase1_out"]
+    if in_place and site.partial and given["dpartial_out"].dtype == out["dpartial"].dtype:
+        out["dpartial"] = given["dpartial_out"]
     native.call(
         "read_backward",
         **given,
@@ -120,8 +178,8 @@ def doubled(tensors: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("site", SITES, ids=lambda s: f"K{s.terms}-T{s.T}-D{s.D}-norm{int(s.norm)}")
-def test_read_backward_both_paths(site: Site) -> None:
+def make_call(site: Site) -> tuple[dict, dict]:
+    """The inputs of a site and its results, which hold NaN or what is added to."""
     T, D = site.T, site.D
 
     def row(dtype: torch.dtype = site.storage) -> Tensor:
@@ -169,33 +227,35 @@ def test_read_backward_both_paths(site: Site) -> None:
     if site.sources:
         results["dsources"] = [row(site.gradient) for _ in range(site.sources)]
     if site.partial:
-        values["dpartial_out"] = row()
-        results["dpartial"] = floats(T, D).to(site.storage)
+        values["dpartial_out"] = row(site.dpartial_out or site.storage)
+        results["dpartial"] = floats(T, D).to(site.dpartial or site.storage)
     if "query" in values:
         results["dquery"] = floats(1, R)
     if site.norm:
         results["dnorm_weight"] = floats(1, D)
+    return values, results
 
+
+@pytest.mark.parametrize("site", SITES, ids=lambda s: f"K{s.terms}-T{s.T}-D{s.D}-norm{int(s.norm)}")
+def test_read_backward_both_paths(site: Site) -> None:
+    values, results = make_call(site)
     exact = run(site, doubled(values), doubled(results))
     fast = run(site, clone(values), clone(results))
     general = run(site, clone(values), clone(results), misaligned)
-    taken = clone(values)
-    in_place = clone(results)
-    if site.phase1:
-        in_place["dh"] = taken["phase1_out"]
-    if site.partial:
-        in_place["dpartial"] = taken["dpartial_out"]
-    again = run(site, taken, in_place)
+    again = {
+        "fast": run(site, clone(values), clone(results), in_place=True),
+        "general": run(site, clone(values), clone(results), misaligned, in_place=True),
+    }
 
     def listed(value: object) -> list[Tensor]:
         return value if isinstance(value, list) else [value]
 
     for name in results:
         for i, reference in enumerate(listed(exact[name])):
-            ours = listed(fast[name])[i]
+            dtype = listed(results[name])[i].dtype
             scale = reference.norm().clamp_min(1e-30)
             # The reference's result rounded to storage: what a perfect kernel would be off by.
-            rounding = ((reference.to(ours.dtype).double() - reference).norm() / scale).item()
+            rounding = ((reference.to(dtype).double() - reference).norm() / scale).item()
             if reference.norm() < 1e-9:
                 continue  # one term alone: its logit has no gradient
             for path, result in (("fast", fast), ("general", general)):
@@ -203,4 +263,22 @@ def test_read_backward_both_paths(site: Site) -> None:
                 assert torch.isfinite(value).all(), (name, i, path)
                 error = ((value.double() - reference).norm() / scale).item()
                 assert error <= 1.1 * rounding + 1e-5, (name, i, path, error, rounding)
-            assert torch.equal(ours, listed(again[name])[i]), f"{name}[{i}] differs in place"
+                repeated = listed(again[path][name])[i].cpu()
+                assert torch.equal(value, repeated), f"{name}[{i}], {path}: differs in place"
+
+
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [{"D": 2304}, {"D": 7168}, {"D": 2048, "sources": 2}])
+def test_float32_gradients_keep_to_the_hopper_kernel(shape: dict, gradient: torch.dtype) -> None:
+    """By name: to fall back would show in the time alone."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    site = Site(T=64, **shape, **ADVANCE, accumulate=True, gradient=gradient, dpartial_out=gradient)
+    values, results = make_call(site)
+    run(site, values, results)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(site, values, results)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if "read_backward" in event.name]
+    assert len(kernels) == 1
+    assert "hopper::read_backward_kernel" in kernels[0]

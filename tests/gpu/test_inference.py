@@ -337,6 +337,56 @@ def test_prepared_site_in_a_graph() -> None:
     assert torch.equal(blocks[:, 6], total)
 
 
+@pytest.mark.parametrize("T", [1, 16, 700])
+@pytest.mark.parametrize("D", [2048, 7168])
+def test_reads_that_overlap_wait_for_what_they_need(T: int, D: int) -> None:
+    """A chain of reads, each of what the one before wrote, behind a copy and before another: reads
+    are launched before the grid ahead of them has ended."""
+    start, update = normal(T, D, dtype=BF16), normal(T, D, dtype=BF16)
+    source, query = normal(1, T, D, dtype=BF16), normal(D, factor=D**-0.5)
+    weight = normal(D)
+    steps = 40
+
+    def chain(total: Tensor, x: Tensor, kept: Tensor, synchronise: bool) -> None:
+        total.copy_(start)
+        for _ in range(steps):
+            inference.read_out(
+                query,
+                x=x,
+                sources=source,
+                partial=total,
+                update=update,
+                partial_out=total,
+                norm_weight=weight,
+            )
+            if synchronise:
+                torch.cuda.synchronize()
+            inference.read_out(query, x=update, sources=source, partial=x, norm_weight=weight)
+            if synchronise:
+                torch.cuda.synchronize()
+        kept.copy_(x)
+
+    first = update.clone()
+    want = [poisoned(T, D, dtype=BF16) for _ in range(3)]
+    chain(*want, synchronise=True)
+    want.append(update.clone())
+    update.copy_(first)
+    got = [poisoned(T, D, dtype=BF16) for _ in range(3)]
+    chain(*got, synchronise=False)
+    for a, b in zip([*got, update], want, strict=True):
+        assert torch.equal(a, b)
+
+    graph = torch.cuda.CUDAGraph()
+    got = [poisoned(T, D, dtype=BF16) for _ in range(3)]
+    with torch.cuda.graph(graph):
+        chain(*got, synchronise=False)
+    for _ in range(3):
+        update.copy_(first)
+        graph.replay()
+        for a, b in zip([*got, update], want, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("variant", ["plain", "block", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cpp_decoder(variant: str, dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -352,7 +402,8 @@ def test_cpp_decoder(variant: str, dtype: str, tmp_path_factory: pytest.TempPath
 
     folder = tmp_path_factory.mktemp(f"{variant}-{dtype}")
     options = ("--layers", "3", "--dtype", dtype, "--variants", variant)
-    file = train_tiny(folder, "--steps", "30", *options) / f"{variant}.safetensors"
+    with torch.enable_grad():
+        file = train_tiny(folder, "--steps", "30", *options) / f"{variant}.safetensors"
     texts = {}
     logits = {}
     for device in ("cpu", "cuda"):

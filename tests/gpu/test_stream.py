@@ -25,6 +25,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     ("num_sublayers", "block_size", "dim"),
     [(24, 8, 2048), (18, 6, 2304), (6, 6, 7168), (12, 1, 2048)],
 )
+@pytest.mark.large
 @pytest.mark.parametrize("grad_dtype", [torch.float32, None])
 def test_widths_that_matter(num_sublayers, block_size, dim, grad_dtype) -> None:
     network, x, cotangent = make(

@@ -37,6 +37,19 @@ def test_opcheck_read() -> None:
     opcheck(OPS.read, (*one_shot, False, 1e-6, False, False, None))
 
 
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "strided", "empty"])
+def test_opcheck_layouts(layout: str) -> None:
+    value = {
+        "expanded": torch.randn(1, 8).expand(5, 8),
+        "transposed": torch.randn(8, 5).t(),
+        "strided": torch.randn(5, 12)[:, 2:10],
+        "empty": torch.randn(0, 8),
+    }[layout].requires_grad_()
+    opcheck(OPS.attend, ([value, value], random(3, 8), 1.0, 1e-6, None))
+    site = (None, None, [value], value, [value], random(8), random(8), 1.0, 1e-6)
+    opcheck(OPS.read, (*site, True, 1e-6, False, True, None))
+
+
 def test_opcheck_backward_operators() -> None:
     sources = [torch.randn(5, 8), torch.randn(2, 5, 8)]
     queries = torch.randn(3, 8)

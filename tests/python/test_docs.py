@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import subprocess
@@ -17,14 +18,134 @@ from flash_attn_res import BlockAttnRes
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def test_the_example_of_the_readme_runs() -> None:
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"<!-- test: usage -->\n```python\n(.*?)```", text, re.S)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("examples/**/*.md")),
+]
+FENCE = re.compile(
+    r"(?:<!-- (?P<mark>[^>]*?)\s*-->\n)?```(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.S | re.M
+)
+
+# What the blocks of a page take as given.
+SETUP = {
+    "inference.md": "",  # its block has a test of its own, the other one needs a GPU
+    "training.md": """
+import torch
+from torch import nn
+from flash_attn_res import BlockAttnRes
+attn_res = BlockAttnRes(32, 64, 8)
+layers, norms, final_norm = [nn.Linear(64, 64) for _ in range(32)], [torch.ones(64)] * 32, None
+embedding = torch.randn(2, 3, 64)
+""",
+}
+
+
+def blocks(page: pathlib.Path) -> list[re.Match[str]]:
+    return list(FENCE.finditer(page.read_text()))
+
+
+def python_pages() -> list[pathlib.Path]:
+    return [
+        page
+        for page in PAGES
+        if page.name not in ("api.md", "inference.md")
+        and any(block["info"].startswith("python") for block in blocks(page))
+    ]
+
+
+@pytest.mark.parametrize("page", python_pages(), ids=lambda page: page.name)
+def test_python_in_the_documentation_runs(page: pathlib.Path) -> None:
+    """The blocks of a page run in their order, as one program; errors are those that are quoted."""
+    setup = re.search(r"<!-- setup\n(.*?)-->", page.read_text(), re.S)
     namespace: dict = {}
-    exec(compile(example, "README.md", "exec"), namespace)
-    assert namespace["y"].shape == (2, 16, 256)
-    assert torch.isfinite(namespace["y"]).all()
+    exec(setup[1] if setup else SETUP.get(page.name, ""), namespace)
+    raised = None
+    for block in blocks(page):
+        line = page.read_text()[: block.start("code")].count("\n")
+        if block["info"].startswith("python"):
+            program = compile("\n" * line + block["code"], str(page), "exec")
+            if block["mark"] == "raises":
+                with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+                    exec(program, namespace)
+                raised = str(caught.value)
+            else:
+                exec(program, namespace)
+        elif raised is not None:
+            assert block["info"] == "text"
+            assert block["code"].strip() in raised, f"{page.name}:{line}"
+            raised = None
+    assert raised is None, "an error that no block quotes"
+
+
+def test_blocks_that_show_a_file_are_that_file() -> None:
+    shown = [
+        (mark[1], block)
+        for page in PAGES
+        for block in blocks(page)
+        if (mark := re.fullmatch(r"file: (.*)", block["mark"] or ""))
+    ]
+    assert shown
+    for name, block in shown:
+        assert block["code"] == (ROOT / name).read_text()
+
+
+def test_cpp_in_the_documentation_is_compiled() -> None:
+    """It is part of a program that is built and run by the tests of the C++ package."""
+    program = (ROOT / "examples" / "cpp" / "main.cpp").read_text()
+    shown = [
+        block["code"]
+        for page in PAGES
+        if page.name != "api.md"
+        for block in blocks(page)
+        if block["info"] == "cpp"
+    ]
+    assert shown
+    for code in shown:
+        assert code in program
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    cli = subprocess.run(
+        [sys.executable, "-m", "flash_attn_res.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"(?:^|`)(?:[A-Z]+=\S+ )?make ([a-z-]+)", text, re.M))
+    assert named
+    assert named <= targets, named - targets
+    commands = set(re.findall(r"flash-attn-res (train|sample|bench|report|inspect|doctor)", text))
+    assert commands
+    assert commands <= set(re.findall(r"\w+", cli))
+    for script in set(re.findall(r"`(?:python )?((?:tools|benchmarks)/[\w/]+\.py)", text)):
+        assert (ROOT / script).exists(), script
+
+
+def test_presets_in_the_documentation_exist() -> None:
+    text = (ROOT / "docs" / "building.md").read_text()
+    presets = (ROOT / "CMakePresets.json").read_text()
+    for name in re.findall(r"--preset (\w+)", text):
+        assert f'"name": "{name}"' in presets
+
+
+def test_the_site_builds(tmp_path: pathlib.Path) -> None:
+    """In strict mode: a page that is not listed, a link or an anchor that is dead fails it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "BlockAttnRes" in (tmp_path / "api.html").read_text()
+    assert "Attention Residuals" in (tmp_path / "index.html").read_text()
 
 
 def test_the_kimi_k3_example_runs(tmp_path: pathlib.Path) -> None:

@@ -115,7 +115,9 @@ def test_the_sum_of_a_stream_overflows() -> None:
     with check_finite():
         with pytest.raises(FloatingPointError, match=r"read of site 2: the partial sum .*here"):
             run(False, 6)
-        with pytest.raises(FloatingPointError, match=r"(end of block 1|read of site 2).*sum .*here"):
+        with pytest.raises(
+            FloatingPointError, match=r"(end of block 1|read of site 2).*sum .*here"
+        ):
             run(False, 2)
         with pytest.raises(FloatingPointError, match=r"read: partial .*here"):
             run(True, 6)

@@ -346,6 +346,24 @@ def test_nan_and_inf_come_out_as_ieee_says() -> None:
     assert x[[0, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_the_gradients(bad: float) -> None:
+    """Of their own token, and of the parameters, which sum over the tokens."""
+    sources = [torch.randn(4, 8) for _ in range(2)]
+    sources[0][1, 2] = bad
+    sources = [leaf(v) for v in sources]
+    queries, weight = leaf(torch.ones(2, 8)), leaf(torch.ones(8))
+    out = attend(sources, queries).out
+    x = read(queries[0], sources=sources, norm_weight=weight).x
+    for total, parameters in ((out.sum(), [queries]), (x.sum(), [queries, weight])):
+        *values, _ = grads = torch.autograd.grad(total, [*sources, *parameters], retain_graph=True)
+        for grad in values[:2]:
+            assert not grad[1].isfinite().any()
+            assert grad[[0, 2, 3]].isfinite().all()
+        for grad in grads[2:]:
+            assert grad.isnan().any()
+
+
 def test_one_term_takes_no_query_and_has_probability_one() -> None:
     value = torch.randn(5, 12, dtype=torch.bfloat16)
     assert torch.equal(read(sources=[value]).x, value)
@@ -382,6 +400,31 @@ def test_gradients_reach_any_subset_of_the_inputs() -> None:
                 assert torch.equal(grad, everything[name]), (subset, name)
             else:
                 assert grad is None
+
+
+@pytest.mark.parametrize("subset", [{"a"}, {"queries"}, {"weight"}, {"b", "weight"}, set()])
+def test_phase1_gradients_reach_any_subset_of_the_inputs(subset: set[str]) -> None:
+    values = {name: torch.randn(6, 10) for name in ("a", "b")}
+    values |= {name: torch.randn(3, 10) for name in ("queries", "weight")}
+    cotangents = torch.randn(3, 6, 10), torch.randn(3, 6)
+
+    def run(trainable: set[str]) -> dict[str, Tensor | None]:
+        inputs = {k: v.detach().clone().requires_grad_(k in trainable) for k, v in values.items()}
+        sources = [inputs["a"], inputs["b"]]
+        result = attend(sources, inputs["queries"], inputs["weight"])
+        if trainable:
+            torch.autograd.backward([result.out, result.lse], cotangents)
+        else:
+            assert not result.out.requires_grad
+            assert not result.lse.requires_grad
+        return {name: tensor.grad for name, tensor in inputs.items()}
+
+    everything = run(set(values))
+    for name, grad in run(subset).items():
+        if name in subset:
+            assert torch.equal(grad, everything[name]), name
+        else:
+            assert grad is None
 
 
 def test_same_bits_whatever_the_number_of_threads() -> None:
@@ -424,12 +467,20 @@ def test_inputs_are_left_as_they_were() -> None:
 
 
 def test_inference_mode() -> None:
-    sources = [torch.randn(3, 8) for _ in range(2)]
-    expected = attend(sources, torch.ones(2, 8)).out
+    def run() -> list[Tensor]:
+        first = attend(sources, queries)
+        phase1 = (first.out[0], first.lse[0])
+        site = read(queries[1], phase1=phase1, partial=partial, update=partial, norm=True)
+        return [first.out, first.lse, site.x, site.partial]
+
+    sources, queries = [torch.randn(3, 8) for _ in range(2)], torch.randn(2, 8)
+    partial = torch.randn(3, 8, requires_grad=True)
+    expected = run()
     with torch.inference_mode():
-        out = attend(sources, torch.ones(2, 8)).out
-        assert out.is_inference()
-    assert torch.equal(out, expected)
+        results = run()
+    for result, other in zip(results, expected, strict=True):
+        assert result.is_inference()
+        assert torch.equal(result, other)
 
 
 def test_autocast_takes_mixed_dtypes() -> None:

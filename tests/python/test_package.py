@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -157,6 +158,15 @@ def test_version_is_the_same_everywhere():
     version = re.search(r'^version = "(.*)"$', pyproject, re.MULTILINE).group(1)
     assert importlib.metadata.version("flash-attn-res") == version
     assert flash_attn_res.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0].startswith(("Unreleased", f"{version} - "))
+    for heading in headings[1:]:  # releases, the newest first
+        assert re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading)
+    # The C header takes it from CMake, and CMake from pyproject.toml: nowhere else is a number.
+    assert "@FlashAttnRes_VERSION@" in (ROOT / "include/flash_attn_res/version.h.in").read_text()
+    for name in ("CMakeLists.txt", "python/flash_attn_res/__init__.py"):
+        assert version not in (ROOT / name).read_text()
 
 
 def test_wheel(tmp_path):
@@ -196,14 +206,48 @@ def test_wheel(tmp_path):
     assert "Requires-Dist: torch>=2.10" in metadata
     assert "flash-attn-res = flash_attn_res.cli:main" in scripts
 
-    program = f"""
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-sys.path.insert(0, {str(tmp_path / "site")!r})
+    python = empty_environment(tmp_path / "venv")
+    run(python, *pip[1:], "install", "--no-index", "--no-deps", wheel)
+    program = """
 import torch, flash_attn_res
 result = flash_attn_res.attend([torch.ones(3, 4)], torch.zeros(1, 4))
-print(flash_attn_res.__file__, float(result.out.sum()))
+print(flash_attn_res.__file__, float(result.out.sum()), flash_attn_res.__version__)
 """
-    where, total = run(sys.executable, "-c", program, cwd=tmp_path).split()
-    assert pathlib.Path(where).is_relative_to(tmp_path)
+    where, total, version = run(python, "-c", program, cwd=tmp_path).split()
+    assert pathlib.Path(where).is_relative_to(tmp_path / "venv")
     assert float(total) == 12.0
+    assert version == importlib.metadata.version("flash-attn-res")
+    assert "train" in run(python.with_name("flash-attn-res"), "--help", cwd=tmp_path)
+
+
+def empty_environment(folder: pathlib.Path) -> pathlib.Path:
+    """A fresh virtual environment, which sees PyTorch and knows nothing of this package."""
+    run(sys.executable, "-m", "venv", folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A folder that a .pth file names is searched, but its own .pth files, and so the editable
+    # install of this package, are not.
+    (site / "torch.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent))
+    return folder / "bin" / "python"
+
+
+def test_sdist_holds_all_that_a_build_reads(tmp_path):
+    """Byte for byte: what is built from it is what is built from the tree."""
+    program = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
+    name = run(sys.executable, "-c", program, tmp_path, cwd=ROOT).split()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        prefix = name.removesuffix(".tar.gz")
+        held = {
+            member.name.removeprefix(f"{prefix}/"): archive.extractfile(member).read()
+            for member in archive
+            if member.isfile()
+        }
+    assert not [path for path in held if path.startswith((".venv", "build/", "runs/"))]
+    needed = ["CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"]
+    for folder in ("bindings", "cmake", "include", "python", "src"):
+        needed += [
+            path.relative_to(ROOT).as_posix()
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        ]
+    for path in needed:
+        assert held.get(path) == (ROOT / path).read_bytes(), path

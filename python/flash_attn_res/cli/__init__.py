@@ -1,4 +1,4 @@
-"""The command `flash-attn-res`: train small language models, sample them, measure errors.
+"""The command `flash-attn-res`: train and sample small models, show what they read, measure errors.
 
 Only argparse is imported here; what a command needs is imported when it runs.
 """
@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="flash-attn-res",
         description="Train small byte-level language models with plain residuals, Block and Full "
-        "Attention Residuals side by side, print text from them, and measure the errors of storage "
-        "modes and of other packages.",
+        "Attention Residuals side by side, print text from them, show which depths a "
+        "model reads, and measure the errors of storage modes and of other packages.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_train(commands.add_parser("train", help="train the variants and compare them"))
@@ -35,6 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_accuracy(
         commands.add_parser("accuracy", help="errors of storage modes and of other packages")
     )
+    _add_inspect(commands.add_parser("inspect", help="show which depths a model reads"))
+    doctor = commands.add_parser("doctor", help="say what is installed and whether it computes")
+    doctor.description = (
+        "Says what is installed and why something fast may not be used, and checks a read, forward "
+        "and backward, on every device. Leaves with 1 where a check fails."
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_plan(commands.add_parser("plan", help="count memory and traffic over many devices"))
     return parser
 
 
@@ -112,8 +120,9 @@ def _add_accuracy(parser: argparse.ArgumentParser) -> None:
     from pathlib import Path
 
     parser.description = (
-        "Errors of outputs and of every gradient against double precision on identical inputs: this "
-        "package in its storage modes, eager PyTorch, and whichever other packages are installed."
+        "Errors of outputs and of every gradient against double precision on identical inputs: "
+        "this package in its storage modes, eager PyTorch, and whichever other packages are "
+        "installed."
     )
     parser.add_argument("--quick", action="store_true", help="small cases: seconds, to try it out")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all rows to this JSON file")
@@ -144,6 +153,59 @@ def _add_accuracy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs a model and writes which sources every site reads to OUT: depth.json, depth.png and "
+        "depth.html, one page that works offline."
+    )
+    parser.add_argument(
+        "path",
+        help="a run's folder, its checkpoint.safetensors or a variant's weights; or "
+        "FILE.py:FUNCTION, a function that returns (model, inputs)",
+    )
+    parser.add_argument("--variant", help="which model of a run (default: block, if it is there)")
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text to run a trained model on, as for train"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=8, help="batches of validation text (default 8)"
+    )
+    parser.add_argument("--out", default="depth", help="folder to write to (default depth)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints what the blocks of Attention Residuals take up on each device and what travels "
+        "between pipeline stages and in a tensor-parallel group. The defaults are of Kimi K3's "
+        "size."
+    )
+    for flag, default, text in (
+        ("--layers", 186, "sublayers; a Transformer layer has two"),
+        ("--dim", 7168, "width of the residual stream"),
+        ("--block-size", 24, "sublayers to a block"),
+        ("--pp", 8, "ranks of the pipeline"),
+        ("--vpp", 2, "virtual stages to a rank"),
+        ("--tp", 1, "ranks of the tensor-parallel group"),
+        ("--seq", 8192, "tokens of a micro-batch"),
+    ):
+        parser.add_argument(
+            flag, type=int, default=default, metavar="N", help=f"{text} (default {default})"
+        )
+    parser.add_argument(
+        "--value-bytes", type=int, choices=(1, 2, 4), default=2, help="of an element (default 2)"
+    )
+    parser.add_argument(
+        "--links",
+        type=float,
+        nargs="+",
+        default=[50.0, 450.0],
+        metavar="GB/S",
+        help="speeds of a link, one direction (default 50 450)",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
@@ -156,6 +218,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.accuracy.command import run_accuracy
 
             return run_accuracy(arguments)
+        if arguments.command == "inspect":
+            from flash_attn_res.cli.inspect import run_inspect
+
+            return run_inspect(arguments)
+        if arguments.command == "doctor":
+            from flash_attn_res.cli.doctor import run_doctor
+
+            return run_doctor(arguments)
+        if arguments.command == "plan":
+            from flash_attn_res.cli.plan import run_plan
+
+            return run_plan(arguments)
         from flash_attn_res.cli.sample import run_sample
 
         return run_sample(arguments)

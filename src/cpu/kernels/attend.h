@@ -7,7 +7,8 @@
 //
 // A token's sources are visited twice: for the dot products, from memory, and for the mixture, from
 // a packed float32 copy that the first visit leaves in L2 (rows of equal tensors lie a power of two
-// bytes apart more often than not, and would evict each other; see kPiece). Bytes from and to
+// bytes apart more often than not, and would evict each other; see kPiece). The mixture runs piece
+// by piece within the next token's dot products: results drain while those run. Bytes from and to
 // memory: N * D elements read, S * D written. Statistics and sums are float32; nothing depends on
 // other tokens. Saved for the backward: logits, inv_rms, lse.
 
@@ -40,17 +41,30 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
   }
   pack<Ev>(u, p.S, p.R, w.queries);
   for (int64_t t = begin; t < end; ++t) {
+    // The mixture of the token before, just before this token's rows take the place of its own.
+    const auto leave_plain = [&](int64_t i, int64_t width) FLASH_ATTN_RES_ALWAYS {
+      fetch_odd(v, p.N, i, width);
+      if (t > begin) {
+        mix_piece(w.v_plain, p.N, w.probs, out, p.S, 0, i, width);
+      }
+    };
+    const auto leave_key = [&](int64_t i, int64_t width) FLASH_ATTN_RES_ALWAYS {
+      fetch_odd(key, p.N, i, width);
+      if (t > begin) {
+        mix_piece(w.v_key, p.N, w.probs, out, p.S, key_start, i, width);
+      }
+    };
     for (int64_t n = 0; n < p.N; ++n) {
       v[n] = reader<Ev>(p.sources[n], t);
       key[n] = v[n].from(key_start);
     }
+
+    pack<Ev, Fetch::kEven>(v, p.N, key_start, w.v_plain, leave_plain);
+    dots_packing<Sweep::kFirstWithSquares>(w.queries, p.S, key, p.N, p.R, w.v_key, w.logits,
+                                           w.inv_rms, leave_key);
     for (int64_t s = 0; s < p.S; ++s) {
       out[s] = writer<Eo>(p.out[s], t, stream);
     }
-
-    pack<Ev, Fetch::kEven>(v, p.N, key_start, w.v_plain);
-    dots_packing<Sweep::kFirstWithSquares>(w.queries, p.S, key, p.N, p.R, w.v_key, w.logits,
-                                           w.inv_rms);
     for (int64_t n = 0; n < p.N; ++n) {
       w.inv_rms[n] = inverse_rms(w.inv_rms[n], p.R, p.eps);
       if (given(p.inv_rms)) {
@@ -72,9 +86,16 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
     for (int64_t i = 0; given(p.probs) && i < p.S * p.N; ++i) {
       put_float(p.probs, t, i, w.probs[i]);
     }
-
-    mix(w.v_plain, v, p.N, w.probs, out, p.S, 0, key_start);
-    mix(w.v_key, key, p.N, w.probs, out, p.S, key_start, p.R);
+  }
+  if (begin < end) {
+    const auto mix_last = [&](const float* packed, int64_t start, int64_t count) {
+      for (int64_t i = 0; i < count; i += kPiece) {
+        const int64_t width = count - i < kPiece ? count - i : kPiece;
+        mix_piece(packed, p.N, w.probs, out, p.S, start, i, width);
+      }
+    };
+    mix_last(w.v_plain, 0, key_start);
+    mix_last(w.v_key, key_start, p.R);
   }
   if (stream) {
     stream_fence();

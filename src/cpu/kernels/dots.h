@@ -193,11 +193,12 @@ inline void dot_piece(const Reader<Packed>* x, int64_t A, const Reader<Packed>* 
 }
 
 /// out (A,B) row-major, and squares (B) with Sweep::kFirstWithSquares, of packed rows x and of rows
-/// v that are packed on the way, as (pieces, B, kPiece) floats, for the sweeps that follow.
-template <Sweep kSweep, class Ev>
+/// v that are packed on the way, as (pieces, B, kPiece) floats, for the sweeps that follow. Before
+/// a piece of all rows is overwritten in `packed`, leave(begin, width) is called.
+template <Sweep kSweep, class Ev, class Leave>
 inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t B, int64_t count,
-                         float* packed, float* out, float* squares) {
-  // In a forward, with squares, the mixture fetches the other rows of the next token.
+                         float* packed, float* out, float* squares, Leave&& leave) {
+  // In a forward, with squares, leave() fetches the other rows of the next token.
   constexpr Fetch kFetch = kSweep == Sweep::kFirstWithSquares ? Fetch::kEven : Fetch::kAll;
   Vec sums[kDotGroup * kDotGroup];  // (A,B), rows kDotGroup apart
   Vec square_sums[kDotGroup];
@@ -215,6 +216,9 @@ inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t
       }
       for (int64_t begin = 0; begin < count; begin += kPiece) {
         const int64_t width = count - begin < kPiece ? count - begin : kPiece;
+        if (a0 == 0 && b0 == 0) {
+          leave(begin, width);
+        }
         for (int64_t a = 0; a < rows; ++a) {
           xp[a] = packed_piece(x, A, a0 + a, begin);
         }
@@ -238,6 +242,12 @@ inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t
       }
     }
   }
+}
+
+template <Sweep kSweep, class Ev>
+inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t B, int64_t count,
+                         float* packed, float* out, float* squares) {
+  dots_packing<kSweep>(x, A, v, B, count, packed, out, squares, [](int64_t, int64_t) {});
 }
 
 }  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET

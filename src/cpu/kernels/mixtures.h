@@ -94,45 +94,48 @@ FLASH_ATTN_RES_INLINE void mix_tile(const Reader<Ev>* v, int64_t N, const float*
   });
 }
 
-/// out_s = sum_n p_sn v_n for S queries, elements [start, start + count) of out, from packed rows.
-/// Fetches the rows of the next token that packing left out, Fetch::kEven, from where `rows` are.
-template <class Ev, class Eo>
-inline void mix(const float* packed, const Reader<Ev>* rows, int64_t N, const float* p,
-                const Writer<Eo>* out, int64_t S, int64_t start, int64_t count) {
+/// out_s = sum_n p_sn v_n for S queries, elements [start + begin, start + begin + width) of out,
+/// from the piece of packed rows that begins at `begin`.
+template <class Eo>
+inline void mix_piece(const float* packed, int64_t N, const float* p, const Writer<Eo>* out,
+                      int64_t S, int64_t start, int64_t begin, int64_t width) {
   TileBuffer buffer;
   Writer<Packed> held[kTileRows];
   for (int r = 0; r < kTileRows; ++r) {
     held[r] = buffer.writer(r);
   }
   Reader<Packed> v[kMaxSources];  // (N)
-  for (int64_t begin = 0; begin < count; begin += kPiece) {
-    const int64_t width = count - begin < kPiece ? count - begin : kPiece;
-    for (int64_t n = 0; n < N; ++n) {
-      v[n] = packed_piece(packed, N, n, begin);
-    }
-    for (int64_t n = 1; n < N; n += 2) {
-      for (int64_t i = 0; i < width; i += kStep) {
-        rows[n].prefetch(begin + i);
+  for (int64_t n = 0; n < N; ++n) {
+    v[n] = packed_piece(packed, N, n, begin);
+  }
+  int64_t s = 0;
+  for (; s + kTileRows <= S; s += kTileRows) {
+    if constexpr (tiles_go_out_directly<Eo>()) {
+      Writer<Eo> direct[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) {
+        direct[r] = out[s + r].from(start + begin);
+      }
+      mix_tile<kTileRows>(v, N, p + s * N, direct, 0, width);
+    } else {
+      mix_tile<kTileRows>(v, N, p + s * N, held, 0, width);
+      for (int r = 0; r < kTileRows; ++r) {
+        buffer.flush(r, out[s + r].from(start + begin), width);
       }
     }
-    int64_t s = 0;
-    for (; s + kTileRows <= S; s += kTileRows) {
-      if constexpr (tiles_go_out_directly<Eo>()) {
-        Writer<Eo> direct[kTileRows];
-        for (int r = 0; r < kTileRows; ++r) {
-          direct[r] = out[s + r].from(start + begin);
-        }
-        mix_tile<kTileRows>(v, N, p + s * N, direct, 0, width);
-      } else {
-        mix_tile<kTileRows>(v, N, p + s * N, held, 0, width);
-        for (int r = 0; r < kTileRows; ++r) {
-          buffer.flush(r, out[s + r].from(start + begin), width);
-        }
-      }
-    }
-    for (; s < S; ++s) {
-      const Writer<Eo> row = out[s].from(start + begin);
-      mix_tile<1>(v, N, p + s * N, &row, 0, width);
+  }
+  for (; s < S; ++s) {
+    const Writer<Eo> row = out[s].from(start + begin);
+    mix_tile<1>(v, N, p + s * N, &row, 0, width);
+  }
+}
+
+/// Fetches a piece of the next token's rows that packing with Fetch::kEven leaves out.
+template <class Ev>
+FLASH_ATTN_RES_INLINE void fetch_odd(const Reader<Ev>* rows, int64_t N, int64_t begin,
+                                     int64_t width) {
+  for (int64_t n = 1; n < N; n += 2) {
+    for (int64_t i = 0; i < width; i += kStep) {
+      rows[n].prefetch(begin + i);
     }
   }
 }

@@ -360,12 +360,20 @@ FLASH_ATTN_RES_INLINE void pack_piece(const Reader<E>* rows, int64_t count, int6
 }
 
 /// Rows of `count` elements as (pieces, num_rows, kPiece) floats.
-template <class kOrder, Fetch kFetch = Fetch::kAll, class E>
-inline void pack(const Reader<E>* rows, int64_t num_rows, int64_t count, float* packed) {
+/// Before a piece of all rows is overwritten, leave(begin, width) is called.
+template <class kOrder, Fetch kFetch, class E, class Leave>
+inline void pack(const Reader<E>* rows, int64_t num_rows, int64_t count, float* packed,
+                 Leave&& leave) {
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t width = count - begin < kPiece ? count - begin : kPiece;
+    leave(begin, width);
     pack_piece<kOrder, kFetch>(rows, num_rows, begin, width, packed, num_rows, 0);
   }
+}
+
+template <class kOrder, class E>
+inline void pack(const Reader<E>* rows, int64_t num_rows, int64_t count, float* packed) {
+  pack<kOrder, Fetch::kAll>(rows, num_rows, count, packed, [](int64_t, int64_t) {});
 }
 
 FLASH_ATTN_RES_INLINE Pair zero_pair() { return {broadcast(0.0f), broadcast(0.0f)}; }

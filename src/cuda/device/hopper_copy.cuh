@@ -91,6 +91,19 @@ __device__ __forceinline__ void copy_to_peer(void* shared, int bytes, Barrier& b
       : "memory");
 }
 
+/// Starts storing 16 bytes to the same place of CTA `rank` of the cluster; they count towards that
+/// CTA's `barrier`. Sooner there than a bulk copy: for the few sums that one lane a quad sends.
+__device__ __forceinline__ void store_to_peer(float* shared, const float4& values, Barrier& barrier,
+                                              int rank) {
+  const uint32_t peer = static_cast<uint32_t>(rank);
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(cute::set_block_rank(cute::cast_smem_ptr_to_uint(shared), peer)),
+      "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w),
+      "r"(cute::set_block_rank(barrier.address(), peer))
+      : "memory");
+}
+
 }  // namespace flash_attn_res::cuda::hopper
 
 #endif  // FLASH_ATTN_RES_CUDA_DEVICE_HOPPER_COPY_CUH_

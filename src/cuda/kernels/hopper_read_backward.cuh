@@ -12,9 +12,10 @@
 // The second form of dp_j needs no dh: all 2K + 1 sums over D, <w, z_j>, <h, z_j> and <g dx, h>,
 // are formed in one sweep (K without norm), and a token has one point where all must meet.
 //
-// in    K terms, dx, dmix, dpartial_out [T, D] 16-bit; logits, inv_rms [T, K], rh [T], u [R] float;
-//       g [D] any; dsources [T, D] 16-bit or float where they are added to
-// out   dsources, dpartial, dphase1_out, dh [T, D]; dphase1_lse, gate [T] float;
+// in    K terms, dx, dmix [T, D] 16-bit; dpartial_out, and dsources where they are added to [T, D]
+//       16-bit or float; logits, inv_rms [T, K], rh [T], u [R] float; g [D] any
+// out   dsources, dpartial [T, D] 16-bit or float; dphase1_out, dh [T, D]; dphase1_lse, gate [T]
+// float;
 //       du and dg of a cluster's tokens [clusters, D] float, summed by reduce_partials
 // bytes K + 1 units of T * D elements read, K written, one more each that is accumulated
 // sums  float32: the 256 columns of a warp by a butterfly, then warps, then CTAs in order. du, dg
@@ -43,8 +44,9 @@
 #include "cuda/device/chunk.cuh"
 #include "cuda/device/hopper_barrier.cuh"
 #include "cuda/device/hopper_copy.cuh"
+#include "cuda/device/hopper_window.cuh"
 #include "cuda/device/reduce.cuh"
-#include "cuda/hopper_read_plan.h"
+#include "cuda/hopper_read_backward_plan.h"
 #include "cuda/kernels/read_params.h"
 
 namespace flash_attn_res::cuda::hopper {
@@ -55,7 +57,7 @@ struct ReadBackwardInputs {
   const char* data[kCapacity];
   int64_t stride_bytes[kCapacity];
   int narrow, wide;  // numbers of rows
-  // Place of a row among the narrow ones; the terms are 0 .. K - 1.
+  // Place of a row; the terms are 0 .. K - 1.
   int dx, dmix, dpartial, dsources;
 };
 
@@ -64,11 +66,11 @@ struct HopperReadBackwardParams {
   ReadBackwardInputs inputs;
   ReadBackwardPlan plan;
   ReadBackwardMap map;
-  float inv_dim;                  // 1 / D
-  int64_t dsources_stride_bytes;  // of every one of dsources
-  bool wide_dsources;             // float32
-  int num_sources;                // N
-  int* issued;                    // zero at the start; of Window
+  float inv_dim;                                         // 1 / D
+  int64_t dsources_stride_bytes;                         // of every one of dsources
+  bool wide_dsources, wide_dpartial_out, wide_dpartial;  // float32
+  int num_sources;                                       // N
+  int* issued;                                           // of Window; in any state at the start
 };
 
 struct ReadBackwardHead {
@@ -102,7 +104,7 @@ struct ReadBackwardCta {
   float4* weights;  // (2, K + 1)
   float* partials;  // (2, warps, sums)
   float* totals;    // (2, cluster, sums)
-  float* vectors;   // (2, columns)
+  float4* vectors;  // (2, 2, columns / 8)
   char* ring;       // (stages, bytes of a token)
   int rank, cluster;
   int first_column, columns;
@@ -114,57 +116,45 @@ struct ReadBackwardCta {
         weights(reinterpret_cast<float4*>(shared + p.map.weights)),
         partials(reinterpret_cast<float*>(shared + p.map.partials)),
         totals(reinterpret_cast<float*>(shared + p.map.totals)),
-        vectors(reinterpret_cast<float*>(shared + p.map.vectors)),
+        vectors(reinterpret_cast<float4*>(shared + p.map.vectors)),
         ring(shared + p.map.ring),
         rank(p.plan.cluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0),
         cluster(static_cast<int>(blockIdx.x) / p.plan.cluster),
         first_column(rank * p.plan.columns),
         columns(min(p.plan.columns, p.read.dim - first_column)) {}
+
+  /// Tokens are dealt to the clusters in turn, one a step.
+  __device__ __forceinline__ int64_t token(int step, const HopperReadBackwardParams& p) const {
+    return cluster + static_cast<int64_t>(step) * p.plan.clusters;
+  }
+  __device__ __forceinline__ int steps(const HopperReadBackwardParams& p) const {
+    return static_cast<int>((p.read.tokens - cluster + p.plan.clusters - 1) / p.plan.clusters);
+  }
 };
 
 // ------------------------------------------------------------------------------------- load warp
-
-/// Keeps clusters from running ahead of each other, so that all of them read one narrow band of
-/// memory: when they drift apart, DRAM pages are reopened, at a cost of up to 15 % of the time. A
-/// hint only: it never decides what is computed, and a wait is given up after some 50 us.
-class Window {
- public:
-  explicit __device__ __forceinline__ Window(const HopperReadBackwardParams& p)
-      : issued_(p.issued), lead_(p.plan.clusters * p.plan.window / 100) {}
-
-  /// Once for each token of a cluster: it is about to be loaded.
-  __device__ __forceinline__ void count() const {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(issued_) : "memory");
-  }
-
-  /// Waits until token t, counted over all clusters, is within the window.
-  __device__ __forceinline__ void wait(int64_t t) {
-    for (int tries = 0; tries < 64 && t > seen_ + lead_; ++tries) {
-      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen_) : "l"(issued_) : "memory");
-    }
-  }
-
- private:
-  int* issued_;  // tokens that all clusters have begun to load
-  int lead_;
-  int seen_ = 0;  // the last reading
-};
 
 __device__ __forceinline__ void load_tokens(const HopperReadBackwardParams& p,
                                             const ReadBackwardCta& cta, int lane) {
   const int rows = p.inputs.narrow + p.inputs.wide;
   const CachePolicy policy(CacheHint::kEvictNormal);
   const int total = cta.columns * (2 * p.inputs.narrow + 4 * p.inputs.wide);
-  Window window(p);
+  Window window(p.issued, p.plan.lead, p.plan.stages * p.plan.clusters);
   RingCursor cursor;
-  for (int64_t t = cta.cluster; t < p.read.tokens; t += p.plan.clusters) {
+  int steps_to_look = p.plan.stages;
+  for (int64_t t = cta.cluster; t < p.read.tokens; t += p.plan.clusters, --steps_to_look) {
     Barrier& full = cta.head.full[cursor.slot];
     cta.head.free[cursor.slot].wait(cursor.parity ^ 1);  // passes at once in the first round
-    if (lane == 0) {
-      window.wait(t);
-      if (cta.rank == 0) {
-        window.count();
+    if (steps_to_look == 0) {
+      steps_to_look = p.plan.look;
+      if (lane == 0) {
+        window.wait(t);
+        if (cta.rank == 0) {
+          window.count(p.plan.look);
+        }
       }
+    }
+    if (lane == 0) {
       full.arrive_and_expect(total);
     }
     __syncwarp();
@@ -205,9 +195,7 @@ struct ReadBackwardWeights {
         K(params.read.num_terms),
         num_sums(SumMap<kNorm>::count(params.read.num_terms)) {}
 
-  __device__ __forceinline__ int64_t token(int step) const {
-    return cta.cluster + static_cast<int64_t>(step) * p.plan.clusters;
-  }
+  __device__ __forceinline__ int64_t token(int step) const { return cta.token(step, p); }
 
   __device__ __forceinline__ float* stats(int step) const {
     return cta.stats + step % kReadStatsStages * (2 * K + 1);
@@ -276,12 +264,13 @@ struct ReadBackwardWeights {
       }
       my_totals[i] = sum;
     }
-    if (p.plan.cluster > 1) {
-      fence_before_bulk_copies();
-      __syncwarp();
-      if (lane < p.plan.cluster && lane != cta.rank) {
-        copy_to_peer(my_totals, num_sums * 4, totals_full, lane);
-      }
+    __syncwarp();
+    const int quads = num_sums / 4;
+    for (int i = lane; i < (p.plan.cluster - 1) * quads; i += kWarp) {
+      const int peer = i / quads;
+      float* const place = my_totals + i % quads * 4;
+      store_to_peer(place, *reinterpret_cast<const float4*>(place), totals_full,
+                    peer < cta.rank ? peer : peer + 1);
     }
     __syncwarp();
   }
@@ -367,7 +356,6 @@ struct ReadBackwardCompute {
   int lane, warp;
   int local, col;  // first column of the chunk: in this CTA, and in all
   bool active;     // else the lane repeats the last chunk, and nothing comes of it
-  bool is_key;     // of keys that meet a query
   Chunk dquery = zero_chunk();
   Chunk dweight = zero_chunk();
 
@@ -383,7 +371,11 @@ struct ReadBackwardCompute {
     active = local < cta.columns;
     local = min(local, cta.columns - kChunk);
     col = cta.first_column + local;
-    is_key = col >= p.read.key_begin && p.read.query.present();
+  }
+
+  /// Whether the chunk is of keys that meet a query.
+  __device__ __forceinline__ bool is_key() const {
+    return col >= p.read.key_begin && p.read.query.present();
   }
 
   __device__ __forceinline__ int terms() const { return kTerms > 0 ? kTerms : p.read.num_terms; }
@@ -393,6 +385,10 @@ struct ReadBackwardCompute {
     return cta.ring + slot * p.map.stage_bytes + local * 2;
   }
   __device__ __forceinline__ int pitch() const { return p.plan.columns * 2; }
+  /// Of a float32 row, from the chunk of row 0; `place` counts all rows.
+  __device__ __forceinline__ const char* wide_row(const char* rows, int place) const {
+    return rows + (2 * place - p.inputs.narrow) * pitch() + local * 2;
+  }
 
   __device__ __forceinline__ static Chunk load(const char* place) {
     return unpack(Packed<T>{*reinterpret_cast<const uint4*>(place)});
@@ -402,9 +398,37 @@ struct ReadBackwardCompute {
     return unpack(Packed<float>{from[0], from[1]});
   }
 
-  /// u (0) or g (1)
+  /// Where this lane has the halves of its chunk of u (0) or g (1), in planes: halves side by side
+  /// would meet in the banks of shared memory.
+  __device__ __forceinline__ float4& half(int which, int plane) const {
+    return cta.vectors[((which * 2 + plane) * p.plan.columns + local) / kChunk];
+  }
   __device__ __forceinline__ Chunk vector(int which) const {
-    return load_wide(reinterpret_cast<const char*>(cta.vectors + which * p.plan.columns + local));
+    return unpack(Packed<float>{half(which, 0), half(which, 1)});
+  }
+
+  /// Brings this warp's columns of u and g in. No other warp reads them.
+  __device__ __forceinline__ void fetch_vectors() const {
+    Chunk u;
+    Chunk g;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int r = col + i - p.read.key_begin;
+      u.v[i] = p.read.query.present() && r >= 0 ? p.read.query.at(0, r) : 0.0f;
+      g.v[i] = 1.0f;
+    }
+    if (kNorm && p.read.norm_weight.present()) {
+      g = load_chunk(p.read.norm_weight.row(0), col, p.read.dim);
+    }
+    if (active) {
+      half(0, 0) = {u.v[0], u.v[1], u.v[2], u.v[3]};
+      half(0, 1) = {u.v[4], u.v[5], u.v[6], u.v[7]};
+      if constexpr (kNorm) {
+        half(1, 0) = {g.v[0], g.v[1], g.v[2], g.v[3]};
+        half(1, 1) = {g.v[4], g.v[5], g.v[6], g.v[7]};
+      }
+    }
+    __syncwarp();  // idle lanes repeat the last chunk, which is of this warp
   }
 
   /// w and h of a token. `probs` are `stride` floats apart.
@@ -449,7 +473,12 @@ struct ReadBackwardCompute {
     if (!active) {
       token = {zero_chunk(), zero_chunk()};
     }
-    float y_dot_h = dot_add(token.w, token.h, 0.0f);  // still times rh
+    if constexpr (kNorm) {
+      const float y_dot_h = warp_sum(dot_add(token.w, token.h, 0.0f));  // still times rh
+      if (lane == 0) {
+        partials[SumMap<kNorm>::y_dot_h(K)] = y_dot_h;
+      }
+    }
     if (p.read.dmix.present() && active) {
       add(token.w, load(rows + p.inputs.dmix * pitch()));
     }
@@ -473,12 +502,6 @@ struct ReadBackwardCompute {
         partials[index] = sum;
       }
     }
-    if constexpr (kNorm) {
-      y_dot_h = warp_sum(y_dot_h);
-      if (lane == 0) {
-        partials[SumMap<kNorm>::y_dot_h(K)] = y_dot_h;
-      }
-    }
     __syncwarp();
     if (lane == 0) {
       cta.head.partials_full[buffer].arrive();
@@ -489,7 +512,7 @@ struct ReadBackwardCompute {
   __device__ __forceinline__ Chunk gradient(const char* z, const float4& weight, const Chunk& dh,
                                             Chunk dz) {
     add_scaled(dz, weight.x, dh);
-    const Chunk key = load(is_key ? z : reinterpret_cast<const char*>(&cta.head.zeros));
+    const Chunk key = load(is_key() ? z : reinterpret_cast<const char*>(&cta.head.zeros));
     add_scaled(dz, weight.y, vector(0));  // u: read again for each term, registers are scarcer
     add_scaled(dz, weight.z, key);
     add_scaled(dquery, weight.y, key);
@@ -505,7 +528,7 @@ struct ReadBackwardCompute {
     const int count = p.num_sources;
     const char* z = rows + read.first_key * pitch();
     const char* held =
-        kWide ? rows + p.inputs.narrow * pitch() + local * 2 : rows + p.inputs.dsources * pitch();
+        kWide ? wide_row(rows, p.inputs.dsources) : rows + p.inputs.dsources * pitch();
     const int64_t offset = t * p.dsources_stride_bytes;
 #pragma unroll 1
     for (int n = 0; n < count; ++n) {
@@ -523,8 +546,9 @@ struct ReadBackwardCompute {
   }
 
   /// P2: the gradients of a token.
-  __device__ __forceinline__ void finish(int step, const RingCursor& ring, int64_t t) {
+  __device__ __forceinline__ void finish(int step, const RingCursor& ring) {
     const int K = terms();
+    const int64_t t = cta.token(step, p);
     const ReadBackwardParams<kReadTermsMax>& read = p.read;
     const float4* const weights = cta.weights + pair_slot(step) * (K + 1);
     const char* const rows = tile(ring.slot);
@@ -566,11 +590,17 @@ struct ReadBackwardCompute {
       }
     }
     if (read.has_partial) {
-      Chunk dz =
-          read.dpartial_out.present() ? load(rows + p.inputs.dpartial * pitch()) : zero_chunk();
+      Chunk dz = zero_chunk();
+      if (p.wide_dpartial_out) {
+        dz = load_wide(wide_row(rows, p.inputs.dpartial));
+      } else if (read.dpartial_out.present()) {
+        dz = load(rows + p.inputs.dpartial * pitch());
+      }
       dz = gradient(rows + (K - 1) * pitch(), weights[K - 1], dh, dz);
       if (read.dpartial.present() && active) {
-        store_whole<T>(read.dpartial.row(t).data, col, pack<T>(dz));
+        char* const to = read.dpartial.row(t).data;
+        p.wide_dpartial ? store_whole<float>(to, col, pack<float>(dz))
+                        : store_whole<T>(to, col, pack<T>(dz));
       }
     }
     __syncwarp();
@@ -581,14 +611,15 @@ struct ReadBackwardCompute {
 
   __device__ __forceinline__ void run() {
     RingCursor meeting, finishing;
+    fetch_vectors();
     meet(0, meeting);  // a cluster has one token at least
-    int step = 0;
-    for (int64_t t = cta.cluster; t < p.read.tokens; t += p.plan.clusters, ++step) {
-      if (t + p.plan.clusters < p.read.tokens) {
+    const int steps = cta.steps(p);
+    for (int step = 0; step < steps; ++step) {
+      if (step + 1 < steps) {
         meeting.advance(p.plan.stages);
         meet(step + 1, meeting);
       }
-      finish(step, finishing, t);
+      finish(step, finishing);
       finishing.advance(p.plan.stages);
     }
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -608,7 +639,7 @@ struct ReadBackwardCompute {
 };
 
 template <class T, bool kNorm, int kTerms>
-__global__ void __launch_bounds__(kReadLaunchBound, 2)
+__global__ void __launch_bounds__(read_resident_warps(kTerms) / 2 * kWarp, 2)
     read_backward_kernel(const __grid_constant__ HopperReadBackwardParams p) {
 #if __CUDA_ARCH__ >= 900  // the launcher never runs it on any other architecture
   const int thread = static_cast<int>(threadIdx.x);
@@ -636,33 +667,16 @@ __global__ void __launch_bounds__(kReadLaunchBound, 2)
   for (int i = thread; i < (p.map.vectors - p.map.partials) / 4; i += p.plan.threads()) {
     cta.partials[i] = 0.0f;
   }
-  // The rest waits for the kernels before this one: it was launched while they ended.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   if (p.plan.cluster > 1) {
     __syncwarp();
     cute::cluster_sync();
   } else {
     __syncthreads();
   }
-  if (warp == warps) {
-    load_tokens(p, cta, lane);
-    return;
-  }
-  // u and g come in while the first tokens do.
-  const int others = (warps + 1) * kWarp;  // threads of all warps but the load warp
-  for (int i = warp < warps ? thread : thread - kWarp; i < cta.columns; i += others) {
-    const int r = cta.first_column + i - p.read.key_begin;
-    cta.vectors[i] = p.read.query.present() && r >= 0 ? p.read.query.at(0, r) : 0.0f;
-    if constexpr (kNorm) {
-      cta.vectors[p.plan.columns + i] =
-          p.read.norm_weight.present()
-              ? load_element(p.read.norm_weight.row(0), cta.first_column + i)
-              : 1.0f;
-    }
-  }
-  asm volatile("bar.sync 1, %0;" ::"r"(others) : "memory");
   if (warp < warps) {
     ReadBackwardCompute<T, kNorm, kTerms>(p, cta, warp, lane).run();
+  } else if (warp == warps) {
+    load_tokens(p, cta, lane);
   } else {
     ReadBackwardWeights<kNorm>(p, cta, lane).run();
   }

@@ -1,19 +1,15 @@
-// float32 rows as float8 e4m3 with scales: the quantised x of read.
-//
-//   scale     = max(amax / 448, 2^-126), with powers of two up to the next one
-//   stored_d  = e4m3(x_d * (1 / scale))            nearest even, saturating at +-448
+// float32 rows as float8 e4m3 with scales (device/quantize.cuh): the quantised x of reads that do
+// not quantise it themselves.
 //
 // A block owns one token's group of columns: it reads them for the largest absolute value, and
-// again, from the caches, to store them. Bytes: 4 a value read, 1 written. Absolute values are
-// compared as integers, in which NaN > Inf > every number: a NaN in a group reaches its scale.
+// again, from the caches, to store them. Bytes: 4 a value read, 1 written.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_QUANTIZE_ROWS_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_QUANTIZE_ROWS_CUH_
 
-#include <cuda_fp8.h>
-
 #include <cstdint>
 
+#include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 
 namespace flash_attn_res::cuda {
@@ -31,15 +27,6 @@ struct QuantizeRowsParams {
   bool power_of_two;
 };
 
-/// The scale of a group whose largest absolute value has these bits.
-__device__ __forceinline__ float group_scale(uint32_t largest, bool power_of_two) {
-  const float ratio = __fdiv_rn(__uint_as_float(largest), 448.0f);
-  const float scale = ratio < 0x1p-126f ? 0x1p-126f : ratio;
-  const uint32_t bits = __float_as_uint(scale);
-  const bool finite = bits < 0x7f800000u;
-  return power_of_two && finite ? __uint_as_float((bits + 0x7fffffu) & 0x7f800000u) : scale;
-}
-
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
   __shared__ uint32_t warp_largest[kQuantizeThreads / kWarp];
@@ -52,7 +39,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     const float* const row = p.rows + t * p.dim;
     uint32_t largest = 0;
     for (int d = begin + static_cast<int>(threadIdx.x); d < end; d += kQuantizeThreads) {
-      largest = max(largest, __float_as_uint(row[d]) & 0x7fffffffu);
+      largest = max(largest, absolute_bits(row[d]));
     }
     largest = __reduce_max_sync(kAllLanes, largest);
     if (lane == 0) {

@@ -4,6 +4,7 @@
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
 
 #include "cuda/device/params.h"
+#include "cuda/policy.h"
 
 namespace flash_attn_res::cuda {
 
@@ -42,8 +43,15 @@ struct ReadParams {
   ValueView x, partial_out, mix;     // [T, D]
   FloatView logits, inv_rms, probs;  // [T, K], optional
   FloatView mix_inv_rms;             // [1, T], optional
+  ValueView snapshot;                // [T, D], a copy of partial_out, optional
+  FloatView x_scale;                 // [T, groups] of a quantised x
+  int x_scale_groups;
+  bool x_scale_power_of_two;
   int64_t tokens;
 };
+
+/// Those of the kernels that have room for 32 terms.
+using ReadRowsParams = ReadParams<kReadRowsMaxTerms + kReadRowsMaxUpdates>;
 
 template <int kRows>
 struct ReadBackwardParams {

@@ -4,14 +4,15 @@
 //   partial' = round(partial + updates)                 stored, and used below as rounded
 //   r_j = rsqrt(mean(k_j^2) + eps)    logit_j = scale r_j <u, k_j>, or the phase-1 lse
 //   p = softmax(logit)                h = sum_j p_j z_j
-//   x = h, or h rsqrt(mean(h^2) + norm_eps) g
+//   x = h, or h rsqrt(mean(h^2) + norm_eps) g; stored as it is, or quantised (device/quantize.cuh)
 //
 // in    K terms and up to two further updates [T, D] storage; u [R], lse [T] float32; g [D]
-// out   x, partial', h [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T]
+// out   x, partial' (and a copy of it), h [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T];
+//       x_scale [T, 1 or ceil(D / 128)]
 // bytes every row of a token is read once; K + 1 units of T * D elements, and partial' written
-// sums  float32, over D in an order that knows the columns alone: eight products in order, a
-//       butterfly over the 32 chunks of a segment of 256 columns, segments in increasing order.
-//       A token has the same bits however its columns are spread over threads and blocks
+// sums  float32, over D in the order of read_sums.cuh: a token has the same bits however its
+// columns
+//       are spread over threads and blocks
 //
 // A thread loads its chunks of all rows at once and keeps them as stored until the mixture. Nothing
 // else hides latency: blocks are small, live for one token, and there are enough of them on a
@@ -20,20 +21,22 @@
 //
 //   load rows -> partial' -> sums of this block -> barrier -> softmax, in every warp
 //             -> mixture  -> its square         -> barrier -> norm, x
+//                         -> its largest value  -> barrier -> x       with one scale a token
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_ROWS_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_ROWS_CUH_
 
 #include "cuda/device/chunk.cuh"
 #include "cuda/device/cluster.cuh"
+#include "cuda/device/grid.cuh"
+#include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/row_chunk.cuh"
 #include "cuda/kernels/read_params.h"
+#include "cuda/kernels/read_sums.cuh"
 #include "cuda/policy.h"
 
 namespace flash_attn_res::cuda {
-
-using ReadRowsParams = ReadParams<kReadRowsMaxTerms + kReadRowsMaxUpdates>;
 
 template <class T, int kTerms>
 inline constexpr ReadRowsForm kReadRowsForm =
@@ -44,51 +47,28 @@ struct ReadRowsLayout {
   unsigned segments;
   unsigned terms;  // that the kernel is compiled for
 
+  bool quantized;
+
   /// Floats before the sums of the norm: (segments, terms, 2), square and dot of each term.
   FLASH_ATTN_RES_HOST_DEVICE unsigned norm_sums() const { return segments * terms * 2; }
-  FLASH_ATTN_RES_HOST_DEVICE unsigned floats() const { return (norm_sums() + segments + 1) & ~1u; }
+  /// Floats before the largest absolute values of x: (segments).
+  FLASH_ATTN_RES_HOST_DEVICE unsigned largest() const { return norm_sums() + segments; }
+  FLASH_ATTN_RES_HOST_DEVICE unsigned floats() const {
+    return (largest() + (quantized ? segments : 0) + 1) & ~1u;
+  }
 };
 
-/// The columns of a query that meet one chunk of a row, in two loads where it is `aligned`.
-__device__ __forceinline__ Chunk load_query_chunk(const FloatView& query, int col, int key_begin,
-                                                  bool aligned) {
-  const float* const u = query.data + (col - key_begin);
-  if (aligned && col >= key_begin) {
-    const float4 low = reinterpret_cast<const float4*>(u)[0];
-    const float4 high = reinterpret_cast<const float4*>(u)[1];
-    return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-  }
-  Chunk c;
+/// The bits of the largest absolute value of a chunk.
+__device__ __forceinline__ uint32_t largest_bits(const Chunk& c) {
+  uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    c.v[i] = col + i >= key_begin ? u[i] : 0.0f;
+    largest = max(largest, absolute_bits(c.v[i]));
   }
-  return c;
+  return largest;
 }
 
-/// Sums over a warp of the squares and dots of up to eight terms, two at a time: what is left of
-/// a pair after the first two halving steps is one value a lane, so that few are alive at once.
-template <int kTerms>
-struct PairSums {
-  static constexpr int kPairs = kTerms > 4 ? 4 : kTerms > 2 ? 2 : 1;
-  float values[kPairs];
-
-  __device__ __forceinline__ void set(int i, float (&pair)[4], int lane) {
-    scatter_steps<2, 16>(pair, lane);
-    values[i] = pair[0];
-  }
-  __device__ __forceinline__ float finish(int lane) {
-    scatter_steps<kPairs / 2, 4>(values, lane);
-    return warp_sum(values[0], 8 / kPairs);
-  }
-  /// Which of the 4 kPairs sums a lane ends up with, and whether it is the one to store it.
-  static __device__ __forceinline__ int index(int lane) {
-    return lane % 8 / (8 / kPairs) * 4 + lane / 8;
-  }
-  static __device__ __forceinline__ bool is_owner(int lane) { return lane % (8 / kPairs) == 0; }
-};
-
-template <class T, int kTerms>
+template <class T, int kTerms, bool kQuantized = false>
 __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
     read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
   constexpr int kChunks = kReadRowsForm<T, kTerms>.chunks;
@@ -100,19 +80,23 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
   if (t >= p.tokens) {
     return;  // the barriers count the others
   }
+  begin_next_grid();
   const int K = p.num_terms;
   const unsigned chunks = static_cast<unsigned>(p.dim) / kChunk;
   const unsigned segments = (chunks + kLanes - 1) / kLanes;
 
   extern __shared__ float4 shared[];
-  const ReadRowsLayout layout = {segments, kTerms};
+  const ReadRowsLayout layout = {segments, kTerms, kQuantized};
   float* const term_sums = reinterpret_cast<float*>(shared) + threadIdx.y * layout.floats();
   float* const norm_sums = term_sums + layout.norm_sums();
-  __shared__ Mailbox term_mail, norm_mail;
+  __shared__ Mailbox term_mail, norm_mail, largest_mail;
   if (ranks > 1) {
     if (threadIdx.x == 0) {
       term_mail.open(segments * 2 * kTerms * sizeof(float));
       norm_mail.open(segments * sizeof(float));
+      if (kQuantized) {
+        largest_mail.open(segments * sizeof(float));
+      }
     }
     cluster_arrive();
   }
@@ -139,6 +123,13 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
   for (int c = 0; c < kChunks; ++c) {
     chunk[c] = (rank * kChunks + c) * blockDim.x + threadIdx.x;
   }
+
+  // Where the rows are is in the cache of constants by the time that the grid before this one ends.
+#pragma unroll
+  for (int s = 0; s < kTerms; ++s) {
+    asm volatile("" ::"l"(p.rows.data[s]), "l"(p.rows.stride_bytes[s]));
+  }
+  wait_for_previous_grid();
 
   // Registers have no index: slot s holds term s, but the last slot always the last term.
   constexpr int kLast = kTerms - 1;
@@ -186,6 +177,9 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
         }
         slots[kLast][c] = pack_row_chunk<T>(sum, p.partial_out.dtype);
         store_row_chunk<T>(p.partial_out.row(t), chunk[c], slots[kLast][c]);
+        if (p.snapshot.present()) {
+          store_row_chunk<T>(p.snapshot.row(t), chunk[c], slots[kLast][c]);
+        }
       }
     }
   }
@@ -213,7 +207,9 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
           const int s = s0 + 2 * i + k;
           if (s < kTerms && in_use(s) && term_of(s) >= p.first_key) {
             Chunk key = unpack_row_chunk<T>(slots[s][c], dtype_of(s));
-            keep_from(key, col, p.key_begin);
+            if (p.key_begin > 0) {
+              keep_from(key, col, p.key_begin);
+            }
             pair[2 * k] = dot_add(key, key, 0.0f);
             pair[2 * k + 1] = dot_add(u, key, 0.0f);
           }
@@ -230,26 +226,13 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
   wait_for_sums(term_mail);
 
   // Every warp computes the softmax for itself: lane l has term l.
-  float logit = -INFINITY;
-  float inv_rms = 0.0f;
-  if (lane < p.first_key) {
-    logit = phase1_lse;
-  } else if (lane < K) {
-    const float2* const own =
-        reinterpret_cast<const float2*>(term_sums) + (lane == K - 1 ? kLast : lane);
-    float square = 0.0f;
-    float dot = 0.0f;
-#pragma unroll 4
-    for (unsigned g = 0; g < segments; ++g) {
-      square += own[g * kTerms].x;
-      dot += own[g * kTerms].y;
-    }
-    inv_rms = rsqrtf(square * p.inv_key_dim + p.eps);
-    logit = p.query.present() ? p.scale * inv_rms * dot : 0.0f;
+  TermLogit own = term_logit<kReadRowsForm<T, kTerms>.least_terms, kTerms>(p, term_sums, kTerms,
+                                                                           kLast, segments, lane);
+  if (lane < p.first_key || lane >= K) {
+    own = {lane < K ? phase1_lse : -INFINITY, 0.0f};
   }
-  const float largest = warp_max(logit);
-  const float weight = lane < K ? expf(logit - largest) : 0.0f;
-  const float prob = weight / warp_sum(weight);
+  const auto [logit, inv_rms] = own;
+  const float prob = softmax_over_lanes<kTerms>(logit, lane < K);
   if (threadIdx.x < kLanes && rank == 0 && lane < K) {
     if (p.logits.present()) {
       p.logits.at(t, lane) = logit;
@@ -308,11 +291,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
       share(norm_sums + own, sum, norm_mail);
     }
     wait_for_sums(norm_mail);
-    float square = 0.0f;
-#pragma unroll 4
-    for (unsigned g = 0; g < segments; ++g) {
-      square += norm_sums[g];
-    }
+    const float square = sum_of_segments(norm_sums, segments, lane);
     const float inv_rms_mix = rsqrtf(square * p.inv_dim + p.norm_eps);
     if (threadIdx.x == 0 && rank == 0 && p.mix_inv_rms.present()) {
       p.mix_inv_rms.at(0, t) = inv_rms_mix;
@@ -325,10 +304,55 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
       }
     }
   }
+  if constexpr (kQuantized) {
+    uint32_t largest[kChunks];  // of a chunk, then of the values that share its scale
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    if (chunk[c] < chunks) {
-      store_row_chunk<T>(p.x.row(t), chunk[c], pack_row_chunk<T>(h[c], p.x.dtype));
+    for (int c = 0; c < kChunks; ++c) {
+      largest[c] = largest_bits(h[c]);  // zero beyond the row
+    }
+    if (p.x_scale_groups == 1) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const uint32_t of_segment = __reduce_max_sync(kAllLanes, largest[c]);
+        if (lane == 0 && chunk[c] / kLanes < segments) {
+          share(term_sums + layout.largest() + chunk[c] / kLanes, __uint_as_float(of_segment),
+                largest_mail);
+        }
+      }
+      wait_for_sums(largest_mail);
+      uint32_t of_token = 0;
+#pragma unroll 8
+      for (unsigned g = 0; g < segments; ++g) {
+        of_token = max(of_token, __float_as_uint(term_sums[layout.largest() + g]));
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        largest[c] = of_token;
+      }
+    } else {
+      constexpr unsigned kHalf = 0xffffu;  // lanes of a group of 128 columns
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        largest[c] = __reduce_max_sync(lane < 16 ? kHalf : ~kHalf, largest[c]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (chunk[c] < chunks) {
+        const float scale = group_scale(largest[c], p.x_scale_power_of_two);
+        store_fp8_chunk(p.x.row(t), chunk[c], h[c], __frcp_rn(scale));
+        const unsigned group = p.x_scale_groups == 1 ? 0 : chunk[c] / 16;
+        if (p.x_scale_groups == 1 ? chunk[c] == 0 : lane % 16 == 0) {
+          p.x_scale.at(t, group) = scale;
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (chunk[c] < chunks) {
+        store_row_chunk<T>(p.x.row(t), chunk[c], pack_row_chunk<T>(h[c], p.x.dtype));
+      }
     }
   }
 }

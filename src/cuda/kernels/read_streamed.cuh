@@ -312,14 +312,6 @@ __global__ void __launch_bounds__(kStreamedThreads, 2)
         add(dh, load_chunk(p.dmix.row(t), col, p.dim));
       }
       store_chunk(dh_row, col, padded, dh);
-      if (p.dh.present()) {
-        store_chunk(p.dh.row(t), col, p.dim, dh);
-      }
-      if (p.dphase1_out.present()) {
-        Chunk out = zero_chunk();
-        add_scaled(out, probs[0], dh);
-        store_chunk(p.dphase1_out.row(t), col, p.dim, out);
-      }
     }
 
     for (int j0 = 0; j0 < K; j0 += kStreamedBatch) {
@@ -373,6 +365,14 @@ __global__ void __launch_bounds__(kStreamedThreads, 2)
 
     for (int col = tid * kChunk; col < p.dim; col += kStreamedThreads * kChunk) {
       const Chunk dh = load_chunk(dh_row, col, padded);
+      if (p.dh.present()) {  // not sooner: it may take the place of phase 1's result
+        store_chunk(p.dh.row(t), col, p.dim, dh);
+      }
+      if (p.dphase1_out.present()) {
+        Chunk out = zero_chunk();
+        add_scaled(out, probs[0], dh);
+        store_chunk(p.dphase1_out.row(t), col, p.dim, out);
+      }
       const bool in_key = has_query && col + kChunk > p.key_begin;
       const Chunk u = in_key ? streamed_query(p.query, col, p.dim, p.key_begin) : zero_chunk();
       Chunk dquery = in_key && p.dquery_partials != nullptr ? load_chunk(dquery_row, col, padded)

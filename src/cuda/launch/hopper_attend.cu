@@ -80,8 +80,7 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   const int64_t S = args.queries.rows;
   const int64_t T = args.sources[0].rows;
   const int64_t D = args.sources[0].cols;
-  const std::string shapes = shape_text({{"S", S}, {"N", N}, {"T", T}, {"D", D}});
-  const Call call("attend", shapes, context);
+  Call call("attend", shape_text({{"S", S}, {"N", N}, {"T", T}, {"D", D}}), context);
   if (!call.ok()) {
     return call.status();
   }
@@ -114,16 +113,13 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   params.map = shared_map(params.plan, params.extents());
 
   const void* const kernel = find_kernel(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
-  const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
-  cudaError_t error = share_out(kernel, params.map.bytes, T, params.plan);
-  if (error == cudaSuccess && params.plan.window > 0) {
-    error = cudaMemsetAsync(params.issued, 0, sizeof(int), stream);
+  share_out(call, kernel, params.map.bytes, T, params.plan);
+  if (params.plan.window > 0) {
+    call.zero(params.issued, sizeof(int));
   }
-  if (error == cudaSuccess) {
-    void* arguments[] = {&params};
-    error = launch_clusters(kernel, params.plan, params.map.bytes, stream, arguments);
-  }
-  return launch_status("attend", shapes, error);
+  void* arguments[] = {&params};
+  launch_clusters(call, kernel, params.plan, params.map.bytes, arguments);
+  return call.status();
 }
 
 }  // namespace flash_attn_res::cuda::hopper

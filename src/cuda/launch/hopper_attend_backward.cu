@@ -106,18 +106,12 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
 
   const void* const kernel =
       find_kernel<Gradient>(groups_of_eight(S), plan.tiles, groups_of_eight(N));
-  const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
-  cudaError_t error = share_out(kernel, params.map.bytes, T, params.plan);
-  if (error == cudaSuccess && params.plan.window > 0) {
-    error = cudaMemsetAsync(params.issued, 0, sizeof(int), stream);
+  share_out(call, kernel, params.map.bytes, T, params.plan);
+  if (params.plan.window > 0) {
+    call.zero(params.issued, sizeof(int));
   }
-  if (error == cudaSuccess) {
-    void* arguments[] = {&params};
-    error = launch_clusters(kernel, params.plan, params.map.bytes, stream, arguments);
-  }
-  if (error != cudaSuccess) {
-    return launch_status("attend_backward", shapes, error);
-  }
+  void* arguments[] = {&params};
+  launch_clusters(call, kernel, params.plan, params.map.bytes, arguments);
   launch_reduce(call, params.plan.clusters,
                 {params.partials, S * D, args.dqueries, args.accumulate_dqueries});
   return call.status();

@@ -16,57 +16,53 @@ namespace {
 ReadBackwardExtents extents_of(const ReadBackwardArgs& args) {
   const bool norm = args.norm == OutputNorm::kRms;
   const int terms = static_cast<int>(args.logits.cols);
-  const int held = args.accumulate_dsources ? static_cast<int>(args.dsources.size()) : 0;
-  const bool wide = held > 0 && args.dsources[0].dtype == DType::kFloat32;
-  const int given = (args.dx.present() ? 1 : 0) + (args.dmix.present() ? 1 : 0) +
-                    (args.dpartial_out.present() ? 1 : 0);
-  return {.terms = terms,
-          .narrow_rows = terms + given + (wide ? 0 : held),
-          .wide_rows = wide ? held : 0,
-          .sums = norm ? SumMap<true>::count(terms) : SumMap<false>::count(terms)};
+  ReadBackwardExtents extents = {
+      .terms = terms,
+      .narrow_rows = terms + (args.dx.present() ? 1 : 0) + (args.dmix.present() ? 1 : 0),
+      .wide_rows = 0,
+      .sums = norm ? SumMap<true>::count(terms) : SumMap<false>::count(terms)};
+  const auto count_held = [&](DType dtype, int rows) {
+    (dtype == DType::kFloat32 ? extents.wide_rows : extents.narrow_rows) += rows;
+  };
+  count_held(args.dpartial_out.dtype, args.dpartial_out.present() ? 1 : 0);
+  if (args.accumulate_dsources && !args.dsources.empty()) {
+    count_held(args.dsources[0].dtype, static_cast<int>(args.dsources.size()));
+  }
+  return extents;
 }
 
-ReadBackwardInputs make_inputs(const ReadBackwardParams<kReadTermsMax>& read,
-                               const ReadBackwardExtents& extents) {
+ReadBackwardInputs make_inputs(const ReadBackwardArgs& args, const ReadBackwardExtents& extents) {
   ReadBackwardInputs inputs = {};
-  int count = 0;
-  const auto append = [&](const ValueView& view) {
-    if (view.present()) {
-      inputs.data[count] = view.data;
-      inputs.stride_bytes[count] = view.stride_bytes;
-      ++count;
-    }
-  };
-  for (int j = 0; j < read.num_terms; ++j) {
-    inputs.data[count] = read.rows.data[j];
-    inputs.stride_bytes[count] = read.rows.stride_bytes[j];
-    ++count;
-  }
-  inputs.dx = count;
-  append(read.dx);
-  inputs.dmix = count;
-  append(read.dmix);
-  inputs.dpartial = count;
-  append(read.dpartial_out);
-  inputs.dsources = count;
-  const int held = extents.narrow_rows + extents.wide_rows - count;
-  for (int n = 0; n < held; ++n) {
-    inputs.data[count] = read.dsources.data[n];
-    inputs.stride_bytes[count] = read.dsources.stride_bytes[n];
-    ++count;
-  }
   inputs.narrow = extents.narrow_rows;
   inputs.wide = extents.wide_rows;
+  int narrow = 0;
+  int wide = extents.narrow_rows;
+  const auto append = [&](const ConstMatrix& matrix) {
+    const ValueView view = value_view(matrix);
+    int& next = view.dtype == DType::kFloat32 ? wide : narrow;
+    const int place = next;
+    if (view.present()) {
+      inputs.data[place] = view.data;
+      inputs.stride_bytes[place] = view.stride_bytes;
+      ++next;
+    }
+    return place;
+  };
+  append(args.phase1_out);
+  for (const ConstMatrix& source : args.sources) {
+    append(source);
+  }
+  append(args.partial);
+  inputs.dx = append(args.dx);
+  inputs.dmix = append(args.dmix);
+  inputs.dpartial = append(args.dpartial_out);
+  if (args.accumulate_dsources && !args.dsources.empty()) {
+    inputs.dsources = append(args.dsources[0]);
+    for (const Matrix& matrix : args.dsources.subspan(1)) {
+      append(matrix);
+    }
+  }
   return inputs;
-}
-
-/// Zeroes the counter of the window. A kernel and no memset, so that the one that counts can be
-/// launched while this runs.
-__global__ void zero_counter_kernel(int* issued) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-  *issued = 0;
 }
 
 /// Whether every chunk of the rows is whole, aligned to 16 bytes and of this dtype; absent is fine.
@@ -75,45 +71,6 @@ bool is_whole(const ConstMatrix& matrix, DType dtype) {
 }
 
 }  // namespace
-
-ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents, int64_t dim,
-                                      const DeviceLimits& limits) {
-  constexpr int64_t kReserved = 1024;  // the system takes 1 KB of shared memory a block
-  constexpr int kBlocksMax = 8;
-  constexpr int kStagesLeast = 3;  // with two, all that is in shared memory is in use
-  constexpr int kStagesWanted = 4;
-  // Several CTAs of a multiprocessor hide each other's sums, tokens on their way in each ring
-  // hide the loads. A wider cluster makes room for both, but has one exchange more a token, so the
-  // narrowest that gives two CTAs comes first, then what fits at all.
-  for (const int least_blocks : {2, 1}) {
-    for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
-      ReadBackwardPlan plan;
-      plan.cluster = cluster;
-      plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), kChunk));
-      plan.warps = static_cast<int>(ceil_div(plan.columns, kReadWarpColumns));
-      const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
-      if (plan.warps > kReadWarpsMax || !every_rank_works) {
-        continue;
-      }
-      const auto fits = [&](int blocks, int stages) {
-        plan.stages = stages;
-        const int64_t bytes = read_backward_map(plan, extents).bytes;
-        return bytes <= limits.shared_per_block &&
-               blocks * (bytes + kReserved) <= limits.shared_per_multiprocessor;
-      };
-      plan.blocks = std::clamp(kReadResidentWarps * 32 / plan.threads(), 1, kBlocksMax);
-      while (plan.blocks > least_blocks && !fits(plan.blocks, kStagesLeast)) {
-        --plan.blocks;
-      }
-      for (int stages = kStagesWanted; stages >= kStagesLeast; --stages) {
-        if (fits(plan.blocks, stages)) {
-          return plan;
-        }
-      }
-    }
-  }
-  return {};
-}
 
 bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits) {
   const ReadBackwardShape shape(args);
@@ -133,10 +90,14 @@ bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits) {
     return matrix.stride == args.dsources[0].stride;
   });
   const DType gradient = args.dsources.empty() ? dtype : args.dsources[0].dtype;
-  const ConstMatrix values[] = {args.phase1_out,   args.partial,     args.dx, args.dmix,
-                                args.dpartial_out, args.dphase1_out, args.dh, args.dpartial};
+  const ConstMatrix values[] = {args.phase1_out, args.partial,     args.dx,
+                                args.dmix,       args.dphase1_out, args.dh};
+  const auto is_gradient = [&](const ConstMatrix& matrix) {
+    return is_whole(matrix, dtype) || is_whole(matrix, DType::kFloat32);
+  };
   return one_stride && is_half(dtype) && all_whole(values, dtype) &&
-         all_whole(args.sources, dtype) && (gradient == dtype || gradient == DType::kFloat32) &&
+         all_whole(args.sources, dtype) && is_gradient(args.dpartial_out) &&
+         is_gradient(args.dpartial) && (gradient == dtype || gradient == DType::kFloat32) &&
          all_whole(args.dsources, gradient) &&
          choose_read_backward(extents_of(args), shape.D, limits).columns > 0;
 }
@@ -146,7 +107,7 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
   const ReadBackwardExtents extents = extents_of(args);
   HopperReadBackwardParams params = {};
   params.read = make_read_backward_params<kReadTermsMax>(args, shape, scratch);
-  params.inputs = make_inputs(params.read, extents);
+  params.inputs = make_inputs(args, extents);
   params.plan = plan != nullptr ? *plan : choose_read_backward(extents, shape.D, call.limits());
   params.map = read_backward_map(params.plan, extents);
   params.inv_dim = 1.0f / static_cast<float>(shape.D);
@@ -156,13 +117,14 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
     params.dsources_stride_bytes = params.read.dsources.stride_bytes[0];
     params.wide_dsources = args.dsources[0].dtype == DType::kFloat32;
   }
+  params.wide_dpartial_out = args.dpartial_out.dtype == DType::kFloat32;
+  params.wide_dpartial = args.dpartial.dtype == DType::kFloat32;
 
   const auto launch = [&](auto kernel) {
     const unsigned clusters = call.resident_clusters(
         kernel, params.plan.cluster, params.plan.threads(), params.map.bytes, shape.max_blocks);
     params.plan.clusters = static_cast<int>(clusters);
-    call.launch(zero_counter_kernel, dim3(1), dim3(1), 0, params.issued);
-    call.launch_with({.cluster = params.plan.cluster, .overlap = true}, kernel,
+    call.launch_with({.cluster = params.plan.cluster}, kernel,
                      dim3(clusters * static_cast<unsigned>(params.plan.cluster)),
                      dim3(static_cast<unsigned>(params.plan.threads())), params.map.bytes, params);
   };

@@ -1,5 +1,5 @@
-// The Hopper paths of a build without the CUTLASS headers: they serve nothing, and the general
-// kernels run instead.
+// The Hopper paths of a build without code for sm_90a or without the CUTLASS headers: they serve
+// nothing, and the general kernels run instead.
 
 #include <string>
 
@@ -27,6 +27,8 @@ Status attend(const AttendArgs&, const Context&, const Plan*) { return unavailab
 Status attend_backward(const AttendBackwardArgs&, const Context&, const Plan*) {
   return unavailable("attend_backward");
 }
+
+bool run_read(Call&, const ReadRowsParams&, DType, int*) { return false; }
 
 unsigned run_read_backward(Call&, const ReadBackwardArgs&, const ReadBackwardShape&,
                            const ReadBackwardScratch&, const ReadBackwardPlan*) {

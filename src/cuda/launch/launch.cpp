@@ -2,10 +2,88 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <map>
 #include <string>
+#include <tuple>
 #include <utility>
 
 namespace flash_attn_res::cuda {
+
+namespace {
+
+/// What the CUDA runtime answers to a question about the current device, asked once by each thread:
+/// an answer costs microseconds of the host, and a training step asks hundreds of times.
+template <class Key, class Value>
+class Remembered {
+ public:
+  /// The value of `key`, or what `ask(value)` says if this thread meets the key for the first time.
+  template <class Ask>
+  cudaError_t get(const Key& key, Value& value, Ask&& ask) {
+    if (const auto known = values_.find(key); known != values_.end()) {
+      value = known->second;
+      return cudaSuccess;
+    }
+    const cudaError_t error = ask(value);
+    if (error == cudaSuccess) {
+      values_.emplace(key, value);
+    }
+    return error;
+  }
+
+ private:
+  std::map<Key, Value> values_;
+};
+
+using OnDevice = std::pair<const void*, int>;  // kernel, device
+/// What decides how many blocks of a kernel run at once.
+using Occupancy = std::tuple<const void*, int, int, int, int64_t>;  // kernel, device, cluster,
+                                                                    // threads, shared bytes
+
+cudaError_t device_limits(int device, DeviceLimits& limits) {
+  thread_local Remembered<int, DeviceLimits> remembered;
+  return remembered.get(device, limits, [device](DeviceLimits& asked) {
+    cudaError_t error = cudaSuccess;
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&value, which, device);
+      }
+      return value;
+    };
+    asked.major = attribute(cudaDevAttrComputeCapabilityMajor);
+    asked.minor = attribute(cudaDevAttrComputeCapabilityMinor);
+    asked.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+    asked.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    asked.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    return error;
+  });
+}
+
+cudaError_t function_attributes(const void* kernel, int device, cudaFuncAttributes& attributes) {
+  thread_local Remembered<OnDevice, cudaFuncAttributes> remembered;
+  return remembered.get({kernel, device}, attributes, [kernel](cudaFuncAttributes& asked) {
+    return cudaFuncGetAttributes(&asked, kernel);
+  });
+}
+
+/// Lets a kernel have all the shared memory that a block may ask for. One number for all launches:
+/// another thread may be between setting its own and launching.
+cudaError_t allow_all_shared(const void* kernel, int device, const DeviceLimits& limits) {
+  thread_local Remembered<OnDevice, int> remembered;
+  int bytes = 0;
+  return remembered.get({kernel, device}, bytes, [&](int& allowed) {
+    cudaFuncAttributes attributes = {};
+    if (const cudaError_t error = function_attributes(kernel, device, attributes);
+        error != cudaSuccess) {
+      return error;
+    }
+    allowed =
+        static_cast<int>(limits.shared_per_block) - static_cast<int>(attributes.sharedSizeBytes);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
+  });
+}
+
+}  // namespace
 
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;
@@ -27,18 +105,9 @@ Call::Call(const char* op, std::string shapes, const Context& context)
       shapes_(std::move(shapes)),
       guard_(context.device.index),
       stream_(static_cast<cudaStream_t>(context.stream)) {
-  const int device = context.device.index;
+  device_ = context.device.index;
   check(guard_.error(), "selecting the device");
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "reading a device attribute");
-    return value;
-  };
-  limits_.major = attribute(cudaDevAttrComputeCapabilityMajor);
-  limits_.minor = attribute(cudaDevAttrComputeCapabilityMinor);
-  limits_.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  limits_.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  limits_.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  check(device_limits(device_, limits_), "reading the device's attributes");
   if (ok() && limits_.major < 8) {
     status_ = Status(StatusCode::kUnsupportedDevice,
                      std::string(op_) + ": the GPU has compute capability " +
@@ -58,9 +127,7 @@ void Call::check(cudaError_t error, const char* what) {
 bool Call::allow_shared(const void* kernel, int64_t shared_bytes) {
   constexpr int64_t kAlwaysAllowed = 48 * 1024;
   if (shared_bytes > kAlwaysAllowed) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "reserving shared memory");
+    check(allow_all_shared(kernel, device_, limits_), "reserving shared memory");
   }
   return ok();
 }
@@ -98,9 +165,9 @@ struct Configuration {
 
 }  // namespace
 
-void Call::launch_erased(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
+void Call::launch_kernel(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
                          int64_t shared_bytes, void** arguments) {
-  if (!allow_shared(kernel, shared_bytes)) {
+  if (!ok() || grid.x == 0 || !allow_shared(kernel, shared_bytes)) {
     return;
   }
   const Configuration configuration(options, limits_.major >= 9, grid, block, shared_bytes,
@@ -108,8 +175,8 @@ void Call::launch_erased(const LaunchOptions& options, const void* kernel, dim3 
   check(cudaLaunchKernelExC(&configuration.config, kernel, arguments), "the kernel launch");
 }
 
-unsigned Call::resident_clusters_erased(const void* kernel, int cluster, int threads,
-                                        int64_t shared_bytes, int64_t limit) {
+unsigned Call::resident_clusters(const void* kernel, int cluster, int threads, int64_t shared_bytes,
+                                 int64_t limit) {
   if (cluster == 1) {
     return resident_blocks_erased(kernel, threads, shared_bytes, limit);
   }
@@ -117,13 +184,23 @@ unsigned Call::resident_clusters_erased(const void* kernel, int cluster, int thr
     return 0;
   }
   // GPUs of one model differ in how their multiprocessors are grouped, so this is asked for.
-  const Configuration configuration({.cluster = cluster}, false,
-                                    dim3(static_cast<unsigned>(cluster)),
-                                    dim3(static_cast<unsigned>(threads)), shared_bytes, stream_);
+  thread_local Remembered<Occupancy, int> remembered;
   int resident = 0;
-  check(cudaOccupancyMaxActiveClusters(&resident, kernel, &configuration.config),
+  const auto ask = [&](int& clusters) {
+    const Configuration configuration({.cluster = cluster}, false,
+                                      dim3(static_cast<unsigned>(cluster)),
+                                      dim3(static_cast<unsigned>(threads)), shared_bytes, stream_);
+    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config);
+  };
+  check(remembered.get({kernel, device_, cluster, threads, shared_bytes}, resident, ask),
         "asking for the occupancy");
   return static_cast<unsigned>(std::clamp<int64_t>(resident, 1, std::max<int64_t>(limit, 1)));
+}
+
+void Call::zero(void* memory, int64_t bytes) {
+  if (ok()) {
+    check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_), "zeroing memory");
+  }
 }
 
 void Call::copy(const ConstMatrix& from, const Matrix& to) {
@@ -141,7 +218,7 @@ void Call::copy(const ConstMatrix& from, const Matrix& to) {
 
 bool Call::compiled_for_erased(int major, const void* kernel) {
   cudaFuncAttributes attributes = {};
-  check(cudaFuncGetAttributes(&attributes, kernel), "reading a kernel's attributes");
+  check(function_attributes(kernel, device_, attributes), "reading a kernel's attributes");
   return ok() && attributes.ptxVersion >= 10 * major;
 }
 
@@ -150,9 +227,13 @@ unsigned Call::resident_blocks_erased(const void* kernel, int threads, int64_t s
   if (limit <= limits_.multiprocessors || !allow_shared(kernel, shared_bytes)) {
     return static_cast<unsigned>(std::max<int64_t>(limit, 0));
   }
+  thread_local Remembered<Occupancy, int> remembered;
   int per_multiprocessor = 1;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
-                                                      static_cast<size_t>(shared_bytes)),
+  const auto ask = [&](int& blocks) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
+                                                         static_cast<size_t>(shared_bytes));
+  };
+  check(remembered.get({kernel, device_, 1, threads, shared_bytes}, per_multiprocessor, ask),
         "asking for the occupancy");
   const int64_t resident =
       static_cast<int64_t>(std::max(per_multiprocessor, 1)) * limits_.multiprocessors;

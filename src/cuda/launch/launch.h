@@ -61,13 +61,17 @@ class Call {
   template <class... Parameters>
   void launch_with(const LaunchOptions& options, void (*kernel)(Parameters...), dim3 grid,
                    dim3 block, int64_t shared_bytes, const Parameters&... parameters) {
-    if (!ok() || grid.x == 0) {
-      return;
-    }
     void* arguments[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    launch_erased(options, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+    launch_kernel(options, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
                   arguments);
   }
+
+  /// The same for a kernel whose type is not known; `arguments` point at its parameters.
+  void launch_kernel(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
+                     int64_t shared_bytes, void** arguments);
+
+  /// Zeroes memory, behind the launches before it.
+  void zero(void* memory, int64_t bytes);
 
   /// Copies one matrix to another of the same shape and dtype, behind the launches before it.
   void copy(const ConstMatrix& from, const Matrix& to);
@@ -84,9 +88,11 @@ class Call {
   template <class... Parameters>
   unsigned resident_clusters(void (*kernel)(Parameters...), int cluster, int threads,
                              int64_t shared_bytes, int64_t limit) {
-    return resident_clusters_erased(reinterpret_cast<const void*>(kernel), cluster, threads,
-                                    shared_bytes, limit);
+    return resident_clusters(reinterpret_cast<const void*>(kernel), cluster, threads, shared_bytes,
+                             limit);
   }
+  unsigned resident_clusters(const void* kernel, int cluster, int threads, int64_t shared_bytes,
+                             int64_t limit);
 
   /// Whether the code that the device runs for `kernel` was compiled for compute capability
   /// `major`.0 or later. Code that the driver makes of older PTX lacks what newer devices have.
@@ -99,10 +105,6 @@ class Call {
   void check(cudaError_t error, const char* what);
   bool compiled_for_erased(int major, const void* kernel);
   bool allow_shared(const void* kernel, int64_t shared_bytes);
-  void launch_erased(const LaunchOptions& options, const void* kernel, dim3 grid, dim3 block,
-                     int64_t shared_bytes, void** arguments);
-  unsigned resident_clusters_erased(const void* kernel, int cluster, int threads,
-                                    int64_t shared_bytes, int64_t limit);
   unsigned resident_blocks_erased(const void* kernel, int threads, int64_t shared_bytes,
                                   int64_t limit);
 
@@ -110,6 +112,7 @@ class Call {
   std::string shapes_;
   DeviceGuard guard_;
   cudaStream_t stream_;
+  int device_;
   DeviceLimits limits_;
   Status status_;
 };

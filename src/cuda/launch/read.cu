@@ -1,4 +1,5 @@
-// read: one kernel, a token's rows in registers where they fit and are aligned, else streamed.
+// read: one kernel, a token's rows in registers where they fit and are aligned, else streamed, with
+// the quantisation of x and the snapshot behind it.
 
 #include <cstdint>
 #include <span>
@@ -6,6 +7,7 @@
 
 #include "common/validate.h"
 #include "cuda/backend.h"
+#include "cuda/hopper.h"
 #include "cuda/kernels/read_rows.cuh"
 #include "cuda/kernels/read_streamed.cuh"
 #include "cuda/launch/dispatch.cuh"
@@ -64,6 +66,10 @@ ReadParams<kRows> make_params(const ReadArgs& args) {
   p.inv_rms = float_view(args.inv_rms);
   p.probs = float_view(args.probs);
   p.mix_inv_rms = float_view(args.mix_inv_rms);
+  p.snapshot = value_view(args.snapshot);
+  p.x_scale = float_view(args.x_scale);
+  p.x_scale_groups = static_cast<int>(args.x_scale.cols);
+  p.x_scale_power_of_two = args.scale_rounding == ScaleRounding::kPowerOfTwo;
   p.tokens = args.x.rows;
   return p;
 }
@@ -87,51 +93,82 @@ UniformType storage_of(const ReadArgs& args) {
 using RowsKernel = void (*)(ReadRowsParams);
 
 /// The kernel with room for `terms`.
-template <class Storage>
+template <class Storage, bool kQuantized>
 RowsKernel find_rows_kernel(int terms) {
   constexpr std::span<const ReadRowsForm> kForms =
       read_rows_forms(/*half=*/sizeof(Packed<Storage>) == 16);
   RowsKernel found = nullptr;
   const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    ((found =
-          kForms[kIndex].terms == terms ? read_rows_kernel<Storage, kForms[kIndex].terms> : found),
+    ((found = kForms[kIndex].terms == terms
+                  ? read_rows_kernel<Storage, kForms[kIndex].terms, kQuantized>
+                  : found),
      ...);
   };
   look(std::make_index_sequence<kForms.size()>());
   return found;
 }
 
-/// Runs the call with its rows in registers, if a kernel can. `storage` is that of the rows.
-bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
+RowsKernel find_rows_kernel(DType storage, bool quantized, int terms) {
+  switch (storage) {
+    case DType::kBFloat16:
+      return quantized ? find_rows_kernel<__nv_bfloat16, true>(terms)
+                       : find_rows_kernel<__nv_bfloat16, false>(terms);
+    case DType::kFloat16:
+      return quantized ? find_rows_kernel<__half, true>(terms)
+                       : find_rows_kernel<__half, false>(terms);
+    default:
+      return quantized ? find_rows_kernel<AnyAligned, true>(terms)
+                       : find_rows_kernel<AnyAligned, false>(terms);
+  }
+}
+
+/// Whether rows of float8 can be stored in pieces of eight.
+bool is_aligned_to_eight(const Matrix& matrix) {
+  return reinterpret_cast<uintptr_t>(matrix.data) % 8 == 0 &&
+         (matrix.rows <= 1 || matrix.stride % 8 == 0);
+}
+
+/// Runs the whole call, x quantised and the snapshot taken where that is asked for, with its rows
+/// in registers, if a kernel can. `storage` is that of the rows.
+bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued) {
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
-  storage.add(value_view(args.x));
+  const bool quantized = args.x_scale.present();
+  if (!quantized) {
+    storage.add(value_view(args.x));
+  }
   storage.add(value_view(args.mix));
+  storage.add(value_view(args.snapshot));
   const bool aligned = storage.vectorized() && D % kChunk == 0 &&
+                       (!quantized || is_aligned_to_eight(args.x)) &&
                        (!args.norm_weight.present() || value_view(args.norm_weight).vectorized);
   const bool half = is_half(storage.get());
   const ReadRowsPolicy policy =
-      choose_read_rows(half, read_terms(args), D, call.limits().major >= 9);
+      choose_read_rows(half, read_terms(args), D, call.limits().major >= 9, T);
   // Tokens and blocks are counted in 32 bits.
   const int64_t blocks =
       policy.terms == 0 ? 0 : ceil_div(T, policy.tokens) * int64_t{policy.cluster};
   if (!aligned || policy.terms == 0 || blocks != grid_blocks(blocks)) {
     return false;
   }
-  const RowsKernel kernel =
-      storage.get() == DType::kBFloat16  ? find_rows_kernel<__nv_bfloat16>(policy.terms)
-      : storage.get() == DType::kFloat16 ? find_rows_kernel<__half>(policy.terms)
-                                         : find_rows_kernel<AnyAligned>(policy.terms);
+  const ReadRowsParams params = make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  if (half && !quantized &&
+      read_rings(params.norm, args.partial_out.present(), params.num_terms, D, T, call.limits()) &&
+      hopper::run_read(call, params, storage.get(), issued)) {
+    return true;
+  }
+  const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy.terms);
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
     return false;
   }
   const ReadRowsLayout layout = {static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
-                                 static_cast<unsigned>(policy.terms)};
+                                 static_cast<unsigned>(policy.terms), quantized};
   const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
   call.launch_with(
-      {.cluster = policy.cluster}, kernel, dim3(grid_blocks(blocks)),
+      {.cluster = policy.cluster, .overlap = read_overlaps(blocks)}, kernel,
+      dim3(grid_blocks(blocks)),
       dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
-      shared_bytes, make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args));
+      shared_bytes, params);
   return true;
 }
 
@@ -153,11 +190,28 @@ void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage
   call.launch(kernel, dim3(blocks), dim3(kStreamedThreads), shared_bytes, params, first_partial);
 }
 
+/// Pieces of the workspace, each only of calls that may need it.
+struct ReadScratch {
+  int* issued;  // counter of the ring
+  float* rows;  // [T, D] of reads that quantise their x in a second launch
+
+  ReadScratch(Workspace& workspace, const ReadArgs& args)
+      : issued(reinterpret_cast<int*>(workspace.floats(may_ring(args) ? 1 : 0))),
+        rows(workspace.floats(args.x_scale.present() ? args.x.rows * args.x.cols : 0)) {}
+
+  /// Asked without a device: the fewest multiprocessors of one that has the ring.
+  static bool may_ring(const ReadArgs& args) {
+    constexpr int64_t kFewMultiprocessors = 64;
+    return is_half(args.x.dtype) && args.x.rows >= 4 * kFewMultiprocessors;
+  }
+};
+
 }  // namespace
 
-/// A quantised x is computed as float32 rows in the workspace, and quantised by a second launch.
 int64_t read_workspace_bytes(const ReadArgs& args) {
-  return args.x_scale.present() ? args.x.rows * args.x.cols * size_of(DType::kFloat32) : 0;
+  Workspace workspace;
+  const ReadScratch scratch(workspace, args);
+  return workspace.used();
 }
 
 Status read(const ReadArgs& given, const Context& context) {
@@ -165,16 +219,14 @@ Status read(const ReadArgs& given, const Context& context) {
   const int64_t D = given.x.cols;
   ReadArgs args = given;
   if (!args.partial_out.present()) {
-    args.partial_out = args.snapshot;  // the only place where the sum goes, if anywhere
+    std::swap(args.partial_out, args.snapshot);  // the only place where the sum goes, if anywhere
   }
   const bool quantized = given.x_scale.present();
-  if (quantized) {
-    if (given.mix_rounding == MixRounding::kStorage && mix_dtype(given) != DType::kFloat32) {
-      return {StatusCode::kUnsupportedDevice,
-              "read: mix_rounding kStorage with x in float8_e4m3 is computed on the CPU alone, "
-              "expected kFloat32 on CUDA"};
-    }
-    args.x = {context.workspace, T, D, D, DType::kFloat32};
+  if (quantized && given.mix_rounding == MixRounding::kStorage &&
+      mix_dtype(given) != DType::kFloat32) {
+    return {StatusCode::kUnsupportedDevice,
+            "read: mix_rounding kStorage with x in float8_e4m3 is computed on the CPU alone, "
+            "expected kFloat32 on CUDA"};
   }
   if (Status status = check_dim("read", D); !status.ok() || T == 0) {
     return status;
@@ -183,15 +235,21 @@ Status read(const ReadArgs& given, const Context& context) {
   if (!call.ok()) {
     return call.status();
   }
+  Workspace workspace(context.workspace);
+  const ReadScratch scratch(workspace, args);
   const UniformType storage = storage_of(args);
-  if (!run_rows(call, args, storage)) {
-    run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
+  if (run_rows(call, args, storage, scratch.issued)) {
+    return call.status();
   }
+  if (quantized) {
+    args.x = {scratch.rows, T, D, D, DType::kFloat32};
+  }
+  run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
   if (quantized) {
     launch_quantize(call, args.x, given.x, given.x_scale, given.scale_rounding);
   }
-  if (given.partial_out.present() && given.snapshot.present()) {
-    call.copy(given.partial_out, given.snapshot);
+  if (args.snapshot.present()) {
+    call.copy(args.partial_out, args.snapshot);
   }
   return call.status();
 }

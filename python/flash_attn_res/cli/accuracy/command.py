@@ -163,7 +163,7 @@ def document_of(
             "flash_attn_res": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: version for name, version in peers.versions().items()},
+            **peers.versions(),
         },
         "date": datetime.date.today().isoformat(),
         "seconds": round(seconds, 1),
@@ -219,9 +219,7 @@ def _print_worst(rows: list[dict[str, Any]], op: str, console: Console) -> None:
     grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
     grid.add_column("package, storage", no_wrap=True, vertical="bottom")
     for tensor in tensors:
-        grid.add_column(
-            tensor.replace(" ", "\n"), justify="right", vertical="bottom", min_width=7
-        )
+        grid.add_column(tensor.replace(" ", "\n"), justify="right", vertical="bottom", min_width=7)
     for (package, storage), own in cases.items():
         name = "ours" if package == table.OURS else package
         grid.add_row(f"{name}, {storage}", *(worst(own.get(tensor, [])) for tensor in tensors))

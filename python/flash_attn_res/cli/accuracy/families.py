@@ -47,7 +47,7 @@ def generator_for(seed: int, *names: object) -> torch.Generator:
 
 
 def storable(x: Tensor) -> Tensor:
-    """x at bfloat16's values, in float32."""
+    """X at bfloat16's values, in float32."""
     return x.bfloat16().float()
 
 

@@ -84,7 +84,9 @@ def one_shot(network: Network, x: dict[str, Tensor], site: Site) -> Tensor:
     for index in range(network.num_sublayers):
         if index % BLOCK_SIZE == 0 and partial is not None:
             sources, partial = [*sources, partial], None
-        output = network.layer(index, site(index, sources if partial is None else [*sources, partial]))
+        output = network.layer(
+            index, site(index, sources if partial is None else [*sources, partial])
+        )
         partial = output if partial is None else partial + output
     assert partial is not None
     return site(network.num_sublayers, [*sources, partial])
@@ -153,9 +155,7 @@ def two_phase(
     x: dict[str, Tensor],
     attend: Callable[[list[Tensor], slice], list[Tensor]],
     norm: Callable[[Tensor, Tensor], Tensor],
-    advance: Callable[
-        [int, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]
-    ],
+    advance: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]],
     partial_dtype: torch.dtype,
 ) -> Tensor:
     """Phase 1 once a block, then a merge a site; the output's site reads all blocks."""

@@ -1,4 +1,4 @@
-"""Other packages' Attention Residuals behind one shape of call: errors and benchmarks use it.
+r"""Other packages' Attention Residuals behind one shape of call: errors and benchmarks use it.
 
 This file needs PyTorch alone, so that benchmarks may load it where this package is not built.
 
@@ -9,7 +9,7 @@ the operation it raises :class:`UnsupportedError` with the reason. Nothing is ti
 
 The packages are installed at run time and never beside this one:
 
-    pip install --target SITE --no-deps flash-linear-attention fla-core liger-kernel \\
+    pip install --target SITE --no-deps flash-linear-attention fla-core liger-kernel \
         fast-attnres einops
     pip install --target SEED --no-deps flash-attn-res==0.1.12
 
@@ -40,6 +40,7 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -369,7 +370,7 @@ def loops(op: str, x: dict[str, Tensor]) -> list[Tensor]:
     for q in folded(x).unbind(0):
         logits = torch.stack([(s * q).sum(-1) * r for s, r in zip(v, inverse, strict=True)])
         p = logits.softmax(0)
-        outs.append(sum(p[i][:, None] * source for i, source in enumerate(v)))
+        outs.append(torch.stack([p[i][:, None] * source for i, source in enumerate(v)]).sum(0))
         lses.append(logits.logsumexp(0))
     if op == "phase1":
         return [torch.stack(outs).to(kind), torch.stack(lses)]
@@ -465,7 +466,7 @@ def prepare(name: str, case: Case) -> Prepared:
     inputs: dict = dict(case.inputs)
     if name in LISTS:
         inputs["sources"] = list(case.inputs["sources"].unbind(0))
-    leaves = {
+    leaves: dict[str, Any] = {
         key: [v.detach().requires_grad_() for v in value]
         if isinstance(value, list)
         else value.detach().requires_grad_()

@@ -6,6 +6,7 @@ seconds: `train` with fixed options on the Python standard library's sources.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,7 @@ class States:
         """The embedding and N - 1 blocks of outputs; queries and weights are the learned ones."""
         outputs = self.outputs[:-2]
         bounds = [round(i * len(outputs) / max(1, N - 1)) for i in range(N)]
-        blocks = [
-            torch.stack(outputs[a:b]).sum(0) for a, b in zip(bounds, bounds[1:], strict=False)
-        ]
+        blocks = [torch.stack(outputs[a:b]).sum(0) for a, b in itertools.pairwise(bounds)]
         last = torch.arange(S) - S  # the deepest sites have learned the most
         return Inputs(
             sources=storable(torch.stack([self.embedding, *blocks])),

@@ -280,7 +280,11 @@ def steps(
     """
     for family in plan.families:
         if family in families.NETWORKS:
-            yield family, lambda t, f=family: add_network(t, field, f, plan.device, plan.seed)
+
+            def add_whole(table: Table, family: str = family) -> None:
+                add_network(table, field, family, plan.device, plan.seed)
+
+            yield family, add_whole
             continue
         held = states() if family == families.DEPTH else None
         most = max(plan.sources) if held is None else held.most_sources
@@ -307,7 +311,9 @@ def same_case(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["storage"], row["family"], row["op"], shape, row["tensor"]
 
 
-def comparisons(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def comparisons(
+    rows: Sequence[dict[str, Any]],
+) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Every row of ours with those of the other packages on the same inputs and storage."""
     others: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:

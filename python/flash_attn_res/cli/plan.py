@@ -1,0 +1,38 @@
+"""The command `flash-attn-res plan`."""
+
+from __future__ import annotations
+
+import argparse
+
+from flash_attn_res.cli.errors import CliError
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Prints what Attention Residuals need of a distributed network."""
+    from flash_attn_res.distributed.planning import Estimate
+
+    for name in ("layers", "dim", "block_size", "pp", "vpp", "tp", "seq"):
+        if getattr(arguments, name) < 1:
+            flag = name.replace("_", "-")
+            raise CliError(f"--{flag} is {getattr(arguments, name)}, expected at least 1")
+    if any(link <= 0 for link in arguments.links):
+        raise CliError(f"--links are {arguments.links}, expected numbers above 0, in GB/s")
+    if arguments.pp * arguments.vpp > arguments.layers:
+        raise CliError(
+            f"--pp {arguments.pp} and --vpp {arguments.vpp} make {arguments.pp * arguments.vpp} "
+            f"stages, more than the {arguments.layers} sublayers"
+        )
+    if arguments.pp == 1 and arguments.vpp > 1:
+        raise CliError(f"--vpp is {arguments.vpp}, expected 1 for a pipeline of one rank")
+    estimate = Estimate(
+        layers=arguments.layers,
+        dim=arguments.dim,
+        block_size=arguments.block_size,
+        pp=arguments.pp,
+        vpp=arguments.vpp,
+        tp=arguments.tp,
+        seq=arguments.seq,
+        value_bytes=arguments.value_bytes,
+    )
+    print(estimate.describe(arguments.links))
+    return 0

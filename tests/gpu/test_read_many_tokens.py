@@ -1,0 +1,156 @@
+"""Both ways through the forward of `read` on the same numbers: many tokens at once, and few.
+
+A Hopper GPU reads many tokens with rows in a ring in shared memory where that is faster, few tokens
+with rows in registers, and very few spread over more threads. A token has the same bits whichever
+kernel serves it, so slices of the call must give exactly what the whole call gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import native
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    native.library_path() is None,
+    reason="no shared library: build with BUILD_SHARED_LIBS=ON or set FLASH_ATTN_RES_LIBRARY",
+)
+
+FEW = (1, 30, 100)  # tokens of slices, in turn; the ring begins at four a multiprocessor
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    D: int
+    sources: int = 0
+    site: bool = False  # a phase-1 result and a partial sum
+    updates: int = 0
+    norm: bool = False
+    round_mix: bool = False
+    mix: bool = False
+    key_dim: int | None = None
+    storage: torch.dtype = torch.bfloat16
+    T: int = 1201
+    gap: int = 0  # elements between rows
+
+
+SITES = [
+    # One group in a block, and the widths beside those that have two.
+    *(
+        Site(D=D, sources=N, norm=norm)
+        for D in (7680, 7688, 8192, 9728, 9736)
+        for N in (3, 4)
+        for norm in (False, True)
+    ),
+    Site(D=8192, sources=2, site=True, norm=True, mix=True),
+    Site(D=8192, sources=4, norm=True, key_dim=6401, round_mix=True),
+    Site(D=8192, sources=3, storage=torch.float16, gap=8),
+    Site(D=8192, sources=4, norm=True, T=528),
+    *(
+        Site(D=D, sources=N, norm=norm)
+        for D in (6144, 6152, 7168, 7176, 7680, 7688)
+        for N in (5, 7, 8)
+        for norm in (False, True)
+    ),
+    Site(D=7168, sources=6, norm=True, round_mix=True, mix=True),
+    Site(D=7168, sources=7, norm=True, key_dim=512),
+    Site(D=7168, sources=7, key_dim=6401),
+    Site(D=7168, sources=4, site=True, updates=1, norm=True),
+    Site(D=7168, sources=6, site=True, updates=2, norm=True),
+    Site(D=7168, sources=7, norm=True, storage=torch.float16),
+    Site(D=7168, sources=7, norm=True, gap=8),
+    Site(D=7168, sources=8, norm=True, T=528),
+    Site(D=7168, sources=8, norm=True, T=529),
+    Site(D=7168, sources=9, norm=True),
+    # The ring where it wins clearly, and what the policy says elsewhere.
+    *(Site(D=D, sources=10, norm=True) for D in (1024, 2304, 4096)),
+    *(Site(D=D, sources=4, norm=True) for D in (2048, 5120, 8192)),
+    *(Site(D=D, site=True, T=4001) for D in (2304, 7168)),
+    *(Site(D=D, site=True, updates=1, norm=True, T=4001) for D in (2048, 2304, 7168)),
+    Site(D=2304, sources=16),
+]
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_many_tokens_have_the_bits_of_few(site: Site) -> None:
+    T, D = site.T, site.D
+    K = site.sources + 2 * int(site.site)
+    R = site.key_dim or D
+    generator = torch.Generator("cuda").manual_seed(D * 100 + site.sources)
+
+    def placed(values: Tensor) -> Tensor:
+        view = torch.full((T, D + site.gap), 777.0, dtype=site.storage, device="cuda")[:, :D]
+        view.copy_(values)
+        return view
+
+    def row() -> Tensor:
+        return placed(torch.randn(T, D, device="cuda", generator=generator))
+
+    rows: dict = {"sources": [row() for _ in range(site.sources)]} if site.sources else {}
+    if site.site:
+        rows |= {"phase1_out": row(), "partial": row()}
+    if site.updates:
+        rows["updates"] = [row() for _ in range(site.updates)]
+    lse = torch.randn(1, T, device="cuda", generator=generator)
+    query = torch.randn(1, R, device="cuda", generator=generator) / R**0.5
+    weight = torch.rand(1, D, device="cuda", generator=generator) + 0.5
+
+    def results() -> dict[str, Tensor]:
+        def poisoned(*shape: int) -> Tensor:
+            return torch.full(shape, float("nan"), device="cuda")
+
+        out = {"x": placed(poisoned(T, D))}
+        if site.updates:
+            out["partial_out"] = placed(poisoned(T, D))
+        if site.mix:
+            out["mix"] = placed(poisoned(T, D))
+        out |= {name: poisoned(T, K) for name in ("logits", "inv_rms", "probs")}
+        if site.norm:
+            out["mix_inv_rms"] = poisoned(1, T)
+        return out
+
+    def read(first: int, last: int, out: dict[str, Tensor]) -> None:
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[first:last] if tensor.shape[0] == T else tensor[:, first:last]
+
+        given = {
+            name: [cut(v) for v in value] if isinstance(value, list) else cut(value)
+            for name, value in rows.items()
+        }
+        if site.site:
+            given["phase1_lse"] = cut(lse)
+        if site.norm:
+            given |= {"norm_weight": weight, "mix_rounding": int(site.round_mix)}
+        native.call(
+            "read",
+            **given,
+            query=query,
+            scale=0.7,
+            norm=int(site.norm),
+            **{name: cut(value) for name, value in out.items()},
+        )
+
+    many, few, again = results(), results(), results()
+    read(0, T, many)
+    first = 0
+    for size in itertools.cycle(FEW):
+        if first >= T:
+            break
+        read(first, min(first + size, T), few)
+        first += size
+    read(0, T, again)
+    for name, value in many.items():
+        assert torch.isfinite(value).all(), name
+        assert torch.equal(value, few[name]), name
+        assert torch.equal(value, again[name]), f"{name} differs when run again"
+    if not site.updates:
+        return
+    # In place of the partial sum.
+    in_place = {**results(), "partial_out": rows["partial"]}
+    read(0, T, in_place)
+    for name, value in many.items():
+        assert torch.equal(value, in_place[name]), f"{name} differs in place"

@@ -1,0 +1,766 @@
+"""What several processes check together; shared by the tests on CPU (gloo) and GPU (NCCL).
+
+One set of processes runs all checks of a world size. A check is a function of a ``Process``; where
+it must hold, every process asserts it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+
+from flash_attn_res.distributed import (
+    PipelineLayout,
+    Plain,
+    Scaled,
+    StageAttnRes,
+    TokenShards,
+    make_stages,
+    paper_volume,
+)
+from stream_networks import DIM, Network, SwiGlu, assert_equal, assert_gradients
+
+TIMEOUT = 60
+
+
+@dataclasses.dataclass
+class Process:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def last(self) -> bool:
+        return self.rank == self.world - 1
+
+
+CHECKS: list[Callable[[Process], None]] = []
+
+
+def check(function: Callable[[Process], None]) -> Callable[[Process], None]:
+    CHECKS.append(function)
+    return function
+
+
+# ---------------------------------------------------------------------------------- pipeline
+
+
+class Stage(nn.Module):
+    """The sublayers of one stage of a network, on its own parameters."""
+
+    def __init__(
+        self, network: Network, layout: PipelineLayout, stage: int, checkpoint: bool = False, **more
+    ) -> None:
+        super().__init__()
+        whole = network.attn_res
+        weight = whole.queries
+        self.attn_res = StageAttnRes(
+            layout, stage, whole.dim, forms=whole.forms, group_blocks=whole.group_blocks,
+            grad_dtype=whole.grad_dtype, device=weight.device, dtype=weight.dtype, **more,
+        )  # fmt: skip
+        sites, sublayers = layout.sites(stage), layout.sublayers(stage)
+        with torch.no_grad():
+            self.attn_res.queries.copy_(whole.queries[sites.start : sites.stop])
+            self.attn_res.key_weight.copy_(whole.key_weight[sites.start : sites.stop])
+        # Copies: wrappers change a module's parameters, and the network stays what it is.
+        self.layers = nn.ModuleList(copy.deepcopy(network.layers[i]) for i in sublayers)
+        self.norms = nn.ParameterList(network.norms[i].detach().clone() for i in sites)
+        self.layout, self.stage, self.checkpoint = layout, stage, checkpoint
+        # An embedding, so that the first source has a gradient to hand out.
+        self.embed = nn.Parameter(torch.ones(whole.dim).to(weight)) if stage == 0 else None
+
+    def forward(self, *given: Tensor):
+        if self.stage == 0:
+            stream = self.attn_res.start(given[0] * self.embed)
+        else:
+            stream = self.attn_res.resume(*given)
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            stream.sublayer(layer, norm, checkpoint=self.checkpoint)
+        if self.stage == self.layout.num_stages - 1:
+            return stream.finish(self.norms[-1])
+        return self.attn_res.export(stream)
+
+
+def square_loss(y: Tensor, target: Tensor) -> Tensor:
+    return (y * target).sum()
+
+
+def make_network(
+    process: Process, layers: int, block: int, dtype: torch.dtype, **options
+) -> Network:
+    torch.manual_seed(11)
+    return Network(layers, block, **options).to(process.device, dtype)
+
+
+def run_pipeline(
+    process: Process,
+    layers: int,
+    block: int,
+    *,
+    virtual: int = 1,
+    dtype: torch.dtype = torch.float32,
+    micro_batches: int = 4,
+    layout: PipelineLayout | None = None,
+    schedule: type | None = None,
+    steps: int = 1,
+    payload=None,
+    checkpoint: bool = False,
+    shape: tuple[int, int] = (2, 5),
+    cache: bool = True,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    group: dist.ProcessGroup | None = None,
+    **options,
+):
+    """Gradients of this rank's stages and of the network in one process, by name; the stages."""
+    network = make_network(process, layers, block, dtype, **options)
+    if layout is None:
+        layout = PipelineLayout.even(layers, block, process.world, virtual, cache=cache)
+    x = torch.randn(micro_batches * shape[0], shape[1], DIM).to(process.device, dtype)
+    target = torch.randn_like(x)
+    own = {
+        stage: Stage(network, layout, stage, checkpoint) for stage in layout.stages_of(process.rank)
+    }
+    modules = {stage: wrap(module) for stage, module in own.items()}
+    stages = make_stages(
+        modules, (*shape, DIM), dtype, device=process.device, payload=payload, group=group
+    )
+    kind = schedule or (Schedule1F1B if len(stages) == 1 else ScheduleInterleaved1F1B)
+    given = stages[0] if kind in (Schedule1F1B, ScheduleGPipe) else stages
+    runner = kind(given, micro_batches, loss_fn=square_loss, scale_grads=False)
+    for _ in range(steps):
+        network.zero_grad()
+        for module in own.values():
+            module.zero_grad()
+        inputs = (x,) if 0 in own else ()
+        last = layout.num_stages - 1 in own
+        runner.step(*inputs, target=target if last else None, losses=[] if last else None)
+    ours: dict[str, Tensor] = {}
+    for stage, module in own.items():
+        ours[f"{stage} queries"] = module.attn_res.queries.grad
+        ours[f"{stage} key weights"] = module.attn_res.key_weight.grad
+        if stage == 0:
+            ours["embedding"] = module.embed.grad
+        for name, parameter in module.named_parameters():
+            if name.startswith(("layers", "norms")):
+                ours[f"{stage} {name}"] = parameter.grad
+    ours = {name: gradient.clone() for name, gradient in ours.items()}
+    network.zero_grad()
+    return ours, (network, layout, own, x, target), stages
+
+
+def one_process(given, micro_batches: int, dtype: torch.dtype, eager: bool = False):
+    """The same gradients, of the network run as a whole, a micro-batch at a time."""
+    network, layout, own, x, target = given
+    held = network.norms[0].dtype
+    network.to(dtype)
+    embed = torch.ones(DIM, device=x.device, dtype=dtype, requires_grad=True)
+    for batch, goal in zip(
+        x.to(dtype).chunk(micro_batches), target.to(dtype).chunk(micro_batches), strict=True
+    ):
+        y = network.eager(batch * embed) if eager else network(batch * embed)
+        square_loss(y, goal).backward()
+    found = {}
+    for stage in own:
+        sites, sublayers = layout.sites(stage), layout.sublayers(stage)
+        rows = slice(sites.start, sites.stop)
+        found[f"{stage} queries"] = network.attn_res.queries.grad[rows]
+        found[f"{stage} key weights"] = network.attn_res.key_weight.grad[rows]
+        if stage == 0:
+            found["embedding"] = embed.grad
+        for local, index in enumerate(sublayers):
+            for name, parameter in network.layers[index].named_parameters():
+                found[f"{stage} layers.{local}.{name}"] = parameter.grad
+        for local, index in enumerate(sites):
+            found[f"{stage} norms.{local}"] = network.norms[index].grad
+    found = {name: gradient.clone() for name, gradient in found.items()}
+    network.zero_grad()
+    network.to(held)
+    return found
+
+
+def assert_pipeline(result, micro_batches: int = 4) -> None:
+    ours, given, _ = result
+    dtype = given[0].norms[0].dtype
+    exact = one_process(given, micro_batches, torch.float64, eager=True)
+    if dtype == torch.float64:
+        assert_gradients(ours, exact)
+    else:
+        assert_gradients(ours, exact, one_process(given, micro_batches, dtype, eager=True))
+
+
+@check
+def pipeline_is_bit_for_bit_where_blocks_end_with_stages(process: Process) -> None:
+    for schedule in (Schedule1F1B, ScheduleGPipe):
+        result = run_pipeline(
+            process, 4 * process.world, 4, forms="two_phase", group_blocks=1, schedule=schedule
+        )
+        assert_equal(result[0], one_process(result[1], 4, torch.float32))
+
+
+@check
+def pipeline_equals_float64(process: Process) -> None:
+    """Blocks across stages, several in a stage, Full AttnRes; stages of unequal size."""
+    if process.device.type == "cuda":
+        return  # float64 is computed on the CPU alone
+    for layers, block, virtual in ((8, 3, 1), (8, 1, 2), (9, 5, 2), (8, 2, 2), (8, 8, 1)):
+        for forms in ("auto", "one_shot"):
+            result = run_pipeline(
+                process, layers, block, virtual=virtual, dtype=torch.float64, forms=forms
+            )
+            assert_pipeline(result)
+
+
+@check
+def pipeline_in_every_dtype(process: Process) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for checkpoint in (False, True):
+            result = run_pipeline(
+                process, 8, 3, virtual=2, dtype=dtype, checkpoint=checkpoint, steps=2
+            )
+            assert_pipeline(result)
+
+
+@check
+def pipeline_checkpointing_changes_no_bit(process: Process) -> None:
+    plain = run_pipeline(process, 8, 3, virtual=2)
+    again = run_pipeline(process, 8, 3, virtual=2, checkpoint=True)
+    assert_equal(again[0], plain[0])
+
+
+@check
+def pipeline_frees_and_counts(process: Process) -> None:
+    """Volume by the formulas; nothing is kept after a step."""
+    P, M = process.world, 2 * process.world
+    for virtual in (1, 2):
+        for cache in (True, False):
+            per_stage = 1  # blocks
+            result = run_pipeline(
+                process, P * virtual * 2, 2, virtual=virtual, cache=cache, micro_batches=M, steps=2
+            )
+            assert_pipeline(result, M)
+            _, (_, layout, *_), stages = result
+            sent = torch.zeros(2, dtype=torch.int64)
+            for stage in stages:
+                assert len(stage.cache) == 0
+                sent += torch.tensor([stage.sent_bytes["forward"], stage.sent_bytes["backward"]])
+            sent = sent.to(process.device)
+            dist.all_reduce(sent)
+            value = 2 * 5 * DIM * 4 * M * 2  # bytes of a [T, D] value, micro-batches, steps
+            volume = paper_volume(P, virtual, per_stage, cache=cache)
+            if cache:  # what a rank completed itself does not come back to it
+                volume -= (virtual - 1) * P * per_stage
+            # The embedding travels once to every rank but the first, or with every transition.
+            volume += P - 1 if cache else P * virtual - 1
+            assert sent.tolist() == [volume * value] * 2
+            assert layout.blocks_sent() == volume
+            if cache and virtual == 2:
+                # Micro-batches in flight at a time, times what each has by then.
+                bound = min(M, 2 * P + 1) * layout.values_held(process.rank)
+                assert 0 < stages[0].cache.peak_values <= bound
+
+
+@check
+def pipeline_payloads(process: Process) -> None:
+    """Formats of fewer bytes: errors of their own size, and fewer bytes."""
+    plain = run_pipeline(process, 8, 3, virtual=2, dtype=torch.float32)
+    exact = one_process(plain[1], 4, torch.float64, eager=True)
+    sent = {}
+    for payload, tolerance in (
+        (Plain(), 1e-4),
+        (Scaled(torch.float16), 5e-3),
+        (Scaled(torch.float8_e4m3fn), 0.35),
+    ):
+        ours, _, stages = run_pipeline(process, 8, 3, virtual=2, payload=payload)
+        sent[payload.name] = sum(stage.sent_bytes["forward"] for stage in stages)
+        for name, gradient in ours.items():
+            error = (gradient.double() - exact[name]).norm() / exact[name].norm().clamp_min(1e-3)
+            assert error <= tolerance, f"{payload.name}: {name}: {error}"
+    if not process.last:
+        assert sent["scaled float8_e4m3fn"] < 0.6 * sent["scaled float16"] < 0.4 * sent["plain"]
+
+
+@check
+def pipeline_without_gradients(process: Process) -> None:
+    network = make_network(process, 8, 3, torch.float32)
+    layout = PipelineLayout.even(8, 3, process.world, 2)
+    own = {s: Stage(network, layout, s) for s in layout.stages_of(process.rank)}
+    x = torch.randn(4, 5, DIM).to(process.device)
+    stages = make_stages(own, (2, 5, DIM), torch.float32, device=process.device)
+    runner = ScheduleInterleaved1F1B(stages, 2 if process.world == 2 else 4)
+    with torch.no_grad():
+        x = torch.cat([x, x]) if process.world == 4 else x
+        y = runner.step(*((x,) if 0 in own else ()))
+        if layout.num_stages - 1 in own:
+            torch.testing.assert_close(y, network(x))
+    assert len(stages[0].cache) == 0
+
+
+@check
+def pipeline_with_split_backwards(process: Process) -> None:
+    """Zero bubble: the backward runs as a whole in the place of its first half."""
+    result = run_pipeline(process, 8, 3, virtual=2, schedule=ScheduleInterleavedZeroBubble)
+    assert_pipeline(result)
+
+
+@check
+def pipeline_errors_are_seen_by_every_rank(process: Process) -> None:
+    world, last = process.world, process.last
+    network = make_network(process, 8, 4, torch.float32)
+
+    def given(layout: PipelineLayout, other: PipelineLayout | None = None, net=None):
+        chosen = other if last and other is not None else layout
+        return {
+            s: Stage(net if last and net is not None else network, chosen, s)
+            for s in chosen.stages_of(process.rank)
+        }
+
+    def stages(modules, dim: int = DIM, dtype=torch.float32, payload=None):
+        return make_stages(modules, (2, 5, dim), dtype, device=process.device, payload=payload)
+
+    even = PipelineLayout.even(8, 4, world)
+    where = f"rank {world - 1}, stage {world - 1}"
+    with pytest.raises(ValueError, match=f"{where}: block_size is 2, expected 4 .*rank 0, stage 0"):
+        stages(given(even, PipelineLayout.even(8, 2, world)))
+    narrow = Network(8, 4, dim=16).to(process.device)
+    with pytest.raises(ValueError, match=f"{where}: dim is 16, expected {DIM}"):
+        stages(given(even, net=narrow), dim=16 if last else DIM)
+    with pytest.raises(ValueError, match=r"rank 0, stage 0: shape is \[2, 5, 99\]"):
+        stages(given(even), dim=DIM if last else 99)
+    with pytest.raises(TypeError, match=f"{where}: dtype is torch.bfloat16, expected .*float32"):
+        stages(given(even), dtype=torch.bfloat16 if last else torch.float32)
+    with pytest.raises(TypeError, match=f"{where}: payload is scaled float16, expected plain"):
+        stages(given(even), payload=Scaled(torch.float16) if last else None)
+    wrong = PipelineLayout.even(8, 4, world + 1)
+    with pytest.raises(ValueError, match=f"rank 0, stage 0: the group has {world} ranks, expected"):
+        stages({process.rank: Stage(network, wrong, process.rank)})
+    modules = given(PipelineLayout.even(8, 4, world, 2))
+    if last:
+        del modules[2 * world - 1]
+    with pytest.raises(ValueError, match=f"rank {world - 1}, stage {2 * world - 1}: no module"):
+        stages(modules)
+    with pytest.raises(ValueError, match=f"rank {world - 1}: modules is empty"):
+        stages({} if last else given(even))
+
+    # A stage by itself.
+    interleaved = PipelineLayout.even(8, 4, world, 2)
+    alone = StageAttnRes(interleaved, 2 * world - 1, DIM).to(process.device)
+    value = torch.randn(2, 5, DIM, device=process.device)
+    with pytest.raises(RuntimeError, match=f"stage {2 * world - 1}: missing block: this rank sho"):
+        alone.resume(value, value)
+    second = StageAttnRes(interleaved, 1, DIM).to(process.device)
+    with pytest.raises(ValueError, match="rank 1, stage 1: missing block: 1 tensors were given"):
+        second.resume(value)
+    if interleaved.values_received(1) > 1:
+        with pytest.raises(TypeError, match=r"rank 1, stage 1: value 1 is torch\.bfloat16"):
+            second.resume(value, value.bfloat16())
+
+
+# ---------------------------------------------------------------------------------- sequence
+
+
+class ColumnRow(nn.Module):
+    """This rank's part of a SwiGLU: columns of up, rows of down; the output is a partial sum."""
+
+    def __init__(self, layer: SwiGlu, rank: int, world: int) -> None:
+        super().__init__()
+        a, b = layer.up.weight.chunk(2)
+        rows = slice(rank * a.shape[0] // world, (rank + 1) * a.shape[0] // world)
+        self.a, self.b = nn.Parameter(a[rows].clone()), nn.Parameter(b[rows].clone())
+        self.down = nn.Parameter(layer.down.weight[:, rows].clone())
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (nn.functional.silu(x @ self.a.t()) * (x @ self.b.t())) @ self.down.t()
+
+    def compare(self, layer: SwiGlu) -> dict[str, tuple[Tensor, Tensor]]:
+        a, b = layer.up.weight.grad.chunk(2)
+        return {
+            "a": (self.a.grad, a[self.rows]),
+            "b": (self.b.grad, b[self.rows]),
+            "down": (self.down.grad, layer.down.weight.grad[:, self.rows]),
+        }
+
+
+def mlp_network(process: Process, dtype: torch.dtype, layers: int = 7, block: int = 3) -> Network:
+    network = make_network(process, layers, block, dtype)
+    torch.manual_seed(7)
+    network.layers = nn.ModuleList(SwiGlu(DIM) for _ in range(layers)).to(process.device, dtype)
+    for layer in network.layers:
+        nn.init.zeros_(layer.down.bias)
+    return network
+
+
+@check
+def sequence_shards(process: Process) -> None:
+    """Outputs and every gradient, for tokens that the group divides and that it does not."""
+    group = dist.new_group(list(range(process.world)))
+    mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world,))
+    cuda = process.device.type == "cuda"
+    dtype = torch.float32 if cuda else torch.float64
+    tight = {"rtol": 2e-4, "atol": 2e-4} if cuda else {"rtol": 1e-8, "atol": 1e-9}
+    for dim, tokens, given, checkpoint in (
+        (0, 8, group, False),
+        (0, 7, mesh, True),
+        (1, 8, mesh, False),
+        (1, 5, None, True),
+    ):
+        network = mlp_network(process, dtype)
+        parts = [ColumnRow(layer, process.rank, process.world) for layer in network.layers]
+        shape = (tokens, 3) if dim == 0 else (3, tokens)
+        x = torch.randn(*shape, DIM).to(process.device, dtype).requires_grad_()
+        cotangent = torch.randn_like(x)
+        y = network(x)
+        (y * cotangent).sum().backward()
+        expected = {name: p.grad.clone() for name, p in network.named_parameters()}
+        dx = x.grad.clone()
+        x.grad = None
+        shared = [network.attn_res.queries, network.attn_res.key_weight, *network.norms]
+        for parameter in shared:
+            parameter.grad = None
+
+        shards = TokenShards(given, dim=dim)
+        stream = shards.start(network.attn_res, x)
+        own = shards.shard_size(tokens)
+        for part_of, norm in zip(parts, network.norms, strict=False):
+            stream.sublayer(part_of, norm, checkpoint=checkpoint)
+            if not checkpoint:
+                assert stream.stream._partial is None or stream.stream._partial.shape[dim] == own
+        local = stream.finish(network.norms[-1], gather=False)
+        assert local.shape[dim] == own
+        torch.testing.assert_close(shards.gather(local, tokens), y, **tight)
+        (local * shards.own(cotangent)).sum().backward()
+        shards.sync_gradients(shared)
+        torch.testing.assert_close(x.grad, dx, **tight)
+        for name, parameter in network.named_parameters():
+            if parameter in set(shared):
+                torch.testing.assert_close(parameter.grad, expected[name], **tight)
+        for part_of, layer in zip(parts, network.layers, strict=True):
+            for ours, exact in part_of.compare(layer).values():
+                torch.testing.assert_close(ours, exact, **tight)
+
+
+@check
+def sequence_shards_with_a_gathered_output(process: Process) -> None:
+    """A head that each rank computes a part of: the gradients of all ranks' copies are summed."""
+    network = mlp_network(process, torch.float32)
+    parts = [ColumnRow(layer, process.rank, process.world) for layer in network.layers]
+    x = torch.randn(8, 2, DIM).to(process.device).requires_grad_()
+    head = torch.randn(DIM, 4 * process.world).to(process.device)
+    (network(x) @ head).square().sum().backward()
+    dx, x.grad = x.grad.clone(), None
+    shards = TokenShards()
+    stream = shards.start(network.attn_res, x)
+    for part_of, norm in zip(parts, network.norms, strict=False):
+        stream.write(part_of(stream.read(norm)))
+    y = stream.finish(network.norms[-1])
+    (y @ head[:, 4 * process.rank : 4 * process.rank + 4]).square().sum().backward()
+    torch.testing.assert_close(x.grad, dx, rtol=2e-3, atol=2e-3)
+
+
+@check
+def sequence_shards_overlap_changes_the_form_alone(process: Process) -> None:
+    """The plan with first sites that read directly computes the same; its phase 1 runs ahead."""
+    from flash_attn_res.distributed.sequence import split_first
+
+    network = mlp_network(process, torch.float32, 12, 4)
+    x = torch.randn(8, 2, DIM).to(process.device)
+    y = network(x)
+    stream = network.attn_res.start(x)
+    stream.use_plan(split_first)
+    for norm, layer in zip(network.norms, network.layers, strict=False):
+        h = stream.read(norm)
+        stream.prefetch()
+        stream.write(layer(h))
+    torch.testing.assert_close(stream.finish(network.norms[-1]), y)
+
+
+@check
+def sequence_dtensor_layers(process: Process) -> None:
+    """Layers of parallelize_module that take the tokens' shards and give DTensors."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(DIM, 2 * DIM, bias=False)
+            self.down = nn.Linear(2 * DIM, DIM, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(nn.functional.silu(self.up(x)))
+
+    mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world,))
+    network = mlp_network(process, torch.float32, 5, 2)
+    torch.manual_seed(3)
+    network.layers = nn.ModuleList(Mlp() for _ in range(5)).to(process.device)
+    x = torch.randn(8, 2, DIM).to(process.device).requires_grad_()
+    y = network(x)
+    y.square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in network.named_parameters()}
+    dx, x.grad = x.grad.clone(), None
+    network.zero_grad()
+    for layer in network.layers:
+        parallelize_module(
+            layer,
+            mesh,
+            {
+                "": PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate()),
+                "up": ColwiseParallel(),
+                "down": RowwiseParallel(output_layouts=Partial(), use_local_output=False),
+            },
+        )
+    shards = TokenShards(mesh)
+    stream = shards.start(network.attn_res, x)
+    for norm, layer in zip(network.norms, network.layers, strict=False):
+        stream.write(layer(stream.read(norm, dtensor=True)))
+    local = stream.finish(network.norms[-1], gather=False)
+    local.square().sum().backward()
+    shards.sync_gradients([network.attn_res.queries, network.attn_res.key_weight, *network.norms])
+    tight = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(x.grad, dx, **tight)
+    for name, parameter in network.named_parameters():
+        gradient = parameter.grad
+        if hasattr(gradient, "full_tensor"):
+            gradient = gradient.full_tensor()
+        torch.testing.assert_close(gradient, expected[name], **tight)
+
+
+@check
+def chunked_prefill(process: Process) -> None:
+    network = mlp_network(process, torch.float32)
+    parts = [ColumnRow(layer, process.rank, process.world) for layer in network.layers]
+    x = torch.randn(21, 2, DIM).to(process.device)
+    shards = TokenShards()
+    with torch.no_grad():
+        done = []
+        for span in shards.chunks(21, 8):
+            stream = shards.start(network.attn_res, x[span])
+            for part_of, norm in zip(parts, network.norms, strict=False):
+                stream.write(part_of(stream.read(norm)))
+            done.append(stream.finish(network.norms[-1]))
+        torch.testing.assert_close(torch.cat(done), network(x), rtol=1e-4, atol=1e-4)
+
+
+@check
+def sequence_errors(process: Process) -> None:
+    shards = TokenShards(dim=1)
+    network = mlp_network(process, torch.float32, 2, 2)
+    x = torch.randn(2, 8, DIM).to(process.device)
+    with pytest.raises(ValueError, match=rf"rank {process.rank}: the value has shape \[{DIM}\]"):
+        shards.take(x[0, 0])
+    stream = shards.start(network.attn_res, x)
+    stream.read()
+    with pytest.raises(
+        ValueError, match=r"output has shape \[2, 4, 32\], expected 8 tokens in dim"
+    ):
+        stream.write(x[:, :4])
+    with pytest.raises(ValueError, match="a DTensor needs TokenShards of a DeviceMesh"):
+        shards.start(network.attn_res, x).read(dtensor=True)
+    with pytest.raises(ValueError, match="dim is -1, expected an integer from 0 on"):
+        TokenShards(dim=-1)
+    if process.world == 4:
+        mesh = dist.device_mesh.init_device_mesh(
+            process.device.type, (2, 2), mesh_dim_names=("dp", "tp")
+        )
+        with pytest.raises(ValueError, match="a mesh of 2 dimensions, expected one"):
+            TokenShards(mesh)
+        TokenShards(mesh["tp"])
+    group = dist.new_group([0])
+    if process.rank > 0:
+        with pytest.raises(ValueError, match="not in the group"):
+            TokenShards(group)
+
+
+# ------------------------------------------------------------------------- FSDP2, DDP, DTensor
+
+
+@check
+def data_parallel(process: Process) -> None:
+    """A step of DDP and of FSDP2 has the gradients of one process on all the data."""
+    from torch.distributed.fsdp import fully_shard
+
+    for kind in ("ddp", "fsdp"):
+        network = make_network(process, 6, 2, torch.float32)
+        x = torch.randn(process.world, 2, 5, DIM).to(process.device)
+        network(x.flatten(0, 1)).square().mean().backward()
+        expected = {name: p.grad.clone() for name, p in network.named_parameters()}
+        network.zero_grad()
+        if kind == "ddp":
+            model: nn.Module = nn.parallel.DistributedDataParallel(network)
+        else:
+            mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world,))
+            for layer in network.layers:
+                fully_shard(layer, mesh=mesh)
+            model = fully_shard(network, mesh=mesh)
+        for checkpoint in (False, True):
+            model.zero_grad()
+            model(x[process.rank], checkpoint=checkpoint).square().mean().backward()
+            for name, parameter in network.named_parameters():
+                gradient = parameter.grad
+                gradient = gradient.full_tensor() if kind == "fsdp" else gradient
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
+@check
+def pipeline_of_fsdp_stages(process: Process) -> None:
+    """2 stages x 2 data-parallel replicas, each stage sharded by fully_shard or wrapped by DDP."""
+    if process.world != 4:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(
+        process.device.type, (2, 2), mesh_dim_names=("pp", "dp")
+    )
+    pipe = Process(mesh["pp"].get_local_rank(), 2, process.device)
+
+    def shard(module: nn.Module) -> nn.Module:
+        return fully_shard(module, mesh=mesh["dp"])
+
+    def replicate(module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(module, process_group=mesh["dp"].get_group())
+
+    for wrap in (shard, replicate):
+        # Both replicas have the same data: the mean of their gradients is that of one.
+        ours, given, _ = run_pipeline(
+            pipe, 8, 3, virtual=2, wrap=wrap, group=mesh["pp"].get_group(), steps=1
+        )
+        ours = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in ours.items()}
+        assert_pipeline((ours, given, None))
+
+
+# ------------------------------------------------------------------------------- running them
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def connect(rank: int, world: int, port: int, device: str) -> Process:
+    torch.set_num_threads(1)
+    here = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+        device_id=here if device == "cuda" else None,
+    )
+    return Process(rank, world, here)
+
+
+def run_checks(rank: int, world: int, port: int, device: str, folder: str, only: str) -> None:
+    """One process: all checks in turn. The first that fails ends it: the ranks go together."""
+    process = connect(rank, world, port, device)
+    outcome: dict[str, object] = {"failed": "", "seconds": {}}
+    try:
+        for function in CHECKS:
+            if only and only not in function.__name__:
+                continue
+            begin = time.perf_counter()
+            try:
+                torch.manual_seed(1000 + len(function.__name__))
+                function(process)
+                dist.barrier()
+            except BaseException:
+                outcome["failed"] = f"{function.__name__}: {traceback.format_exc()}"
+                break
+            outcome["seconds"][function.__name__] = time.perf_counter() - begin
+    finally:
+        Path(folder, f"{rank}.json").write_text(json.dumps(outcome))
+        if not outcome["failed"]:
+            dist.destroy_process_group()
+    os._exit(1 if outcome["failed"] else 0)
+
+
+def lose_a_peer(rank: int, world: int, port: int, device: str, folder: str, only: str) -> None:
+    """The last process dies in the middle of a step; the others end with an error."""
+    process = connect(rank, world, port, device)
+    run_pipeline(process, 8, 3, virtual=2)
+    begin = time.perf_counter()
+
+    def die(module: nn.Module) -> nn.Module:
+        if process.last:
+            module.register_forward_pre_hook(lambda *_: os._exit(9))
+        return module
+
+    try:
+        run_pipeline(process, 8, 3, virtual=2, wrap=die)
+    except RuntimeError as error:
+        text = {"error": str(error), "seconds": time.perf_counter() - begin}
+        Path(folder, f"{rank}.json").write_text(json.dumps(text))
+        os._exit(3)
+    os._exit(0)
+
+
+def spawn(target: Callable, world: int, device: str, folder: Path, only: str = "") -> list[int]:
+    """Exit codes of the processes, none of which is left behind."""
+    context = mp.get_context("spawn")
+    port = free_port()
+    workers = [
+        context.Process(target=target, args=(rank, world, port, device, str(folder), only))
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        deadline = time.monotonic() + 600
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+
+
+if __name__ == "__main__":  # by hand: python tests/python/distributed_checks.py WORLD [NAME]
+    import sys
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as where:
+        codes = spawn(
+            lose_a_peer if sys.argv[2:] == ["lose_a_peer"] else run_checks,
+            int(sys.argv[1]),
+            "cuda" if torch.cuda.is_available() else "cpu",
+            Path(where),
+            sys.argv[2] if len(sys.argv) > 2 else "",
+        )
+        for file in sorted(Path(where).iterdir()):
+            outcome = json.loads(file.read_text())
+            print(
+                file.stem,
+                outcome.get("failed", outcome.get("error")) or "passed",
+                outcome["seconds"],
+            )
+        print(codes)

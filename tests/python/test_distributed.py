@@ -1,0 +1,95 @@
+"""Several processes on the CPU, connected by gloo: see ``distributed_checks.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distributed_checks import CHECKS, TIMEOUT, lose_a_peer, run_checks, spawn
+from flash_attn_res.distributed import PipelineLayout, Scaled, StageAttnRes, paper_volume
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_checks(world: int, tmp_path: Path) -> None:
+    codes = spawn(run_checks, world, "cpu", tmp_path)
+    outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    failed = "\n".join(f"rank {r}: {o['failed']}" for r, o in enumerate(outcomes) if o["failed"])
+    assert not failed, failed
+    assert codes == [0] * world
+    assert all(len(outcome["seconds"]) == len(CHECKS) for outcome in outcomes)
+
+
+def test_a_lost_peer_is_an_error(tmp_path: Path) -> None:
+    world = 2
+    assert spawn(lose_a_peer, world, "cpu", tmp_path) == [3] * (world - 1) + [9]
+    for rank in range(world - 1):
+        outcome = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert outcome["seconds"] <= TIMEOUT + 5
+
+
+def test_paper_volume() -> None:
+    """Figure 3 of the paper: P = 4, V = 2; caching saves 6 of 28."""
+    assert paper_volume(4, 2, 1, cache=False) == 28
+    assert paper_volume(4, 2, 1, cache=True) == 22
+
+
+def test_layout_of_blocks_that_span_stages() -> None:
+    layout = PipelineLayout(10, 4, (0, 3, 6, 8, 10), (0, 1, 0, 1))
+    assert [layout.has_partial(s) for s in range(4)] == [False, True, True, False]
+    assert [list(layout.received(s)) for s in range(4)] == [[], [0], [1], [2]]
+    naive = PipelineLayout(10, 4, (0, 3, 6, 8, 10), (0, 1, 0, 1), cache=False)
+    assert [list(naive.received(s)) for s in range(4)] == [[], [0], [0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "ranks", "message"),
+    [
+        ((0, 4, 9), (0, 1), r"bounds are \(0, 4, 9\), expected to go from 0 to 8"),
+        ((0, 4, 4, 8), (0, 1, 0), "expected to increase"),
+        ((0, 4, 8), (0,), "ranks has 1 items, expected 2"),
+        ((0, 4, 8), (0, 2), "expected every rank from 0 to 2"),
+        ((0, 4, 8), (0, 0), "stages 0 and 1 are both on rank 0"),
+    ],
+)
+def test_layout_errors(bounds, ranks, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PipelineLayout(8, 4, bounds, ranks)
+
+
+def test_a_stage_rounds_to_nearest() -> None:
+    layout = PipelineLayout(8, 4, (0, 4, 8), (0, 1))
+    with pytest.raises(ValueError, match="stochastic_rounding is given, expected None"):
+        StageAttnRes(layout, 0, 16, stochastic_rounding=7)
+
+
+def test_payload_errors() -> None:
+    import torch
+
+    with pytest.raises(TypeError, match=r"dtype is torch.bfloat16, expected torch.float16 or"):
+        Scaled(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"shape \[2, 5\], expected an even width"):
+        Scaled(torch.float8_e4m3fn).encode(torch.randn(2, 5))
+
+
+def test_plan_prints_the_numbers_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    """Section 3.4: 8 blocks of 128K tokens are 15 GB, and 1.9 GB a device in a group of 8."""
+    from flash_attn_res.cli import main
+    from flash_attn_res.distributed.planning import Estimate
+
+    estimate = Estimate(layers=168, dim=7168, block_size=24, tp=8, seq=131072)
+    assert 8 * estimate.value == pytest.approx(1.88e9, rel=0.01)
+    assert 8 * estimate.value * 8 == pytest.approx(15.03e9, rel=0.01)
+    cached = Estimate(layers=16, dim=64, block_size=2, pp=4, vpp=2, seq=10)
+    embedding = 3  # travels once to every rank but the first
+    assert sum(cached.transitions()) == (22 - 4 + embedding) * cached.value
+    assert sum(cached.transitions(cache=False)) == (28 + 7) * cached.value
+    assert main(["plan", "--tp", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "186 sublayers of width 7168 in 8 blocks of 24" in printed
+    assert "0-1" in printed
+    assert "reduce-scatter" in printed
+    assert main(["plan", "--pp", "0"]) == 2
+    assert "--pp is 0, expected at least 1" in capsys.readouterr().err
+    assert main(["plan", "--pp", "100"]) == 2
