@@ -17,7 +17,10 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/cpu.md", "docs/inference.md", "docs/kernels.md", "docs/training.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("cpu", "inference", "kernels", "numerics", "training")),
+]
 
 
 def load(name: str) -> dict:
