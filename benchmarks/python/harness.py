@@ -105,17 +105,8 @@ def commit() -> str:
         return "unknown"
 
 
-def write_results(
-    path: pathlib.Path,
-    device: str,
-    copy: float | None,
-    rows: list[dict],
-    settings: dict[str, Any] | None = None,
-) -> None:
-    """Writes a result file, whole or not at all.
-
-    ``copy`` is bytes per second, if that matters; ``settings`` is what all rows have in common.
-    """
+def write_results(path: pathlib.Path, device: str, copy: float | None, rows: list[dict]) -> None:
+    """Writes a result file, whole or not at all. ``copy`` is bytes per second, if that matters."""
     document = {
         "device": device,
         "driver": "none" if not torch.cuda.is_available() else str(torch.version.cuda),
@@ -123,7 +114,6 @@ def write_results(
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "copy_tb_s": None if copy is None else copy / 1e12,
-        **(settings or {}),
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -232,7 +232,8 @@ constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim,
     }
     break;  // a form with more terms has no more threads
   }
-  return {};
+  // Too wide to be spread thinly: not for two chunks a thread.
+  return thin ? choose_read_rows(half, terms, dim, clusters, kReadFewTokens + 1) : ReadRowsPolicy{};
 }
 
 /// Whether a `read` of so many blocks should begin while the grid before it ends. The blocks that

@@ -68,6 +68,9 @@ TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
   EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 8192), (ReadRowsPolicy{2, 1, 448, 1}));
   EXPECT_EQ(choose_read_rows(true, 2, 256, true, 8192), (ReadRowsPolicy{2, 1, 32, 4}));
   EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 1), (ReadRowsPolicy{6, 4, 224, 1}));
+  // Whether rows in registers serve a token does not depend on how many there are.
+  EXPECT_EQ(choose_read_rows(true, 2, 100000, true, 1),
+            choose_read_rows(true, 2, 100000, true, 99));
 }
 
 TEST(HopperRead, APlanHasRoomForItsTokens) {

@@ -226,28 +226,17 @@ __global__ void __launch_bounds__(kReadThreadsMax, 1)
     synchronize_group(group, group_threads);
 
     // Every warp computes the softmax for itself: lane l has term l.
+    constexpr int kLeast = kTogether == 2 ? 1 : kTogether == 4 ? 3 : 5;
     constexpr int kMost = kTogether < 8 ? kTogether : kReadRowsMaxTerms;
-    TermLogit own = term_logit < kTogether == 2 ? 1
-                    : kTogether == 4            ? 3
-                                                : 5,
-              kMost > (read, term_sums, padded_terms, K - 1, segments, lane);
+    TermLogit own = term_logit<kLeast, kMost>(read, term_sums, padded_terms, K - 1, segments, lane);
     if (lane < read.first_key || lane >= K) {
       own = {lane < K ? phase1_lse : -INFINITY, 0.0f};
     }
-    const auto [logit, inv_rms] = own;
     const float prob = kTogether < 8 || K <= 8
-                           ? softmax_over_lanes<kTogether>(logit, lane < K)
-                           : softmax_over_lanes<kReadRowsMaxTerms>(logit, lane < K);
+                           ? softmax_over_lanes<kTogether>(own.logit, lane < K)
+                           : softmax_over_lanes<kReadRowsMaxTerms>(own.logit, lane < K);
     if (warp_of_group == 0 && lane < K) {
-      if (read.logits.present()) {
-        read.logits.at(t, lane) = logit;
-      }
-      if (read.inv_rms.present()) {
-        read.inv_rms.at(t, lane) = inv_rms;
-      }
-      if (read.probs.present()) {
-        read.probs.at(t, lane) = prob;
-      }
+      store_statistics(read, t, lane, own, prob);
     }
 
     Chunk h[kSegments];

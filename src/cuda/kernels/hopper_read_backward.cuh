@@ -42,6 +42,7 @@
 
 #include "cuda/device/async_copy.cuh"
 #include "cuda/device/chunk.cuh"
+#include "cuda/device/grid.cuh"
 #include "cuda/device/hopper_barrier.cuh"
 #include "cuda/device/hopper_copy.cuh"
 #include "cuda/device/hopper_window.cuh"
@@ -622,7 +623,7 @@ struct ReadBackwardCompute {
       finish(step, finishing);
       finishing.advance(p.plan.stages);
     }
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next_grid();
     if (active) {
       leave(p.read.dquery_partials, dquery);
       leave(p.read.dweight_partials, dweight);

@@ -10,9 +10,8 @@
 // out   x, partial' (and a copy of it), h [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T];
 //       x_scale [T, 1 or ceil(D / 128)]
 // bytes every row of a token is read once; K + 1 units of T * D elements, and partial' written
-// sums  float32, over D in the order of read_sums.cuh: a token has the same bits however its
-// columns
-//       are spread over threads and blocks
+// sums  float32, over D in the order of read_sums.cuh: a token has the same bits however it is
+//       spread over threads and blocks
 //
 // A thread loads its chunks of all rows at once and keeps them as stored until the mixture. Nothing
 // else hides latency: blocks are small, live for one token, and there are enough of them on a
@@ -46,7 +45,6 @@ inline constexpr ReadRowsForm kReadRowsForm =
 struct ReadRowsLayout {
   unsigned segments;
   unsigned terms;  // that the kernel is compiled for
-
   bool quantized;
 
   /// Floats before the sums of the norm: (segments, terms, 2), square and dot of each term.
@@ -68,7 +66,7 @@ __device__ __forceinline__ uint32_t largest_bits(const Chunk& c) {
   return largest;
 }
 
-template <class T, int kTerms, bool kQuantized = false>
+template <class T, int kTerms, bool kQuantized>
 __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
     read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
   constexpr int kChunks = kReadRowsForm<T, kTerms>.chunks;
@@ -234,15 +232,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
   const auto [logit, inv_rms] = own;
   const float prob = softmax_over_lanes<kTerms>(logit, lane < K);
   if (threadIdx.x < kLanes && rank == 0 && lane < K) {
-    if (p.logits.present()) {
-      p.logits.at(t, lane) = logit;
-    }
-    if (p.inv_rms.present()) {
-      p.inv_rms.at(t, lane) = inv_rms;
-    }
-    if (p.probs.present()) {
-      p.probs.at(t, lane) = prob;
-    }
+    store_statistics(p, t, lane, {logit, inv_rms}, prob);
   }
 
   Chunk h[kChunks];

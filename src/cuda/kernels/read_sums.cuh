@@ -4,7 +4,7 @@
 //   chunk     its eight products in order
 //   segment   of 256 columns: a butterfly over the 32 chunks, offsets 16, 8, 4, 2, 1
 //   row       of P parts, each every P-th segment in order, a butterfly over the parts. P is 32 for
-//             the norm, and for K terms as many as let a warp sum all of them at once: kParts
+//             the norm, and for K terms sum_parts(K): a warp then sums all of them at once
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_SUMS_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_SUMS_CUH_
@@ -131,6 +131,21 @@ __device__ __forceinline__ float softmax_over_lanes(float logit, bool is_term) {
   }
   const float weight = is_term ? expf(logit - largest) : 0.0f;
   return weight / sum_over_parts<kWidth>(weight);
+}
+
+/// What a backward or the caller wants to know of token t's terms, term l from lane l.
+template <class Params>
+__device__ __forceinline__ void store_statistics(const Params& p, int64_t t, int lane,
+                                                 const TermLogit& own, float prob) {
+  if (p.logits.present()) {
+    p.logits.at(t, lane) = own.logit;
+  }
+  if (p.inv_rms.present()) {
+    p.inv_rms.at(t, lane) = own.inv_rms;
+  }
+  if (p.probs.present()) {
+    p.probs.at(t, lane) = prob;
+  }
 }
 
 /// Sum of one number for each segment, in every lane.

@@ -14,6 +14,7 @@
 #define FLASH_ATTN_RES_CUDA_KERNELS_REDUCE_PARTIALS_CUH_
 
 #include "cuda/device/chunk.cuh"
+#include "cuda/device/grid.cuh"
 #include "cuda/device/reduce.cuh"
 
 namespace flash_attn_res::cuda {
@@ -38,10 +39,7 @@ struct ReducePartialsParams {
 static __global__ void __launch_bounds__(kWarp* kReduceShares)
     reduce_partials_kernel(const __grid_constant__ ReducePartialsParams params) {
   const ReducePartialsTask& p = params.tasks[blockIdx.y];
-#if __CUDA_ARCH__ >= 900
-  // Launched while the kernel that makes the partial sums still runs: waits for its end.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_previous_grid();  // which makes the partial sums: this was launched while it ran
   __shared__ float sums[kReduceShares][kWarp];
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
   const int64_t share = (params.count + kReduceShares - 1) / kReduceShares;

@@ -1,7 +1,5 @@
 // attend on Hopper: one kernel, N + S units of traffic.
 
-#include <string>
-
 #include "cuda/hopper.h"
 #include "cuda/kernels/hopper_attend.cuh"
 #include "cuda/launch/hopper_launch.h"

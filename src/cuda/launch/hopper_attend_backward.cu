@@ -1,8 +1,6 @@
 // attend_backward on Hopper: one kernel and the sum of its partial du. 2N + S units of traffic,
 // 3N + S when accumulating.
 
-#include <string>
-
 #include "cuda/hopper.h"
 #include "cuda/kernels/hopper_attend_backward.cuh"
 #include "cuda/launch/hopper_launch.h"
@@ -61,8 +59,7 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
   const int64_t S = args.queries.rows;
   const int64_t T = args.sources[0].rows;
   const int64_t D = args.sources[0].cols;
-  const std::string shapes = shape_text({{"S", S}, {"N", N}, {"T", T}, {"D", D}});
-  Call call("attend_backward", shapes, context);
+  Call call("attend_backward", shape_text({{"S", S}, {"N", N}, {"T", T}, {"D", D}}), context);
   if (!call.ok()) {
     return call.status();
   }

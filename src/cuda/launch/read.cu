@@ -129,7 +129,8 @@ bool is_aligned_to_eight(const Matrix& matrix) {
 }
 
 /// Runs the whole call, x quantised and the snapshot taken where that is asked for, with its rows
-/// in registers, if a kernel can. `storage` is that of the rows.
+/// in registers or in the ring, if a kernel can. `storage` is that of the rows; `issued`, if there
+/// is one, the ring's counter.
 bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued) {
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
@@ -152,7 +153,7 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued
     return false;
   }
   const ReadRowsParams params = make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
-  if (half && !quantized &&
+  if (half && !quantized && issued != nullptr &&
       read_rings(params.norm, args.partial_out.present(), params.num_terms, D, T, call.limits()) &&
       hopper::run_read(call, params, storage.get(), issued)) {
     return true;
@@ -192,14 +193,14 @@ void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage
 
 /// Pieces of the workspace, each only of calls that may need it.
 struct ReadScratch {
-  int* issued;  // counter of the ring
+  int* issued;  // counter of the ring; null for calls that do without
   float* rows;  // [T, D] of reads that quantise their x in a second launch
 
   ReadScratch(Workspace& workspace, const ReadArgs& args)
-      : issued(reinterpret_cast<int*>(workspace.floats(may_ring(args) ? 1 : 0))),
+      : issued(may_ring(args) ? reinterpret_cast<int*>(workspace.floats(1)) : nullptr),
         rows(workspace.floats(args.x_scale.present() ? args.x.rows * args.x.cols : 0)) {}
 
-  /// Asked without a device: the fewest multiprocessors of one that has the ring.
+  /// Asked without a device: on one with fewer multiprocessors the ring waits for more tokens.
   static bool may_ring(const ReadArgs& args) {
     constexpr int64_t kFewMultiprocessors = 64;
     return is_half(args.x.dtype) && args.x.rows >= 4 * kFewMultiprocessors;
