@@ -40,6 +40,7 @@ def document(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_every_row_has_every_error(document: dict[str, Any]) -> None:
+    assert document["commit"]
     rows = document["rows"]
     assert {row["family"] for row in rows} == set(FAMILIES.split(","))
     assert {row["op"] for row in rows} == {"phase1", "oneshot_norm", "advance"}

@@ -112,6 +112,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=0, help="choose among the k likeliest bytes (default 0: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
+    _add_machine(parser)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
 
@@ -149,8 +153,7 @@ def _add_accuracy(parser: argparse.ArgumentParser) -> None:
         help="a run of train whose hidden states to use (default: train a small model now)",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same inputs (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
+    _add_machine(parser)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -171,8 +174,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         "--batches", type=int, default=8, help="batches of validation text (default 8)"
     )
     parser.add_argument("--out", default="depth", help="folder to write to (default depth)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
+    _add_machine(parser)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,6 +166,7 @@ def document_of(
             "torch": torch.__version__,
             **peers.versions(),
         },
+        "commit": revision(),
         "date": datetime.date.today().isoformat(),
         "seconds": round(seconds, 1),
         "seed": plan.seed,
@@ -172,6 +174,19 @@ def document_of(
         "failures": found.failures,
         "rows": found.rows,
     }
+
+
+def revision() -> str:
+    """The commit of the checkout that this package is run from, if it is run from one."""
+    root = Path(__file__).resolve().parents[4]
+    if not (root / "src" / "reference").is_dir():
+        return f"release {__version__}"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.strip()
 
 
 def text_of(document: dict[str, Any]) -> str:
