@@ -18,6 +18,14 @@
 //               sum_s scale dlogit_sn r_n u_s - (sum_s dlogit_sn logit_sn) (r_n^2 / R) k_n
 //   du_s      = sum over t and n of scale dlogit_sn r_n k_n
 //
+// Quantised sources. With source_scales, sources hold float16 or float8_e4m3 numbers q_n
+// (quantize.h makes both), and the value is, with W = D for one scale a token and W = 128 for one a
+// group,
+//
+//   v_n[t, d] = source_scales[n][t, d / W] * q_n[t, d]           exact: scales are powers of two
+//
+// dv_n is the gradient with respect to v_n, in the dtype of dsources.
+//
 // Statistics, softmax and sums are accumulated in float32 (float64 when the arguments are
 // float64); stores round to nearest even. The same call gives the same bits, whatever the number
 // of threads. NaN and Inf propagate as IEEE 754 says.
@@ -35,10 +43,12 @@ namespace flash_attn_res {
 
 /// Arguments of `attend`. "float" stands for float32, or float64 when the sources are float64.
 struct AttendArgs {
-  std::span<const ConstMatrix> sources = {};  // N x [T, D]; one dtype, 1 <= N <= 512
-  ConstMatrix queries = {};                   // [S, R] float; folded queries, 1 <= S <= 128, R <= D
-  double scale = 1.0;                         // factor of the logits; the paper and Kimi K3 use 1
-  double eps = 1e-6;                          // > 0, added to the mean square of a key
+  std::span<const ConstMatrix> sources = {};        // N x [T, D]; one dtype, 1 <= N <= 512
+  std::span<const ConstMatrix> source_scales = {};  // N x [T, 1] or [T, ceil(D / 128)] float8_e8m0,
+                                                    // or empty: the sources are the values
+  ConstMatrix queries = {};  // [S, R] float; folded queries, 1 <= S <= 128, R <= D
+  double scale = 1.0;        // factor of the logits; the paper and Kimi K3 use 1
+  double eps = 1e-6;         // > 0, added to the mean square of a key
 
   std::span<const Matrix> out = {};  // S x [T, D]; one dtype, may differ from the sources'
   Matrix lse = {};                   // [S, T] float
@@ -58,8 +68,9 @@ Status attend(const AttendArgs& args, const Context& context = {});
 /// Arguments of `attend_backward`: the forward's inputs and saved statistics, the gradients that
 /// came in, and where the results go. Results that are absent (or empty lists) are not computed.
 struct AttendBackwardArgs {
-  std::span<const ConstMatrix> sources = {};  // N x [T, D], as in the forward
-  ConstMatrix queries = {};                   // [S, R] float
+  std::span<const ConstMatrix> sources = {};        // N x [T, D], as in the forward
+  std::span<const ConstMatrix> source_scales = {};  // as in the forward
+  ConstMatrix queries = {};                         // [S, R] float
   double scale = 1.0;
   ConstMatrix lse = {};      // [S, T] float, from the forward
   ConstMatrix logits = {};   // [T, S * N] float, from the forward
@@ -70,7 +81,7 @@ struct AttendBackwardArgs {
   ConstMatrix dlse = {};  // [S, T] float, optional: zero when absent
 
   std::span<const Matrix> dsources =
-      {};                            // N x [T, D]; one dtype (float32 or the sources'), or empty
+      {};  // N x [T, D]; one dtype (float32, bfloat16 or float16), or empty
   bool accumulate_dsources = false;  // add to what dsources holds instead of overwriting it
   Matrix dqueries = {};              // [S, R] float, optional
   bool accumulate_dqueries = false;

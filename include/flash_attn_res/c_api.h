@@ -52,7 +52,8 @@ enum {
   FLASH_ATTN_RES_BFLOAT16 = 2,
   FLASH_ATTN_RES_FLOAT16 = 3,
   FLASH_ATTN_RES_FLOAT64 = 4,
-  FLASH_ATTN_RES_FLOAT8_E4M3 = 5 /* the quantised x of read, nothing else */
+  FLASH_ATTN_RES_FLOAT8_E4M3 = 5, /* quantised sources and the quantised x of read */
+  FLASH_ATTN_RES_FLOAT8_E8M0 = 6  /* the scales of quantised sources */
 };
 
 typedef int32_t flash_attn_res_device_type;
@@ -136,10 +137,12 @@ typedef struct flash_attn_res_attend_args {
   double eps;
   const flash_attn_res_matrix* out; /* S x [T, D] */
   int64_t num_out;
-  flash_attn_res_matrix lse;     /* [S, T] float */
-  flash_attn_res_matrix logits;  /* [T, S * N] float, optional */
-  flash_attn_res_matrix inv_rms; /* [T, N] float, optional */
-  flash_attn_res_matrix probs;   /* [T, S * N] float, optional */
+  flash_attn_res_matrix lse;                        /* [S, T] float */
+  flash_attn_res_matrix logits;                     /* [T, S * N] float, optional */
+  flash_attn_res_matrix inv_rms;                    /* [T, N] float, optional */
+  flash_attn_res_matrix probs;                      /* [T, S * N] float, optional */
+  const flash_attn_res_const_matrix* source_scales; /* N x [T, 1] or [T, groups] e8m0, or empty */
+  int64_t num_source_scales;
 } flash_attn_res_attend_args;
 static inline flash_attn_res_attend_args flash_attn_res_default_attend_args(void) {
   flash_attn_res_attend_args args;
@@ -172,9 +175,11 @@ typedef struct flash_attn_res_attend_backward_args {
   flash_attn_res_const_matrix dlse;      /* [S, T] float, optional */
   const flash_attn_res_matrix* dsources; /* N x [T, D], or empty */
   int64_t num_dsources;
-  int32_t accumulate_dsources;    /* 0 or 1 */
-  int32_t accumulate_dqueries;    /* 0 or 1 */
-  flash_attn_res_matrix dqueries; /* [S, R] float, optional */
+  int32_t accumulate_dsources;                      /* 0 or 1 */
+  int32_t accumulate_dqueries;                      /* 0 or 1 */
+  flash_attn_res_matrix dqueries;                   /* [S, R] float, optional */
+  const flash_attn_res_const_matrix* source_scales; /* N x [T, 1] or [T, groups] e8m0, or empty */
+  int64_t num_source_scales;
 } flash_attn_res_attend_backward_args;
 static inline flash_attn_res_attend_backward_args flash_attn_res_default_attend_backward_args(
     void) {
@@ -219,7 +224,9 @@ typedef struct flash_attn_res_read_args {
   flash_attn_res_matrix x_scale;     /* [T, 1] or [T, groups] float32, with x in float8 */
   flash_attn_res_matrix snapshot;    /* [T, D], optional */
   flash_attn_res_scale_rounding scale_rounding;
-  int32_t reserved; /* 0 */
+  int32_t reserved;                                 /* 0 */
+  const flash_attn_res_const_matrix* source_scales; /* N x [T, 1] or [T, groups] e8m0, or empty */
+  int64_t num_source_scales;
 } flash_attn_res_read_args;
 static inline flash_attn_res_read_args flash_attn_res_default_read_args(void) {
   flash_attn_res_read_args args;
@@ -260,13 +267,15 @@ typedef struct flash_attn_res_read_backward_args {
   flash_attn_res_matrix gate;               /* [1, T] float, optional */
   const flash_attn_res_matrix* dsources;    /* N x [T, D], or empty */
   int64_t num_dsources;
-  flash_attn_res_matrix dpartial;     /* [T, D], optional */
-  flash_attn_res_matrix dquery;       /* [1, R] float, optional */
-  flash_attn_res_matrix dnorm_weight; /* [1, D], optional */
-  int32_t accumulate_dsources;        /* 0 or 1 */
-  int32_t accumulate_dquery;          /* 0 or 1 */
-  int32_t accumulate_dnorm_weight;    /* 0 or 1 */
-  int32_t reserved;                   /* 0 */
+  flash_attn_res_matrix dpartial;                   /* [T, D], optional */
+  flash_attn_res_matrix dquery;                     /* [1, R] float, optional */
+  flash_attn_res_matrix dnorm_weight;               /* [1, D], optional */
+  int32_t accumulate_dsources;                      /* 0 or 1 */
+  int32_t accumulate_dquery;                        /* 0 or 1 */
+  int32_t accumulate_dnorm_weight;                  /* 0 or 1 */
+  int32_t reserved;                                 /* 0 */
+  const flash_attn_res_const_matrix* source_scales; /* N x [T, 1] or [T, groups] e8m0, or empty */
+  int64_t num_source_scales;
 } flash_attn_res_read_backward_args;
 static inline flash_attn_res_read_backward_args flash_attn_res_default_read_backward_args(void) {
   flash_attn_res_read_backward_args args;
@@ -302,6 +311,26 @@ static inline flash_attn_res_stochastic_add_args flash_attn_res_default_stochast
 
 flash_attn_res_status flash_attn_res_stochastic_add(const flash_attn_res_stochastic_add_args* args,
                                                     const flash_attn_res_context* context);
+
+/* ------------------------------------------------------------------------------------- quantize */
+
+/* float16 or float8 with powers of two as scales: QuantizeArgs of quantize.h. Needs no workspace.
+ */
+typedef struct flash_attn_res_quantize_args {
+  size_t struct_size;
+  flash_attn_res_const_matrix values; /* [T, D] */
+  flash_attn_res_matrix out;          /* [T, D] float16 or float8_e4m3 */
+  flash_attn_res_matrix scale;        /* [T, 1] or [T, groups] float8_e8m0 */
+} flash_attn_res_quantize_args;
+static inline flash_attn_res_quantize_args flash_attn_res_default_quantize_args(void) {
+  flash_attn_res_quantize_args args;
+  memset(&args, 0, sizeof(args));
+  args.struct_size = sizeof(args);
+  return args;
+}
+
+flash_attn_res_status flash_attn_res_quantize(const flash_attn_res_quantize_args* args,
+                                              const flash_attn_res_context* context);
 
 /* ----------------------------------------------------------------------------------------- fold */
 

@@ -5,6 +5,7 @@
 
 #include "flash_attn_res/attend.h"      // IWYU pragma: export
 #include "flash_attn_res/fold.h"        // IWYU pragma: export
+#include "flash_attn_res/quantize.h"    // IWYU pragma: export
 #include "flash_attn_res/read.h"        // IWYU pragma: export
 #include "flash_attn_res/status.h"      // IWYU pragma: export
 #include "flash_attn_res/stochastic.h"  // IWYU pragma: export

@@ -73,9 +73,11 @@ enum class ScaleRounding : int32_t { kNone = 0, kPowerOfTwo = 1 };
 /// Arguments of `read`. "float" stands for float32, or float64 when the values are float64.
 /// At least one of phase1_out, sources, partial and updates is given.
 struct ReadArgs {
-  ConstMatrix phase1_out = {};                // [T, D], optional: out_s of `attend`
-  ConstMatrix phase1_lse = {};                // [1, T] float, with phase1_out
-  std::span<const ConstMatrix> sources = {};  // N x [T, D], one dtype; may be empty; N <= 512
+  ConstMatrix phase1_out = {};                      // [T, D], optional: out_s of `attend`
+  ConstMatrix phase1_lse = {};                      // [1, T] float, with phase1_out
+  std::span<const ConstMatrix> sources = {};        // N x [T, D], one dtype; may be empty; N <= 512
+  std::span<const ConstMatrix> source_scales = {};  // N x [T, 1] or [T, ceil(D / 128)] float8_e8m0
+                                                    // of quantised sources (attend.h), or empty
   ConstMatrix partial = {};                   // [T, D], optional: the running sum of the block
   std::span<const ConstMatrix> updates = {};  // 0..2 x [T, D]: pending outputs to add to the sum
   ConstMatrix query = {};                     // [1, R] float; may be absent when K == 1
@@ -113,8 +115,9 @@ Status read(const ReadArgs& args, const Context& context = {});
 
 /// Arguments of `read_backward`. Results that are absent (or empty lists) are not computed.
 struct ReadBackwardArgs {
-  ConstMatrix phase1_out = {};                // [T, D], optional, as in the forward
-  std::span<const ConstMatrix> sources = {};  // N x [T, D]
+  ConstMatrix phase1_out = {};                      // [T, D], optional, as in the forward
+  std::span<const ConstMatrix> sources = {};        // N x [T, D]
+  std::span<const ConstMatrix> source_scales = {};  // as in the forward
   ConstMatrix partial = {};  // [T, D], optional: partial_out of the forward (the sum)
   ConstMatrix query = {};    // [1, R] float
   double scale = 1.0;

@@ -25,7 +25,9 @@ enum class DType : int32_t {
   kFloat16 = 3,
   kFloat64 =
       4,  // served by the double-precision reference: exact and slow, for tests and gradcheck
-  kFloat8E4M3 = 5,  // OCP e4m3fn: largest 448, no Inf; the quantised x of `read`, nothing else
+  kFloat8E4M3 = 5,  // OCP e4m3fn: largest 448, no Inf; quantised sources, and the quantised x of
+                    // `read`: always with scales
+  kFloat8E8M0 = 6,  // OCP e8m0: 2^(bits - 127), 255 is NaN; the scales of quantised sources
 };
 
 /// Bytes of one element; 0 for `kNone` and for values outside the enumeration.
@@ -39,6 +41,7 @@ constexpr int64_t size_of(DType dtype) {
     case DType::kFloat16:
       return 2;
     case DType::kFloat8E4M3:
+    case DType::kFloat8E8M0:
       return 1;
     case DType::kNone:
       break;
@@ -55,7 +58,7 @@ inline constexpr int64_t kMaxQueries = 128;
 /// Most pending updates that one `read` adds to the partial sum.
 inline constexpr int64_t kMaxUpdates = 2;
 
-/// Columns that share one scale when `read` quantises its result by groups.
+/// Columns that share one scale where a row has several.
 inline constexpr int64_t kScaleGroup = 128;
 
 /// A read-only view of `rows` rows of `cols` consecutive elements; row r starts at element

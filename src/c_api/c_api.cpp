@@ -15,6 +15,7 @@
 
 #include "flash_attn_res/attend.h"
 #include "flash_attn_res/fold.h"
+#include "flash_attn_res/quantize.h"
 #include "flash_attn_res/read.h"
 #include "flash_attn_res/stochastic.h"
 
@@ -45,20 +46,22 @@ static_assert(FLASH_ATTN_RES_SCALE_NONE == static_cast<int32_t>(ScaleRounding::k
 static_assert(FLASH_ATTN_RES_SCALE_POWER_OF_TWO ==
               static_cast<int32_t>(ScaleRounding::kPowerOfTwo));
 static_assert(FLASH_ATTN_RES_FLOAT8_E4M3 == static_cast<int32_t>(DType::kFloat8E4M3));
+static_assert(FLASH_ATTN_RES_FLOAT8_E8M0 == static_cast<int32_t>(DType::kFloat8E8M0));
 
 // Structs grow at the end and by whole members: trailing padding would let a new member hide in the
 // struct_size of an old caller.
 static_assert(offsetof(flash_attn_res_context, executor) + sizeof(void*) ==
               sizeof(flash_attn_res_context));
-static_assert(offsetof(flash_attn_res_attend_args, probs) + sizeof(flash_attn_res_matrix) ==
+static_assert(offsetof(flash_attn_res_attend_args, num_source_scales) + sizeof(int64_t) ==
               sizeof(flash_attn_res_attend_args));
-static_assert(offsetof(flash_attn_res_attend_backward_args, dqueries) +
-                  sizeof(flash_attn_res_matrix) ==
+static_assert(offsetof(flash_attn_res_attend_backward_args, num_source_scales) + sizeof(int64_t) ==
               sizeof(flash_attn_res_attend_backward_args));
-static_assert(offsetof(flash_attn_res_read_args, reserved) + sizeof(int32_t) ==
+static_assert(offsetof(flash_attn_res_read_args, num_source_scales) + sizeof(int64_t) ==
               sizeof(flash_attn_res_read_args));
-static_assert(offsetof(flash_attn_res_read_backward_args, reserved) + sizeof(int32_t) ==
+static_assert(offsetof(flash_attn_res_read_backward_args, num_source_scales) + sizeof(int64_t) ==
               sizeof(flash_attn_res_read_backward_args));
+static_assert(offsetof(flash_attn_res_quantize_args, scale) + sizeof(flash_attn_res_matrix) ==
+              sizeof(flash_attn_res_quantize_args));
 
 static_assert(offsetof(flash_attn_res_stochastic_add_args, out) + sizeof(flash_attn_res_matrix) ==
               sizeof(flash_attn_res_stochastic_add_args));
@@ -207,15 +210,18 @@ struct Attend {
 
   Status assign(const CArgs* from) {
     CArgs c = flash_attn_res_default_attend_args();
-    if (Status status = copy_struct(kName, "args", from, sizeof(c), c); !status.ok()) {
+    constexpr size_t kFirstSize = offsetof(CArgs, source_scales);  // what came later is optional
+    if (Status status = copy_struct(kName, "args", from, kFirstSize, c); !status.ok()) {
       return status;
     }
     Status status = first_error({
         sources.assign(kName, "sources", c.sources, c.num_sources),
+        source_scales.assign(kName, "source_scales", c.source_scales, c.num_source_scales),
         out.assign(kName, "out", c.out, c.num_out),
     });
     args = {
         .sources = sources.span(),
+        .source_scales = source_scales.span(),
         .queries = to_cpp(c.queries),
         .scale = c.scale,
         .eps = c.eps,
@@ -230,6 +236,7 @@ struct Attend {
 
   AttendArgs args;
   ViewList<ConstMatrix, kMaxSources> sources;
+  ViewList<ConstMatrix, kMaxSources> source_scales;
   ViewList<Matrix, kMaxQueries> out;
 };
 
@@ -241,16 +248,19 @@ struct AttendBackward {
 
   Status assign(const CArgs* from) {
     CArgs c = flash_attn_res_default_attend_backward_args();
-    if (Status status = copy_struct(kName, "args", from, sizeof(c), c); !status.ok()) {
+    constexpr size_t kFirstSize = offsetof(CArgs, source_scales);  // what came later is optional
+    if (Status status = copy_struct(kName, "args", from, kFirstSize, c); !status.ok()) {
       return status;
     }
     Status status = first_error({
         sources.assign(kName, "sources", c.sources, c.num_sources),
+        source_scales.assign(kName, "source_scales", c.source_scales, c.num_source_scales),
         dout.assign(kName, "dout", c.dout, c.num_dout),
         dsources.assign(kName, "dsources", c.dsources, c.num_dsources),
     });
     args = {
         .sources = sources.span(),
+        .source_scales = source_scales.span(),
         .queries = to_cpp(c.queries),
         .scale = c.scale,
         .lse = to_cpp(c.lse),
@@ -269,6 +279,7 @@ struct AttendBackward {
 
   AttendBackwardArgs args;
   ViewList<ConstMatrix, kMaxSources> sources;
+  ViewList<ConstMatrix, kMaxSources> source_scales;
   ViewList<ConstMatrix, kMaxQueries> dout;
   ViewList<Matrix, kMaxSources> dsources;
 };
@@ -290,12 +301,14 @@ struct Read {
     }
     Status status = first_error({
         sources.assign(kName, "sources", c.sources, c.num_sources),
+        source_scales.assign(kName, "source_scales", c.source_scales, c.num_source_scales),
         updates.assign(kName, "updates", c.updates, c.num_updates),
     });
     args = {
         .phase1_out = to_cpp(c.phase1_out),
         .phase1_lse = to_cpp(c.phase1_lse),
         .sources = sources.span(),
+        .source_scales = source_scales.span(),
         .partial = to_cpp(c.partial),
         .updates = updates.span(),
         .query = to_cpp(c.query),
@@ -321,6 +334,7 @@ struct Read {
 
   ReadArgs args;
   ViewList<ConstMatrix, kMaxSources> sources;
+  ViewList<ConstMatrix, kMaxSources> source_scales;
   ViewList<ConstMatrix, kMaxUpdates> updates;
 };
 
@@ -332,7 +346,8 @@ struct ReadBackward {
 
   Status assign(const CArgs* from) {
     CArgs c = flash_attn_res_default_read_backward_args();
-    if (Status status = copy_struct(kName, "args", from, sizeof(c), c); !status.ok()) {
+    constexpr size_t kFirstSize = offsetof(CArgs, source_scales);  // what came later is optional
+    if (Status status = copy_struct(kName, "args", from, kFirstSize, c); !status.ok()) {
       return status;
     }
     if (c.reserved != 0) {
@@ -340,11 +355,13 @@ struct ReadBackward {
     }
     Status status = first_error({
         sources.assign(kName, "sources", c.sources, c.num_sources),
+        source_scales.assign(kName, "source_scales", c.source_scales, c.num_source_scales),
         dsources.assign(kName, "dsources", c.dsources, c.num_dsources),
     });
     args = {
         .phase1_out = to_cpp(c.phase1_out),
         .sources = sources.span(),
+        .source_scales = source_scales.span(),
         .partial = to_cpp(c.partial),
         .query = to_cpp(c.query),
         .scale = c.scale,
@@ -374,6 +391,7 @@ struct ReadBackward {
 
   ReadBackwardArgs args;
   ViewList<ConstMatrix, kMaxSources> sources;
+  ViewList<ConstMatrix, kMaxSources> source_scales;
   ViewList<Matrix, kMaxSources> dsources;
 };
 
@@ -399,6 +417,23 @@ struct StochasticAdd {
 
   StochasticAddArgs args;
   ViewList<ConstMatrix, kMaxStochasticTerms> terms;
+};
+
+struct Quantize {
+  using CArgs = flash_attn_res_quantize_args;
+  static constexpr const char* kName = "quantize";
+  static constexpr auto kRun = &quantize;
+
+  Status assign(const CArgs* from) {
+    CArgs c = flash_attn_res_default_quantize_args();
+    if (Status status = copy_struct(kName, "args", from, sizeof(c), c); !status.ok()) {
+      return status;
+    }
+    args = {.values = to_cpp(c.values), .out = to_cpp(c.out), .scale = to_cpp(c.scale)};
+    return {};
+  }
+
+  QuantizeArgs args;
 };
 
 template <class Operation>
@@ -487,6 +522,11 @@ flash_attn_res_status flash_attn_res_read_backward(const flash_attn_res_read_bac
 flash_attn_res_status flash_attn_res_stochastic_add(const flash_attn_res_stochastic_add_args* args,
                                                     const flash_attn_res_context* context) {
   return far::run<far::StochasticAdd>(args, context);
+}
+
+flash_attn_res_status flash_attn_res_quantize(const flash_attn_res_quantize_args* args,
+                                              const flash_attn_res_context* context) {
+  return far::run<far::Quantize>(args, context);
 }
 
 flash_attn_res_status flash_attn_res_fold_queries(const flash_attn_res_const_matrix* queries,

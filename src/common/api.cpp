@@ -9,6 +9,7 @@
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 #include "flash_attn_res/attend.h"
+#include "flash_attn_res/quantize.h"
 #include "flash_attn_res/read.h"
 #include "flash_attn_res/stochastic.h"
 #include "reference/reference.h"
@@ -112,6 +113,20 @@ Status run(const Operation<Args>& operation, const Args& args, const Context& co
   return kernel.run(args, context);
 }
 
+/// An operation without float64 and without workspace.
+template <class Args>
+Status run_simple(const char* name, const Args& args, const Context& context,
+                  Status (*cpu)(const Args&, const Context&),
+                  Status (*cuda)(const Args&, const Context&)) {
+  if (Status status = check_device_type(name, context.device); !status.ok()) {
+    return status;
+  }
+  if (Status status = validate(args); !status.ok()) {
+    return status;
+  }
+  return context.device.type == DeviceType::kCuda ? cuda(args, context) : cpu(args, context);
+}
+
 }  // namespace
 
 int64_t attend_workspace_bytes(const AttendArgs& args, Device device) {
@@ -145,14 +160,11 @@ Status read_backward(const ReadBackwardArgs& args, const Context& context) {
 }
 
 Status stochastic_add(const StochasticAddArgs& args, const Context& context) {
-  if (Status status = check_device_type("stochastic_add", context.device); !status.ok()) {
-    return status;
-  }
-  if (Status status = validate(args); !status.ok()) {
-    return status;
-  }
-  return context.device.type == DeviceType::kCuda ? cuda::stochastic_add(args, context)
-                                                  : cpu::stochastic_add(args, context);
+  return run_simple("stochastic_add", args, context, cpu::stochastic_add, cuda::stochastic_add);
+}
+
+Status quantize(const QuantizeArgs& args, const Context& context) {
+  return run_simple("quantize", args, context, cpu::quantize, cuda::quantize);
 }
 
 }  // namespace flash_attn_res

@@ -26,7 +26,8 @@ bool dispatch_dtype(DType dtype, Function&& function) {
       function.template operator()<Float16>();
       return true;
     case DType::kFloat64:     // the reference's dtype: no kernel is compiled for it
-    case DType::kFloat8E4M3:  // written by conversion from float32, never an operand
+    case DType::kFloat8E4M3:  // quantised rows have their own conversions
+    case DType::kFloat8E8M0:
     case DType::kNone:
       break;
   }

@@ -5,6 +5,8 @@
 // float8:   e4m3fn of the OCP 8-bit specification (4 exponent bits, 3 fraction bits, subnormals
 //           kept, no Inf, largest 448).
 //
+// e8m0:     an exponent alone, 2^(bits - 127); 255 is NaN. Only powers of two are ever stored.
+//
 // Overflow gives Inf, in float8 the largest value of that sign; NaN stays NaN (quiet). Every SIMD
 // store must give the same bits; tests hold it to that.
 
@@ -28,6 +30,11 @@ struct Float16 {
 
 /// Storage of one float8 e4m3fn.
 struct Float8E4M3 {
+  uint8_t bits;
+};
+
+/// Storage of one float8 e8m0.
+struct Float8E8M0 {
   uint8_t bits;
 };
 
@@ -58,6 +65,15 @@ inline float to_float(Float8E4M3 value) {
   // As for float16: the missing exponent bias is a factor 2^(127 - 7).
   const float scaled = std::bit_cast<float>(magnitude << 20) * 0x1p120f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
+}
+
+inline float to_float(Float8E8M0 value) {
+  if (value.bits == 0xffu) {
+    return std::bit_cast<float>(0x7fc00000u);
+  }
+  // 2^-127 is subnormal in float32.
+  return std::bit_cast<float>(value.bits == 0 ? 0x00400000u
+                                              : static_cast<uint32_t>(value.bits) << 23);
 }
 
 inline BFloat16 to_bfloat16(float value) {
@@ -102,6 +118,11 @@ inline Float8E4M3 to_float8_e4m3(float value) {
   }
   const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u) - 0x3c000000u;
   return {static_cast<uint8_t>(sign | (rounded >> 20))};
+}
+
+/// The exponent of a power of two from 2^-126 on; what is not finite becomes NaN.
+inline Float8E8M0 to_float8_e8m0(float value) {
+  return {static_cast<uint8_t>((std::bit_cast<uint32_t>(value) >> 23) & 0xffu)};
 }
 
 }  // namespace flash_attn_res

@@ -21,6 +21,8 @@ const char* name_of(DType dtype) {
       return "float64";
     case DType::kFloat8E4M3:
       return "float8_e4m3";
+    case DType::kFloat8E8M0:
+      return "float8_e8m0";
   }
   return "an unknown dtype";
 }
@@ -137,6 +139,56 @@ class Checker {
     }
   }
 
+  /// N sources [T, D] of one dtype, with a scale for each token or group, or as they stand.
+  void source_list(std::span<const ConstMatrix> sources, std::span<const ConstMatrix> scales,
+                   int64_t tokens, int64_t dim) {
+    if (scales.empty()) {
+      require(sources.empty() || sources[0].dtype != DType::kFloat8E4M3,
+              "sources[0] is float8_e4m3 but source_scales is empty, expected " +
+                  std::to_string(sources.size()) + " items of shape " + shape_text(tokens, 1) +
+                  " or " + shape_text(tokens, scale_groups(dim)));
+      return value_list("sources", sources, tokens, dim, Access::kRead);
+    }
+    require(scales.size() == sources.size(),
+            "source_scales has " + std::to_string(scales.size()) + " items, expected " +
+                std::to_string(sources.size()) + ", one for each source, or none");
+    for (size_t n = 0; ok() && n < sources.size(); ++n) {
+      const std::string item = item_name("sources", static_cast<int64_t>(n));
+      matrix(item, sources[n], tokens, dim, "[T, D]", Presence::kRequired, Access::kRead);
+      quantized_dtype(item, sources[n]);
+      require(sources[n].dtype == sources[0].dtype, item + " is " + name_of(sources[n].dtype) +
+                                                        " but sources[0] is " +
+                                                        name_of(sources[0].dtype));
+      scale(item_name("source_scales", static_cast<int64_t>(n)), scales[n], tokens, dim,
+            Access::kRead);
+      require(scales[n].cols == scales[0].cols,
+              item_name("source_scales", static_cast<int64_t>(n)) + " has shape " +
+                  shape_text(scales[n]) + ", expected that of source_scales[0], " +
+                  shape_text(scales[0]));
+      require(tokens <= 1 || scales[n].stride == scales[0].stride,
+              item_name("source_scales", static_cast<int64_t>(n)) + " has row stride " +
+                  std::to_string(scales[n].stride) + ", expected that of source_scales[0], " +
+                  std::to_string(scales[0].stride));
+    }
+  }
+
+  /// The dtype of numbers that stand for values with their scales.
+  void quantized_dtype(const std::string& name, const ConstMatrix& view) {
+    require(view.dtype == DType::kFloat16 || view.dtype == DType::kFloat8E4M3,
+            name + " is " + name_of(view.dtype) + " with scales, expected float16 or float8_e4m3");
+  }
+
+  /// Powers of two: one for each token, or one for each group of columns.
+  void scale(const std::string& name, const ConstMatrix& view, int64_t tokens, int64_t dim,
+             Access access) {
+    matrix(name, view, tokens, view.cols == 1 ? 1 : scale_groups(dim),
+           "[T, 1] or [T, ceil(D / 128)]", Presence::kRequired, access);
+    require(view.dtype == DType::kFloat8E8M0,
+            name + " is " + name_of(view.dtype) + ", expected float8_e8m0");
+  }
+
+  static int64_t scale_groups(int64_t dim) { return (dim + kScaleGroup - 1) / kScaleGroup; }
+
   void positive(const char* name, double number) {
     require(std::isfinite(number) && number > 0,
             std::string(name) + " is " + std::to_string(number) + ", expected a number > 0");
@@ -175,7 +227,7 @@ AttendShape check_attend_inputs(Checker& check, const Args& args) {
                              args.queries.cols};
   check.require(shape.dim >= 1, "sources[0] has shape " + shape_text(args.sources[0]) +
                                     ", expected a width D of at least 1");
-  check.value_list("sources", args.sources, shape.tokens, shape.dim, Access::kRead);
+  check.source_list(args.sources, args.source_scales, shape.tokens, shape.dim);
   check.require(args.queries.present(), "queries is missing, expected shape [S, R]");
   check.require(shape.num_queries >= 1 && shape.num_queries <= kMaxQueries,
                 "queries has shape " + shape_text(args.queries) + ", expected 1 to " +
@@ -247,7 +299,7 @@ ReadShape check_read_inputs(Checker& check, const Args& args, bool has_partial) 
                                     ", expected a width D of at least 1");
   check.value("phase1_out", args.phase1_out, shape.tokens, shape.dim, "[T, D]", Presence::kOptional,
               Access::kRead);
-  check.value_list("sources", args.sources, shape.tokens, shape.dim, Access::kRead);
+  check.source_list(args.sources, args.source_scales, shape.tokens, shape.dim);
   check.value("partial", args.partial, shape.tokens, shape.dim, "[T, D]", Presence::kOptional,
               Access::kRead);
   check.require(args.query.present() || terms == 1,
@@ -283,7 +335,7 @@ void check_x(Checker& check, const ReadArgs& args, int64_t tokens, int64_t dim) 
     check.require(!args.x_scale.present(), std::string("x_scale was given but x is ") +
                                                name_of(args.x.dtype) + ", expected float8_e4m3");
   } else {
-    const int64_t groups = (dim + kScaleGroup - 1) / kScaleGroup;
+    const int64_t groups = Checker::scale_groups(dim);
     check.require(args.x_scale.present(),
                   "x is float8_e4m3 but x_scale is missing, expected shape " +
                       shape_text(tokens, 1) + " or " + shape_text(tokens, groups));
@@ -465,7 +517,11 @@ Status validate(const AttendBackwardArgs& args) {
 }
 
 DType mix_dtype(const ReadArgs& args) {
-  return args.x.dtype == DType::kFloat8E4M3 ? first_value(args).view.dtype : args.x.dtype;
+  if (args.x.dtype != DType::kFloat8E4M3) {
+    return args.x.dtype;
+  }
+  const DType first = first_value(args).view.dtype;
+  return first == DType::kFloat8E4M3 ? DType::kFloat32 : first;
 }
 
 int64_t read_terms(const ReadArgs& args) {
@@ -614,6 +670,23 @@ Status validate(const StochasticAddArgs& args) {
                 "site is " + std::to_string(args.site) + ", expected 0 to 2^32 - 1");
   check.require(args.seed != nullptr || tokens == 0,
                 "seed is a null pointer, expected two int64 numbers: seed and step");
+  return check.take();
+}
+
+Status validate(const QuantizeArgs& args) {
+  Checker check("quantize", Precision::kStorage);
+  const int64_t tokens = args.values.rows;
+  const int64_t dim = args.values.cols;
+  check.value("values", args.values, tokens, dim, "[T, D]", Presence::kRequired, Access::kRead);
+  check.require(dim >= 1, "values has shape " + shape_text(args.values) + ", expected D >= 1");
+  check.matrix("out", args.out, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
+  check.require(
+      args.out.dtype == DType::kFloat16 || args.out.dtype == DType::kFloat8E4M3,
+      std::string("out is ") + name_of(args.out.dtype) + ", expected float16 or float8_e4m3");
+  check.scale("scale", args.scale, tokens, dim, Access::kWrite);
+  if (check.ok() && overlap(args.out, args.values)) {
+    check.fail(overlap_text("out", args.out, "values", args.values));
+  }
   return check.take();
 }
 

@@ -5,6 +5,7 @@
 #define FLASH_ATTN_RES_COMMON_VALIDATE_H_
 
 #include "flash_attn_res/attend.h"
+#include "flash_attn_res/quantize.h"
 #include "flash_attn_res/read.h"
 #include "flash_attn_res/status.h"
 #include "flash_attn_res/stochastic.h"
@@ -20,6 +21,7 @@ Status validate(const AttendBackwardArgs& args);
 Status validate(const ReadArgs& args);
 Status validate(const ReadBackwardArgs& args);
 Status validate(const StochasticAddArgs& args);
+Status validate(const QuantizeArgs& args);
 Status validate_fold(const ConstMatrix& queries, const ConstMatrix& key_weight,
                      const ConstMatrix& folded);
 Status validate_fold_backward(const ConstMatrix& queries, const ConstMatrix& key_weight,
@@ -36,7 +38,7 @@ Precision precision_of(const ReadArgs& args);
 Precision precision_of(const ReadBackwardArgs& args);
 
 /// The dtype that MixRounding::kStorage rounds to: that of x, or of the first value where x is
-/// quantised.
+/// quantised; kFloat32 where both are.
 DType mix_dtype(const ReadArgs& args);
 
 /// "float32", "bfloat16", ... for messages.

@@ -228,6 +228,7 @@ Status attend(const AttendArgs& args, const Context& context) {
   params.N = static_cast<int64_t>(args.sources.size());
   params.S = args.queries.rows;
   params.sources = args.sources.data();
+  params.source_scales = args.source_scales.empty() ? nullptr : args.source_scales.data();
   params.queries = args.queries;
   params.scale = static_cast<float>(args.scale);
   params.eps = static_cast<float>(args.eps);
@@ -259,6 +260,7 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
   params.N = static_cast<int64_t>(args.sources.size());
   params.S = args.queries.rows;
   params.sources = args.sources.data();
+  params.source_scales = args.source_scales.empty() ? nullptr : args.source_scales.data();
   params.queries = args.queries;
   params.scale = static_cast<float>(args.scale);
   params.lse = args.lse;
@@ -301,6 +303,7 @@ Status read(const ReadArgs& args, const Context& context) {
   params.phase1_out = args.phase1_out;
   params.phase1_lse = args.phase1_lse;
   params.sources = args.sources.data();
+  params.source_scales = args.source_scales.empty() ? nullptr : args.source_scales.data();
   params.partial = args.partial;
   params.updates = args.updates.data();
   params.num_updates = static_cast<int64_t>(args.updates.size());
@@ -350,6 +353,7 @@ Status read_backward(const ReadBackwardArgs& args, const Context& context) {
   params.K = num_terms(args);
   params.phase1_out = args.phase1_out;
   params.sources = args.sources.data();
+  params.source_scales = args.source_scales.empty() ? nullptr : args.source_scales.data();
   params.partial = args.partial;
   params.query = args.query;
   params.scale = static_cast<float>(args.scale);
@@ -390,6 +394,18 @@ Status read_backward(const ReadBackwardArgs& args, const Context& context) {
     reduce_parts(context, chunks, first.dnorm_weight, args.dnorm_weight,
                  args.accumulate_dnorm_weight);
   }
+  return {};
+}
+
+Status quantize(const QuantizeArgs& args, const Context& context) {
+  constexpr int64_t kTaskElements = 32768;  // enough to pay for handing out a task
+  const QuantizeParams params = {args.values.rows, args.values.cols, args.values, args.out,
+                                 args.scale};
+  const KernelTable& table = kernels();
+  const int64_t rows = std::max<int64_t>(1, kTaskElements / params.D);
+  for_each_task(context.executor, (params.T + rows - 1) / rows, [&](int64_t i) {
+    table.quantize(params, i * rows, std::min(params.T, (i + 1) * rows));
+  });
   return {};
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "flash_attn_res/attend.h"
+#include "flash_attn_res/quantize.h"
 #include "flash_attn_res/read.h"
 #include "flash_attn_res/stochastic.h"
 
@@ -25,6 +26,7 @@ int64_t read_backward_workspace_bytes(const ReadBackwardArgs& args);
 Status read_backward(const ReadBackwardArgs& args, const Context& context);
 
 Status stochastic_add(const StochasticAddArgs& args, const Context& context);
+Status quantize(const QuantizeArgs& args, const Context& context);
 
 }  // namespace flash_attn_res::cuda
 

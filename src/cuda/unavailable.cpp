@@ -34,5 +34,6 @@ Status read_backward(const ReadBackwardArgs&, const Context&) {
 Status stochastic_add(const StochasticAddArgs&, const Context&) {
   return unavailable("stochastic_add");
 }
+Status quantize(const QuantizeArgs&, const Context&) { return unavailable("quantize"); }
 
 }  // namespace flash_attn_res::cuda

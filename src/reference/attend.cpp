@@ -17,19 +17,20 @@ Status attend(const AttendArgs& args, const Context&) {
   const int64_t N = static_cast<int64_t>(args.sources.size());
   const int64_t T = args.sources[0].rows;
   const int64_t D = args.sources[0].cols;
+  const auto source = [&](int64_t n) { return source_at(args.sources, args.source_scales, n); };
 
   double logit[kMaxTerms];    // (N)
   double inv_rms[kMaxTerms];  // (N)
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t n = 0; n < N; ++n) {
-      inv_rms[n] = inverse_rms(args.sources[n], t, R, args.eps);
+      inv_rms[n] = inverse_rms(source(n), t, R, args.eps);
       if (args.inv_rms.present()) {
         store(args.inv_rms, t, n, inv_rms[n]);
       }
     }
     for (int64_t s = 0; s < S; ++s) {
       for (int64_t n = 0; n < N; ++n) {
-        logit[n] = args.scale * inv_rms[n] * query_dot_key(args.queries, s, args.sources[n], t);
+        logit[n] = args.scale * inv_rms[n] * query_dot_key(args.queries, s, source(n), t);
       }
       const double lse = log_sum_exp(logit, N);
       store(args.lse, s, t, lse);
@@ -44,7 +45,7 @@ Status attend(const AttendArgs& args, const Context&) {
       for (int64_t d = 0; d < D; ++d) {
         double out = 0;
         for (int64_t n = 0; n < N; ++n) {
-          out += std::exp(logit[n] - lse) * load(args.sources[n], t, d);
+          out += std::exp(logit[n] - lse) * load(source(n), t, d);
         }
         store(args.out[s], t, d, out);
       }
@@ -66,6 +67,7 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
   const int64_t T = args.sources[0].rows;
   const int64_t D = args.sources[0].cols;
 
+  const auto source = [&](int64_t n) { return source_at(args.sources, args.source_scales, n); };
   const auto gate = [&](int64_t s, int64_t t) {
     return args.gate.present() ? load(args.gate, s, t) : 1.0;
   };
@@ -87,7 +89,7 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
     for (int64_t t = 0; t < T; ++t) {
       double delta = 0;
       for (int64_t n = 0; n < N; ++n) {
-        dp[n] = args.dout.empty() ? 0 : gate(s, t) * row_dot(args.dout[s], args.sources[n], t);
+        dp[n] = args.dout.empty() ? 0 : gate(s, t) * row_dot(args.dout[s], source(n), t);
         delta += prob(s, t, n) * dp[n];
       }
       const double dlse = args.dlse.present() ? load(args.dlse, s, t) : 0;
@@ -112,7 +114,7 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
           if (const int64_t r = d - (D - R); r >= 0) {
             sum += args.scale * dlogit(s, t, n) * r_n * load(args.queries, s, r) -
                    dlogit(s, t, n) * logit(s, t, n) * r_n * r_n / static_cast<double>(R) *
-                       load(args.sources[n], t, d);
+                       load(source(n), t, d);
           }
         }
         store(args.dsources[n], t, d, sum);
@@ -128,7 +130,7 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
         for (int64_t t = 0; t < T; ++t) {
           for (int64_t n = 0; n < N; ++n) {
             sum += args.scale * dlogit(s, t, n) * load(args.inv_rms, t, n) *
-                   key_at(args.sources[n], t, r, R);
+                   key_at(source(n), t, r, R);
           }
         }
         store(args.dqueries, s, r, sum);

@@ -17,12 +17,12 @@ namespace flash_attn_res::reference {
 inline constexpr int64_t kMaxTerms = kMaxSources + 2;
 
 /// k[r]: the key of a value is its last R coordinates.
-inline double key_at(const ConstMatrix& value, int64_t t, int64_t r, int64_t key_dim) {
-  return load(value, t, value.cols - key_dim + r);
+inline double key_at(const ScaledView& value, int64_t t, int64_t r, int64_t key_dim) {
+  return load(value, t, value.values.cols - key_dim + r);
 }
 
 /// rsqrt(mean(k^2) + eps)
-inline double inverse_rms(const ConstMatrix& value, int64_t t, int64_t key_dim, double eps) {
+inline double inverse_rms(const ScaledView& value, int64_t t, int64_t key_dim, double eps) {
   double sum = 0;
   for (int64_t r = 0; r < key_dim; ++r) {
     const double k = key_at(value, t, r, key_dim);
@@ -32,7 +32,7 @@ inline double inverse_rms(const ConstMatrix& value, int64_t t, int64_t key_dim, 
 }
 
 /// <u, k>
-inline double query_dot_key(const ConstMatrix& queries, int64_t s, const ConstMatrix& value,
+inline double query_dot_key(const ConstMatrix& queries, int64_t s, const ScaledView& value,
                             int64_t t) {
   double sum = 0;
   for (int64_t r = 0; r < queries.cols; ++r) {
@@ -42,7 +42,7 @@ inline double query_dot_key(const ConstMatrix& queries, int64_t s, const ConstMa
 }
 
 /// <a, b> over a row of D elements
-inline double row_dot(const ConstMatrix& a, const ConstMatrix& b, int64_t t) {
+inline double row_dot(const ConstMatrix& a, const ScaledView& b, int64_t t) {
   double sum = 0;
   for (int64_t d = 0; d < a.cols; ++d) {
     sum += load(a, t, d) * load(b, t, d);

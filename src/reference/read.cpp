@@ -17,8 +17,11 @@ namespace {
 class Terms {
  public:
   Terms(const ConstMatrix& phase1_out, std::span<const ConstMatrix> sources,
-        const ConstMatrix& partial)
-      : phase1_out_(phase1_out), sources_(sources), partial_(partial) {}
+        std::span<const ConstMatrix> source_scales, const ConstMatrix& partial)
+      : phase1_out_(phase1_out),
+        sources_(sources),
+        source_scales_(source_scales),
+        partial_(partial) {}
 
   int64_t size() const { return num_phase1() + num_sources() + (partial_.present() ? 1 : 0); }
   int64_t num_phase1() const { return phase1_out_.present() ? 1 : 0; }
@@ -27,17 +30,19 @@ class Terms {
   /// The term whose logit is given rather than computed.
   bool is_phase1(int64_t j) const { return j < num_phase1(); }
 
-  const ConstMatrix& operator[](int64_t j) const {
+  ScaledView operator[](int64_t j) const {
     if (is_phase1(j)) {
-      return phase1_out_;
+      return {phase1_out_};
     }
-    return j - num_phase1() < num_sources() ? sources_[j - num_phase1()] : partial_;
+    const int64_t n = j - num_phase1();
+    return n < num_sources() ? source_at(sources_, source_scales_, n) : ScaledView{partial_};
   }
 
  private:
-  const ConstMatrix& phase1_out_;         // [T, D]
-  std::span<const ConstMatrix> sources_;  // N x [T, D]
-  const ConstMatrix& partial_;            // [T, D]
+  const ConstMatrix& phase1_out_;               // [T, D]
+  std::span<const ConstMatrix> sources_;        // N x [T, D]
+  std::span<const ConstMatrix> source_scales_;  // N x [T, 1] or [T, groups], or empty
+  const ConstMatrix& partial_;                  // [T, D]
 };
 
 /// h[d] = sum_j p_j z_j[d]
@@ -122,7 +127,7 @@ Status read(const ReadArgs& args, const Context&) {
     }
   }
   const ConstMatrix partial = sum_out.present() ? ConstMatrix(sum_out) : args.partial;
-  const Terms terms(args.phase1_out, args.sources, partial);
+  const Terms terms(args.phase1_out, args.sources, args.source_scales, partial);
   const int64_t K = terms.size();
 
   double logit[kMaxTerms];  // (K)
@@ -191,10 +196,10 @@ int64_t read_backward_workspace_bytes(const ReadBackwardArgs& args) {
 }
 
 Status read_backward(const ReadBackwardArgs& args, const Context& context) {
-  const Terms terms(args.phase1_out, args.sources, args.partial);
+  const Terms terms(args.phase1_out, args.sources, args.source_scales, args.partial);
   const int64_t K = terms.size();
-  const int64_t T = terms[0].rows;
-  const int64_t D = terms[0].cols;
+  const int64_t T = terms[0].values.rows;
+  const int64_t D = terms[0].values.cols;
   const int64_t R = args.query.present() ? args.query.cols : D;
   const bool normed = args.norm == OutputNorm::kRms && args.dx.present();
 

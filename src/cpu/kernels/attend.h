@@ -55,7 +55,7 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
       }
     };
     for (int64_t n = 0; n < p.N; ++n) {
-      v[n] = reader<Ev>(p.sources[n], t);
+      v[n] = source_reader<Ev>(p.sources, p.source_scales, n, t);
       key[n] = v[n].from(key_start);
     }
 
@@ -104,7 +104,7 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
 
 inline void attend(const AttendParams& p, const AttendScratch& w, int64_t begin, int64_t end) {
   const DType dtype = p.sources[0].dtype;
-  const bool uniform = p.out[0].dtype == dtype;
+  const bool uniform = p.out[0].dtype == dtype && p.source_scales == nullptr;
   if (uniform && dtype == DType::kFloat32) {
     return attend_tokens<Float32, Float32>(p, w, begin, end);
   }

@@ -133,7 +133,7 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
     exponentials(w.probs, p.S * p.N);
 
     for (int64_t n = 0; n < p.N; ++n) {
-      v[n] = reader<E>(p.sources[n], t);
+      v[n] = source_reader<E>(p.sources, p.source_scales, n, t);
       key[n] = v[n].from(key_start);
     }
     if (p.dout != nullptr) {
@@ -174,7 +174,7 @@ inline void attend_backward(const AttendBackwardParams& p, const AttendBackwardS
   const DType dtype = p.sources[0].dtype;
   const DType dout = p.dout != nullptr ? p.dout[0].dtype : dtype;
   const DType dsources = p.dsources != nullptr ? p.dsources[0].dtype : dtype;
-  if (dout == dtype && dsources == dtype) {
+  if (dout == dtype && dsources == dtype && p.source_scales == nullptr) {
     if (dtype == DType::kFloat32) {
       return attend_backward_tokens<Float32>(p, w, begin, end);
     }

@@ -23,8 +23,9 @@ inline constexpr int64_t kPiece = 256;
 /// attend: see attend.h.
 struct AttendParams {
   int64_t T, D, R, N, S;
-  const ConstMatrix* sources;  // (N) views of [T, D]
-  ConstMatrix queries;         // [S, R]
+  const ConstMatrix* sources;        // (N) views of [T, D]
+  const ConstMatrix* source_scales;  // (N) views of [T, 1] or [T, groups], or null
+  ConstMatrix queries;               // [S, R]
   float scale;
   float eps;
   const Matrix* out;  // (S) views of [T, D]
@@ -47,8 +48,9 @@ struct AttendScratch {
 
 struct AttendBackwardParams {
   int64_t T, D, R, N, S;
-  const ConstMatrix* sources;  // (N) views of [T, D]
-  ConstMatrix queries;         // [S, R]
+  const ConstMatrix* sources;        // (N) views of [T, D]
+  const ConstMatrix* source_scales;  // (N) views of [T, 1] or [T, groups], or null
+  ConstMatrix queries;               // [S, R]
   float scale;
   ConstMatrix lse;          // [S, T]
   ConstMatrix logits;       // [T, S * N]
@@ -77,11 +79,12 @@ struct AttendBackwardScratch {
 /// read: see read.h.
 struct ReadParams {
   int64_t T, D, R, N, K;
-  ConstMatrix phase1_out;      // [T, D]
-  ConstMatrix phase1_lse;      // [1, T]
-  const ConstMatrix* sources;  // (N) views of [T, D]
-  ConstMatrix partial;         // [T, D]
-  const ConstMatrix* updates;  // (num_updates) views of [T, D]
+  ConstMatrix phase1_out;            // [T, D]
+  ConstMatrix phase1_lse;            // [1, T]
+  const ConstMatrix* sources;        // (N) views of [T, D]
+  const ConstMatrix* source_scales;  // (N) views of [T, 1] or [T, groups], or null
+  ConstMatrix partial;               // [T, D]
+  const ConstMatrix* updates;        // (num_updates) views of [T, D]
   int64_t num_updates;
   ConstMatrix query;  // [1, R]
   float scale;
@@ -117,10 +120,11 @@ struct ReadScratch {
 
 struct ReadBackwardParams {
   int64_t T, D, R, N, K;
-  ConstMatrix phase1_out;      // [T, D]
-  const ConstMatrix* sources;  // (N) views of [T, D]
-  ConstMatrix partial;         // [T, D]
-  ConstMatrix query;           // [1, R]
+  ConstMatrix phase1_out;            // [T, D]
+  const ConstMatrix* sources;        // (N) views of [T, D]
+  const ConstMatrix* source_scales;  // (N) views of [T, 1] or [T, groups], or null
+  ConstMatrix partial;               // [T, D]
+  ConstMatrix query;                 // [1, R]
   float scale;
   bool normed;
   ConstMatrix norm_weight;  // [1, D]
@@ -154,6 +158,14 @@ struct ReadBackwardScratch {
   float* dnorm_weight;  // (D)  this chunk's part of dg, or null
 };
 
+/// quantize: see quantize.h.
+struct QuantizeParams {
+  int64_t T, D;
+  ConstMatrix values;  // [T, D]
+  Matrix out;          // [T, D]
+  Matrix scale;        // [T, 1] or [T, groups]
+};
+
 /// Sums the chunks' parts, in the order of the chunks, into one matrix of results. A part holds
 /// (pieces, rows, kPiece) floats.
 struct ReduceParams {
@@ -173,6 +185,7 @@ struct KernelTable {
   void (*read_backward)(const ReadBackwardParams&, const ReadBackwardScratch&, int64_t begin,
                         int64_t end);
   void (*reduce)(const ReduceParams&, int64_t row, int64_t piece);
+  void (*quantize)(const QuantizeParams&, int64_t begin, int64_t end);
 };
 
 }  // namespace flash_attn_res::cpu

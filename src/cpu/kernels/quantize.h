@@ -1,4 +1,6 @@
-// A row of float32 as float8 e4m3 with scales: the quantised x of read.
+// Rows with scales: the quantised x of read, and quantize (include/flash_attn_res/quantize.h).
+//
+// The x of read is float8 e4m3 with float32 scales:
 //
 //   scale     = max(amax / 448, 2^-126), with powers of two up to the next one
 //   stored_d  = e4m3(x_d * (1 / scale))            nearest even, saturating at +-448
@@ -59,6 +61,67 @@ inline void quantize_row(const float* row, int64_t D, const Matrix& x, const Mat
       out[d] = e4m3_bits(row[d] * inverse);
     }
     put_float(x_scale, t, group, scale);
+  }
+}
+
+/// Bits of the power of two that a group is divided by, from the bits of its largest absolute
+/// value: with it the largest lies in [2^14, 2^15) for float16, and is at most 448 for float8.
+FLASH_ATTN_RES_INLINE uint32_t exponent_of(uint32_t largest, DType storage) {
+  if (largest >= 0x7f800000u) {
+    return 0xffu;  // NaN
+  }
+  const int exponent = static_cast<int>(largest >> 23);  // 0 for subnormals
+  // 448 is 1.75 2^8.
+  const int shift = storage == DType::kFloat16 ? 14 : (largest & 0x7fffffu) > 0x600000u ? 7 : 8;
+  return exponent - shift < 1 ? 1u : static_cast<uint32_t>(exponent - shift);
+}
+
+/// `width` elements of a row from column `begin` on, at most a piece, as floats.
+FLASH_ATTN_RES_INLINE void load_piece(const Reader<AnyFloat>& row, int64_t begin, int64_t width,
+                                      float* held) {
+  for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    store_f32(held + i, row.get(begin + i, part));
+  });
+}
+
+inline void quantize(const QuantizeParams& p, int64_t begin, int64_t end) {
+  alignas(64) float held[kPiece];
+  const int64_t columns = p.scale.cols == 1 ? p.D : kScaleGroup;
+  const bool half = p.out.dtype == DType::kFloat16;
+  for (int64_t t = begin; t < end; ++t) {
+    const Reader<AnyFloat> row = reader<AnyFloat>(p.values, t);
+    uint8_t* const scale = static_cast<uint8_t*>(p.scale.data) + t * p.scale.stride;
+    for (int64_t group = 0; group < p.scale.cols; ++group) {
+      const int64_t first = group * columns;
+      const int64_t last = first + columns < p.D ? first + columns : p.D;
+      uint32_t largest = 0;
+      for (int64_t d = first; d < last; d += kPiece) {
+        const int64_t width = last - d < kPiece ? last - d : kPiece;
+        load_piece(row, d, width, held);
+        for (int64_t i = 0; i < width; ++i) {
+          const uint32_t magnitude = bits_of(held[i]) & 0x7fffffffu;
+          largest = magnitude > largest ? magnitude : largest;
+        }
+      }
+      const uint32_t exponent = exponent_of(largest, p.out.dtype);
+      scale[group] = static_cast<uint8_t>(exponent);
+      const float inverse = 1.0f / scale_from_bits(exponent);
+      for (int64_t d = first; d < last; d += kPiece) {
+        const int64_t width = last - d < kPiece ? last - d : kPiece;
+        load_piece(row, d, width, held);
+        if (half) {
+          const Writer<Float16> out = writer<Float16>(p.out, t, false).from(d);
+          for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+            out.put(i, mul(broadcast(inverse), load_f32(held + i)), part);
+          });
+        } else {
+          uint8_t* const out = static_cast<uint8_t*>(p.out.data) + t * p.out.stride + d;
+          for (int64_t i = 0; i < width; ++i) {
+            out[i] = e4m3_bits(held[i] * inverse);
+          }
+        }
+      }
+    }
   }
 }
 

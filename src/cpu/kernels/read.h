@@ -116,7 +116,7 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
       z[j++] = reader<E>(p.phase1_out, t);
     }
     for (int64_t n = 0; n < p.N; ++n) {
-      z[j++] = reader<E>(p.sources[n], t);
+      z[j++] = source_reader<E>(p.sources, p.source_scales, n, t);
     }
     if (given(sum_of(p))) {
       const Matrix total = {w.total, 1, p.D, 0, sum_of(p).dtype};
@@ -233,7 +233,7 @@ inline bool read_rows_are(const ReadParams& p, DType dtype) {
   bool same = (given(p.x_scale) ? DType::kFloat32 : p.x.dtype) == dtype;
   same = same && (!p.round_mix || p.mix_dtype == dtype);
   same = same && (!given(p.phase1_out) || p.phase1_out.dtype == dtype);
-  same = same && (p.N == 0 || p.sources[0].dtype == dtype);
+  same = same && (p.N == 0 || (p.sources[0].dtype == dtype && p.source_scales == nullptr));
   same = same && (!given(p.partial) || p.partial.dtype == dtype);
   same = same && (!given(p.partial_out) || p.partial_out.dtype == dtype);
   same = same && (!given(p.snapshot) || p.snapshot.dtype == dtype);

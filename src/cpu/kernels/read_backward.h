@@ -190,7 +190,7 @@ inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackward
       z[j++] = reader<E>(p.phase1_out, t);
     }
     for (int64_t n = 0; n < p.N; ++n) {
-      z[j++] = reader<E>(p.sources[n], t);
+      z[j++] = source_reader<E>(p.sources, p.source_scales, n, t);
     }
     if (given(p.partial)) {
       z[j++] = reader<E>(p.partial, t);
@@ -250,10 +250,11 @@ inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackward
 /// Whether every row that a backward read touches has this dtype.
 inline bool read_backward_rows_are(const ReadBackwardParams& p, DType dtype) {
   const auto fits = [dtype](DType other) { return other == DType::kNone || other == dtype; };
-  return fits(p.phase1_out.dtype) && (p.N == 0 || fits(p.sources[0].dtype)) &&
-         fits(p.partial.dtype) && fits(p.dx.dtype) && fits(p.dmix.dtype) &&
-         fits(p.dpartial_out.dtype) && fits(p.dphase1_out.dtype) && fits(p.dh.dtype) &&
-         (p.N == 0 || p.dsources == nullptr || fits(p.dsources[0].dtype)) && fits(p.dpartial.dtype);
+  return fits(p.phase1_out.dtype) && p.source_scales == nullptr &&
+         (p.N == 0 || fits(p.sources[0].dtype)) && fits(p.partial.dtype) && fits(p.dx.dtype) &&
+         fits(p.dmix.dtype) && fits(p.dpartial_out.dtype) && fits(p.dphase1_out.dtype) &&
+         fits(p.dh.dtype) && (p.N == 0 || p.dsources == nullptr || fits(p.dsources[0].dtype)) &&
+         fits(p.dpartial.dtype);
 }
 
 inline void read_backward(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t begin,

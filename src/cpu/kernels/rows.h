@@ -58,6 +58,37 @@ struct Float16 {
   static FLASH_ATTN_RES_INLINE void stream(void* p, Pair a) { stream_f16(p, a); }
 };
 
+/// float8 e4m3, which is only ever read: from the integers of its bits, for the compiler to
+/// vectorise. Placing magnitudes under float32's exponent leaves a factor 2^(127 - 7).
+struct Float8 {
+  static constexpr bool kSplit = false;
+  static constexpr int kBytes = 1;
+  static FLASH_ATTN_RES_INLINE Pair load(const void* p) {
+    const unsigned char* bytes = static_cast<const unsigned char*>(p);
+    alignas(64) float held[kStep];
+    for (int i = 0; i < kStep; ++i) {
+      const uint32_t bits = bytes[i];
+      const uint32_t magnitude = bits & 0x7fu;
+      const float value = __builtin_bit_cast(float, magnitude << 20) * 0x1p120f;
+      const uint32_t number =
+          magnitude == 0x7fu ? 0x7fc00000u : __builtin_bit_cast(uint32_t, value);
+      held[i] = __builtin_bit_cast(float, (bits & 0x80u) << 24 | number);
+    }
+    return load_f32(held);
+  }
+};
+
+/// Bytes of one element of a row.
+FLASH_ATTN_RES_INLINE int64_t bytes_of_dtype(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
+
+/// 2^(bits - 127); 255 is NaN.
+FLASH_ATTN_RES_INLINE float scale_from_bits(uint32_t bits) {
+  const uint32_t number = bits == 0 ? 0x00400000u : bits << 23;
+  return __builtin_bit_cast(float, bits == 0xffu ? 0x7fc00000u : number);
+}
+
 /// Elements whose dtype is looked up at each access. Slower in cache, as fast from memory; it keeps
 /// calls that mix dtypes from multiplying the number of compiled kernels.
 struct AnyFloat {
@@ -146,9 +177,29 @@ __attribute__((noinline)) inline Pair load_any(const unsigned char* p, DType dty
       return Reader<BFloat16InOrder>{p, 0}.get(0, part);
     case DType::kFloat16:
       return Reader<Float16>{p, 0}.get(0, part);
+    case DType::kFloat8E4M3:
+      return Reader<Float8>{p, 0}.get(0, part);
     default:
       return Reader<Float32>{p, 0}.get(0, part);
   }
+}
+
+FLASH_ATTN_RES_INLINE int elements_of(Whole) { return kStep; }
+FLASH_ATTN_RES_INLINE int elements_of(Tail tail) { return tail.count; }
+
+/// A step whose elements begin at `column` of a row with one scale for every 2^shift columns.
+inline Pair scaled(Pair a, const unsigned char* scale, int64_t column, int count, int shift) {
+  const int64_t first = column >> shift;
+  if ((column + count - 1) >> shift == first) {
+    const Vec factor = broadcast(scale_from_bits(scale[first]));
+    return {mul(factor, a.lo), mul(factor, a.hi)};
+  }
+  alignas(64) float held[kStep];
+  store_f32(held, a);
+  for (int i = 0; i < count; ++i) {
+    held[i] *= scale_from_bits(scale[(column + i) >> shift]);
+  }
+  return load_f32(held);
 }
 
 template <>
@@ -156,16 +207,22 @@ struct Reader<AnyFloat> {
   const unsigned char* data;
   int64_t ahead;
   DType dtype;
+  const unsigned char* scale = nullptr;  // of the row's first column, or null
+  int64_t column = 0;                    // of data[0]
+  int shift = 0;                         // 2^shift columns share a scale
 
   template <class Part>
   FLASH_ATTN_RES_INLINE Pair get(int64_t i, Part part) const {
-    return load_any(data + i * bytes(), dtype, part);
+    const Pair a = load_any(data + i * bytes(), dtype, part);
+    return scale == nullptr ? a : scaled(a, scale, column + i, elements_of(part), shift);
   }
-  FLASH_ATTN_RES_INLINE int64_t bytes() const { return dtype == DType::kFloat32 ? 4 : 2; }
+  FLASH_ATTN_RES_INLINE int64_t bytes() const { return bytes_of_dtype(dtype); }
   FLASH_ATTN_RES_INLINE void prefetch(int64_t i) const {
     __builtin_prefetch(data + i * bytes() + ahead, 0, 2);
   }
-  FLASH_ATTN_RES_INLINE Reader from(int64_t i) const { return {data + i * bytes(), ahead, dtype}; }
+  FLASH_ATTN_RES_INLINE Reader from(int64_t i) const {
+    return {data + i * bytes(), ahead, dtype, scale, column + i, shift};
+  }
 };
 
 /// One row that is written. With `stream` its whole steps go past the caches.
@@ -246,12 +303,29 @@ template <class E>
 FLASH_ATTN_RES_INLINE Reader<E> reader(const ConstMatrix& view, int64_t t) {
   const unsigned char* data = static_cast<const unsigned char*>(view.data);
   if constexpr (__is_same(E, AnyFloat)) {
-    const int64_t row_bytes = view.stride * (view.dtype == DType::kFloat32 ? 4 : 2);
+    const int64_t row_bytes = view.stride * bytes_of_dtype(view.dtype);
     return {data + t * row_bytes, row_bytes, view.dtype};
   } else {
     const int64_t row_bytes = view.stride * E::kBytes;
     return {data + t * row_bytes, row_bytes};
   }
+}
+
+/// Row t of source n, with its scales if `scales` is not null: then E is AnyFloat.
+template <class E>
+FLASH_ATTN_RES_INLINE Reader<E> source_reader(const ConstMatrix* sources, const ConstMatrix* scales,
+                                              int64_t n, int64_t t) {
+  Reader<E> row = reader<E>(sources[n], t);
+  if constexpr (__is_same(E, AnyFloat)) {
+    if (scales != nullptr) {
+      constexpr int kGroupShift = 7;
+      constexpr int kWholeRow = 62;
+      static_assert(int64_t{1} << kGroupShift == kScaleGroup);
+      row.scale = static_cast<const unsigned char*>(scales[n].data) + t * scales[n].stride;
+      row.shift = scales[n].cols == 1 ? kWholeRow : kGroupShift;
+    }
+  }
+  return row;
 }
 
 /// What row t of a view that will be written holds now.

@@ -6,6 +6,7 @@
 #include "cpu/kernels/attend.h"
 #include "cpu/kernels/attend_backward.h"
 #include "cpu/kernels/params.h"
+#include "cpu/kernels/quantize.h"
 #include "cpu/kernels/read.h"
 #include "cpu/kernels/read_backward.h"
 #include "cpu/kernels/reduce.h"
@@ -13,7 +14,7 @@
 namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET {
 
 extern const KernelTable kKernels;
-const KernelTable kKernels = {attend, attend_backward, read, read_backward, reduce};
+const KernelTable kKernels = {attend, attend_backward, read, read_backward, reduce, quantize};
 
 }  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET
 

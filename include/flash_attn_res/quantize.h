@@ -1,0 +1,42 @@
+// quantize: a completed block in 16 bits with more precision, or in 8 bits. What `attend` and
+// `read` then take as a source with its scales.
+//
+// A row is cut into groups of W columns (W = D: one scale a token; W = 128). For each group, with
+// amax the largest absolute value in it:
+//
+//   float16      scale = the power of two with   2^14 <= amax / scale < 2^15
+//   float8_e4m3  scale = the smallest power of two with   amax / scale <= 448
+//   q[t, d]      = values[t, d] / scale, rounded to nearest even (the division is exact)
+//
+// float16 keeps 11 bits of a value, bfloat16 8: eight times finer in the same bytes, for all values
+// down to 2^-29 of the largest. No float16 overflows, and neither does any mixture of sources that
+// have one scale: it is a convex combination, bounded by the largest of them. float8_e4m3 keeps
+// 4 bits, of values down to 2^-15 of the largest.
+//
+// Exponents of scales stay within [-126, 127]; a group of zeros takes 2^-126. A NaN or an Inf in a
+// group makes its scale NaN, and with it every value that the group stands for: nothing is hidden.
+
+#ifndef FLASH_ATTN_RES_QUANTIZE_H_
+#define FLASH_ATTN_RES_QUANTIZE_H_
+
+#include <cstdint>
+
+#include "flash_attn_res/status.h"
+#include "flash_attn_res/types.h"
+
+namespace flash_attn_res {
+
+/// Arguments of `quantize`.
+struct QuantizeArgs {
+  ConstMatrix values = {};  // [T, D] float32, bfloat16 or float16
+  Matrix out = {};          // [T, D] float16 or float8_e4m3: q. May not overlap values.
+  Matrix scale = {};        // [T, 1] or [T, ceil(D / 128)] float8_e8m0
+};
+
+/// Computes out and scale. Needs no workspace. Minimum traffic: values, out and scale.
+/// Errors: kInvalidArgument naming the argument and both shapes; kUnsupportedDevice; kCudaError.
+Status quantize(const QuantizeArgs& args, const Context& context = {});
+
+}  // namespace flash_attn_res
+
+#endif  // FLASH_ATTN_RES_QUANTIZE_H_
