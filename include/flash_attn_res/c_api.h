@@ -318,9 +318,10 @@ flash_attn_res_status flash_attn_res_stochastic_add(const flash_attn_res_stochas
  */
 typedef struct flash_attn_res_quantize_args {
   size_t struct_size;
-  flash_attn_res_const_matrix values; /* [T, D] */
-  flash_attn_res_matrix out;          /* [T, D] float16 or float8_e4m3 */
-  flash_attn_res_matrix scale;        /* [T, 1] or [T, groups] float8_e8m0 */
+  const flash_attn_res_const_matrix* terms; /* 1..4 x [T, D] */
+  int64_t num_terms;
+  flash_attn_res_matrix out;   /* [T, D] float16 or float8_e4m3 */
+  flash_attn_res_matrix scale; /* [T, 1] or [T, groups] float8_e8m0 */
 } flash_attn_res_quantize_args;
 static inline flash_attn_res_quantize_args flash_attn_res_default_quantize_args(void) {
   flash_attn_res_quantize_args args;

@@ -1,12 +1,14 @@
 // quantize: a completed block in 16 bits with more precision, or in 8 bits. What `attend` and
 // `read` then take as a source with its scales.
 //
-// A row is cut into groups of W columns (W = D: one scale a token; W = 128). For each group, with
-// amax the largest absolute value in it:
+//   v[t, d] = terms[0][t, d] + terms[1][t, d] + ...      in float32, from left to right
+//
+// A row of v is cut into groups of W columns (W = D: one scale a token; W = 128). For each group,
+// with amax the largest absolute value in it:
 //
 //   float16      scale = the power of two with   2^14 <= amax / scale < 2^15
 //   float8_e4m3  scale = the smallest power of two with   amax / scale <= 448
-//   q[t, d]      = values[t, d] / scale, rounded to nearest even (the division is exact)
+//   q[t, d]      = v[t, d] / scale, rounded to nearest even (the division is exact)
 //
 // float16 keeps 11 bits of a value, bfloat16 8: eight times finer in the same bytes, for all values
 // down to 2^-29 of the largest. No float16 overflows, and neither does any mixture of sources that
@@ -20,6 +22,7 @@
 #define FLASH_ATTN_RES_QUANTIZE_H_
 
 #include <cstdint>
+#include <span>
 
 #include "flash_attn_res/status.h"
 #include "flash_attn_res/types.h"
@@ -28,12 +31,12 @@ namespace flash_attn_res {
 
 /// Arguments of `quantize`.
 struct QuantizeArgs {
-  ConstMatrix values = {};  // [T, D] float32, bfloat16 or float16
-  Matrix out = {};          // [T, D] float16 or float8_e4m3: q. May not overlap values.
-  Matrix scale = {};        // [T, 1] or [T, ceil(D / 128)] float8_e8m0
+  std::span<const ConstMatrix> terms = {};  // 1..4 x [T, D], float32, bfloat16 or float16, mixed
+  Matrix out = {};    // [T, D] float16 or float8_e4m3: q. May not overlap a term.
+  Matrix scale = {};  // [T, 1] or [T, ceil(D / 128)] float8_e8m0
 };
 
-/// Computes out and scale. Needs no workspace. Minimum traffic: values, out and scale.
+/// Computes out and scale. Needs no workspace. Minimum traffic: the terms, out and scale.
 /// Errors: kInvalidArgument naming the argument and both shapes; kUnsupportedDevice; kCudaError.
 Status quantize(const QuantizeArgs& args, const Context& context = {});
 

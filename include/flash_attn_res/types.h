@@ -58,6 +58,9 @@ inline constexpr int64_t kMaxQueries = 128;
 /// Most pending updates that one `read` adds to the partial sum.
 inline constexpr int64_t kMaxUpdates = 2;
 
+/// Most values that one `quantize` adds up.
+inline constexpr int64_t kMaxQuantizeTerms = 4;
+
 /// Columns that share one scale where a row has several.
 inline constexpr int64_t kScaleGroup = 128;
 

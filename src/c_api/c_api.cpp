@@ -429,11 +429,13 @@ struct Quantize {
     if (Status status = copy_struct(kName, "args", from, sizeof(c), c); !status.ok()) {
       return status;
     }
-    args = {.values = to_cpp(c.values), .out = to_cpp(c.out), .scale = to_cpp(c.scale)};
-    return {};
+    Status status = terms.assign(kName, "terms", c.terms, c.num_terms);
+    args = {.terms = terms.span(), .out = to_cpp(c.out), .scale = to_cpp(c.scale)};
+    return status;
   }
 
   QuantizeArgs args;
+  ViewList<ConstMatrix, kMaxQuantizeTerms> terms;
 };
 
 template <class Operation>

@@ -647,22 +647,33 @@ Status validate_fold_backward(const ConstMatrix& queries, const ConstMatrix& key
   return check.take();
 }
 
+namespace {
+
+/// Addends of a sum [T, D], of any storage dtypes.
+bool check_terms(Checker& check, std::span<const ConstMatrix> terms, int64_t most) {
+  const auto count = static_cast<int64_t>(terms.size());
+  check.require(count >= 1 && count <= most, "terms has " + std::to_string(count) +
+                                                 " items, expected 1 to " + std::to_string(most));
+  for (int64_t i = 0; check.ok() && i < count; ++i) {
+    check.value(item_name("terms", i), terms[static_cast<size_t>(i)], terms[0].rows, terms[0].cols,
+                "[T, D]", Presence::kRequired, Access::kRead);
+  }
+  if (check.ok()) {
+    check.require(terms[0].cols >= 1,
+                  "terms[0] has shape " + shape_text(terms[0]) + ", expected D >= 1");
+  }
+  return check.ok();
+}
+
+}  // namespace
+
 Status validate(const StochasticAddArgs& args) {
   Checker check("stochastic_add", Precision::kStorage);
-  const auto count = static_cast<int64_t>(args.terms.size());
-  check.require(count >= 1 && count <= kMaxStochasticTerms,
-                "terms has " + std::to_string(count) + " items, expected 1 to " +
-                    std::to_string(kMaxStochasticTerms));
-  if (!check.ok()) {
+  if (!check_terms(check, args.terms, kMaxStochasticTerms)) {
     return check.take();
   }
   const int64_t tokens = args.terms[0].rows;
   const int64_t dim = args.terms[0].cols;
-  for (int64_t i = 0; i < count; ++i) {
-    check.value(item_name("terms", i), args.terms[i], tokens, dim, "[T, D]", Presence::kRequired,
-                Access::kRead);
-  }
-  check.require(dim >= 1, "terms[0] has shape " + shape_text(args.terms[0]) + ", expected D >= 1");
   check.matrix("out", args.out, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
   check.require(args.out.dtype == DType::kBFloat16,
                 std::string("out is ") + name_of(args.out.dtype) + ", expected bfloat16");
@@ -675,17 +686,21 @@ Status validate(const StochasticAddArgs& args) {
 
 Status validate(const QuantizeArgs& args) {
   Checker check("quantize", Precision::kStorage);
-  const int64_t tokens = args.values.rows;
-  const int64_t dim = args.values.cols;
-  check.value("values", args.values, tokens, dim, "[T, D]", Presence::kRequired, Access::kRead);
-  check.require(dim >= 1, "values has shape " + shape_text(args.values) + ", expected D >= 1");
+  if (!check_terms(check, args.terms, kMaxQuantizeTerms)) {
+    return check.take();
+  }
+  const int64_t tokens = args.terms[0].rows;
+  const int64_t dim = args.terms[0].cols;
   check.matrix("out", args.out, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
   check.require(
       args.out.dtype == DType::kFloat16 || args.out.dtype == DType::kFloat8E4M3,
       std::string("out is ") + name_of(args.out.dtype) + ", expected float16 or float8_e4m3");
   check.scale("scale", args.scale, tokens, dim, Access::kWrite);
-  if (check.ok() && overlap(args.out, args.values)) {
-    check.fail(overlap_text("out", args.out, "values", args.values));
+  for (size_t i = 0; check.ok() && i < args.terms.size(); ++i) {
+    if (overlap(args.out, args.terms[i])) {
+      check.fail(overlap_text("out", args.out, item_name("terms", static_cast<int64_t>(i)),
+                              args.terms[i]));
+    }
   }
   return check.take();
 }

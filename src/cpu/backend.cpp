@@ -399,8 +399,9 @@ Status read_backward(const ReadBackwardArgs& args, const Context& context) {
 
 Status quantize(const QuantizeArgs& args, const Context& context) {
   constexpr int64_t kTaskElements = 32768;  // enough to pay for handing out a task
-  const QuantizeParams params = {args.values.rows, args.values.cols, args.values, args.out,
-                                 args.scale};
+  const QuantizeParams params = {args.out.rows,     args.out.cols,
+                                 args.terms.data(), static_cast<int>(args.terms.size()),
+                                 args.out,          args.scale};
   const KernelTable& table = kernels();
   const int64_t rows = std::max<int64_t>(1, kTaskElements / params.D);
   for_each_task(context.executor, (params.T + rows - 1) / rows, [&](int64_t i) {

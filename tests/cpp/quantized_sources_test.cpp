@@ -51,7 +51,8 @@ void run(const QuantizeArgs& args, const Executor* executor = nullptr) {
 
 Stored store(const Tensor& values, DType dtype, bool by_group, Layout layout = {}) {
   Stored stored(dtype, values.rows(), values.cols(), by_group, layout);
-  run({values.view(), stored.values.view(), stored.scale.view()});
+  const std::vector<ConstMatrix> terms = {values.view()};
+  run({terms, stored.values.view(), stored.scale.view()});
   return stored;
 }
 
@@ -109,6 +110,27 @@ TEST_P(CpuQuantize, FollowsItsRule) {
   }
 }
 
+TEST_P(CpuQuantize, AddsItsTermsInFloat32) {
+  Rng rng(2);
+  Tensor terms[] = {Tensor(DType::kBFloat16, 5, 200), Tensor(DType::kFloat32, 5, 200),
+                    Tensor(DType::kFloat16, 5, 200)};
+  Tensor sum(DType::kFloat32, 5, 200);
+  std::vector<ConstMatrix> term_views;
+  for (Tensor& term : terms) {
+    term.fill(rng);
+    term_views.push_back(term.view());
+  }
+  for (int64_t t = 0; t < 5; ++t) {
+    for (int64_t d = 0; d < 200; ++d) {
+      const auto at = [&](int k) { return static_cast<float>(terms[k].at(t, d)); };
+      sum.set(t, d, at(0) + at(1) + at(2));
+    }
+  }
+  Stored stored(DType::kFloat8E4M3, 5, 200, true);
+  run({term_views, stored.values.view(), stored.scale.view()});
+  expect_quantized(sum, stored);
+}
+
 TEST_P(CpuQuantize, WhatIsNotFiniteShows) {
   for (const DType dtype : {DType::kFloat16, DType::kFloat8E4M3}) {
     for (const double bad :
@@ -132,7 +154,8 @@ TEST_P(CpuQuantize, ThreadsDoNotMatterAndEmptyIsFine) {
   values.fill(rng);
   const Stored one = store(values, DType::kFloat8E4M3, true);
   Stored other(DType::kFloat8E4M3, 1000, 131, true);
-  run({values.view(), other.values.view(), other.scale.view()}, &kThreaded);
+  const std::vector<ConstMatrix> terms = {values.view()};
+  run({terms, other.values.view(), other.scale.view()}, &kThreaded);
   EXPECT_TRUE(one.values.same_bits(other.values));
   EXPECT_TRUE(one.scale.same_bits(other.scale));
   store(Tensor(DType::kFloat32, 0, 5), DType::kFloat16, false);
@@ -470,12 +493,14 @@ TEST(QuantizedSources, BadInputIsNamed) {
             "attend: sources[0] is float32 with scales, expected float16 or float8_e4m3");
   EXPECT_EQ(message(values, {scale.view(), scale.view()}),
             "attend: source_scales has 2 items, expected 1, one for each source, or none");
-  EXPECT_EQ(quantize({plain.view(), plain.view(), scale.view()}).message(),
+  const std::vector<ConstMatrix> terms = {plain.view()};
+  const std::vector<ConstMatrix> stored = {values.view()};
+  EXPECT_EQ(quantize({terms, plain.view(), scale.view()}).message(),
             "quantize: out is float32, expected float16 or float8_e4m3");
-  EXPECT_EQ(quantize({plain.view(), values.view(), float_scale.view()}).message(),
+  EXPECT_EQ(quantize({terms, values.view(), float_scale.view()}).message(),
             "quantize: scale is float32, expected float8_e8m0");
-  EXPECT_EQ(quantize({values.view(), values.view(), scale.view()}).message(),
-            "quantize: values is float8_e4m3, expected float32, bfloat16 or float16");
+  EXPECT_EQ(quantize({stored, values.view(), scale.view()}).message(),
+            "quantize: terms[0] is float8_e4m3, expected float32, bfloat16 or float16");
 }
 
 }  // namespace

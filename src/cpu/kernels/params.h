@@ -161,9 +161,10 @@ struct ReadBackwardScratch {
 /// quantize: see quantize.h.
 struct QuantizeParams {
   int64_t T, D;
-  ConstMatrix values;  // [T, D]
-  Matrix out;          // [T, D]
-  Matrix scale;        // [T, 1] or [T, groups]
+  const ConstMatrix* terms;  // (num_terms) views of [T, D]
+  int num_terms;
+  Matrix out;    // [T, D]
+  Matrix scale;  // [T, 1] or [T, groups]
 };
 
 /// Sums the chunks' parts, in the order of the chunks, into one matrix of results. A part holds

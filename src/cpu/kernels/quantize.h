@@ -76,11 +76,15 @@ FLASH_ATTN_RES_INLINE uint32_t exponent_of(uint32_t largest, DType storage) {
   return exponent - shift < 1 ? 1u : static_cast<uint32_t>(exponent - shift);
 }
 
-/// `width` elements of a row from column `begin` on, at most a piece, as floats.
-FLASH_ATTN_RES_INLINE void load_piece(const Reader<AnyFloat>& row, int64_t begin, int64_t width,
-                                      float* held) {
+/// Sums of `width` columns from `begin` on, at most a piece.
+inline void load_piece(const Reader<AnyFloat>* terms, int num_terms, int64_t begin, int64_t width,
+                       float* held) {
   for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
-    store_f32(held + i, row.get(begin + i, part));
+    Pair sum = terms[0].get(begin + i, part);
+    for (int k = 1; k < num_terms; ++k) {
+      sum = add(sum, terms[k].get(begin + i, part));
+    }
+    store_f32(held + i, sum);
   });
 }
 
@@ -89,7 +93,10 @@ inline void quantize(const QuantizeParams& p, int64_t begin, int64_t end) {
   const int64_t columns = p.scale.cols == 1 ? p.D : kScaleGroup;
   const bool half = p.out.dtype == DType::kFloat16;
   for (int64_t t = begin; t < end; ++t) {
-    const Reader<AnyFloat> row = reader<AnyFloat>(p.values, t);
+    Reader<AnyFloat> terms[kMaxQuantizeTerms];  // rows of D
+    for (int k = 0; k < p.num_terms; ++k) {
+      terms[k] = reader<AnyFloat>(p.terms[k], t);
+    }
     uint8_t* const scale = static_cast<uint8_t*>(p.scale.data) + t * p.scale.stride;
     for (int64_t group = 0; group < p.scale.cols; ++group) {
       const int64_t first = group * columns;
@@ -97,7 +104,7 @@ inline void quantize(const QuantizeParams& p, int64_t begin, int64_t end) {
       uint32_t largest = 0;
       for (int64_t d = first; d < last; d += kPiece) {
         const int64_t width = last - d < kPiece ? last - d : kPiece;
-        load_piece(row, d, width, held);
+        load_piece(terms, p.num_terms, d, width, held);
         for (int64_t i = 0; i < width; ++i) {
           const uint32_t magnitude = bits_of(held[i]) & 0x7fffffffu;
           largest = magnitude > largest ? magnitude : largest;
@@ -108,7 +115,7 @@ inline void quantize(const QuantizeParams& p, int64_t begin, int64_t end) {
       const float inverse = 1.0f / scale_from_bits(exponent);
       for (int64_t d = first; d < last; d += kPiece) {
         const int64_t width = last - d < kPiece ? last - d : kPiece;
-        load_piece(row, d, width, held);
+        load_piece(terms, p.num_terms, d, width, held);
         if (half) {
           const Writer<Float16> out = writer<Float16>(p.out, t, false).from(d);
           for_steps(0, width, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {

@@ -9,6 +9,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -32,6 +33,10 @@ struct Packed {
 template <>
 struct Packed<float> {
   float4 low, high;
+};
+template <>
+struct Packed<__nv_fp8_e4m3> {
+  uint2 bits;
 };
 template <>
 struct Packed<AnyType> {
@@ -77,6 +82,19 @@ __device__ __forceinline__ Chunk unpack(const Packed<float>& packed) {
 
 __device__ __forceinline__ Chunk unpack(const Packed<AnyType>& packed) { return packed.chunk; }
 
+__device__ __forceinline__ Chunk unpack(const Packed<__nv_fp8_e4m3>& packed) {
+  const uint32_t words[2] = {packed.bits.x, packed.bits.y};
+  Chunk c;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const auto two = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16));
+    const float2 pair = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3)));
+    c.v[2 * i] = pair.x;
+    c.v[2 * i + 1] = pair.y;
+  }
+  return c;
+}
+
 __device__ __forceinline__ uint32_t pack_pair(float a, float b, __nv_bfloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
   return reinterpret_cast<const uint32_t&>(pair);
@@ -117,6 +135,12 @@ template <>
 __device__ __forceinline__ Packed<float> load_whole<float>(const char* data, int col) {
   const float4* p = reinterpret_cast<const float4*>(data + static_cast<int64_t>(col) * 4);
   return {p[0], p[1]};
+}
+
+template <>
+__device__ __forceinline__ Packed<__nv_fp8_e4m3> load_whole<__nv_fp8_e4m3>(const char* data,
+                                                                           int col) {
+  return {*reinterpret_cast<const uint2*>(data + col)};
 }
 
 template <class T>
@@ -183,16 +207,38 @@ __device__ __forceinline__ void store_any(const RowRef& row, int col, int dim, c
   }
 }
 
-/// row[col, col + 8) of a row of `dim` columns, dtype read at run time.
-__device__ __forceinline__ Chunk load_chunk(const RowRef& row, int col, int dim) {
+/// row[col, col + 8) of a row of `dim` columns, dtype read at run time, without its scale.
+__device__ __forceinline__ Chunk load_chunk_unscaled(const RowRef& row, int col, int dim) {
   switch (row.dtype) {
     case DType::kBFloat16:
       return load_any<__nv_bfloat16>(row, col, dim);
     case DType::kFloat16:
       return load_any<__half>(row, col, dim);
+    case DType::kFloat8E4M3:
+      return load_any<__nv_fp8_e4m3>(row, col, dim);
     default:
       return load_any<float>(row, col, dim);
   }
+}
+
+/// 2^(bits - 127); 255 is NaN.
+__device__ __forceinline__ float scale_from_bits(uint32_t bits) {
+  const uint32_t number = bits == 0 ? 0x00400000u : bits << 23;
+  return __uint_as_float(bits == 0xffu ? 0x7fc00000u : number);
+}
+
+/// row[col, col + 8) of a row of `dim` columns, dtype read at run time. A chunk lies in one group
+/// of columns: col is a multiple of its size.
+__device__ __forceinline__ Chunk load_chunk(const RowRef& row, int col, int dim) {
+  Chunk c = load_chunk_unscaled(row, col, dim);
+  if (row.scale != nullptr) {
+    const float scale = scale_from_bits(row.scale[col >> row.scale_shift]);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      c.v[i] *= scale;
+    }
+  }
+  return c;
 }
 
 /// row[col]

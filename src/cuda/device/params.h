@@ -24,6 +24,8 @@ struct RowRef {
   char* data;
   DType dtype;
   bool vectorized;  // every whole chunk of the row may be accessed 16 bytes at a time
+  const uint8_t* scale = nullptr;  // float8_e8m0, one for every 2^scale_shift columns, or null
+  int scale_shift = 0;
 };
 
 /// A [T, D] tensor of values; data is null when the tensor is absent.
@@ -68,6 +70,33 @@ struct ValueTable {
     stride_bytes[j] = view.stride_bytes;
     dtype[j] = static_cast<uint8_t>(view.dtype);
     vectorized[j] = view.vectorized ? 1 : 0;
+  }
+};
+
+/// The same with a scale for each token or group of columns, or for none of the tensors. Only
+/// kernels of AnyType look at scales.
+template <int kCapacity>
+struct ScaledTable : ValueTable<kCapacity> {
+  const uint8_t* scale[kCapacity];  // null: the numbers are the values
+  int64_t scale_stride;             // elements, the same for all
+  int scale_shift;                  // 2^scale_shift columns share a scale
+
+  FLASH_ATTN_RES_HOST_DEVICE RowRef row(int j, int64_t t) const {
+    RowRef row = ValueTable<kCapacity>::row(j, t);
+    if (scale[j] != nullptr) {
+      row.scale = scale[j] + t * scale_stride;
+      row.scale_shift = scale_shift;
+    }
+    return row;
+  }
+
+  void set_scale(int j, const ConstMatrix& view) {
+    constexpr int kGroupShift = 7;
+    constexpr int kWholeRow = 31;
+    static_assert(int64_t{1} << kGroupShift == kScaleGroup);
+    scale[j] = static_cast<const uint8_t*>(view.data);
+    scale_stride = view.stride;
+    scale_shift = view.cols == 1 ? kWholeRow : kGroupShift;
   }
 };
 

@@ -47,6 +47,17 @@ __device__ __forceinline__ void store_fp8_chunk(const RowRef& row, unsigned chun
                                                                                  words[1]};
 }
 
+/// Bits of the power of two that a group is divided by (include/flash_attn_res/quantize.h), from
+/// the bits of its largest absolute value.
+__device__ __forceinline__ uint32_t storage_exponent(uint32_t largest, bool half) {
+  if (largest >= 0x7f800000u) {
+    return 0xffu;  // NaN
+  }
+  // 448 is 1.75 2^8.
+  const int shift = half ? 14 : (largest & 0x7fffffu) > 0x600000u ? 7 : 8;
+  return static_cast<uint32_t>(max(static_cast<int>(largest >> 23) - shift, 1));
+}
+
 }  // namespace flash_attn_res::cuda
 
 #endif  // FLASH_ATTN_RES_CUDA_DEVICE_QUANTIZE_CUH_

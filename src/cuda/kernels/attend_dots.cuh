@@ -23,9 +23,9 @@ inline constexpr int kDotsBatch = 4;  // gradients loaded before the first is us
 inline constexpr int kDotsThreads = 128;
 
 struct AttendDotsParams {
-  ValueTable<kMaxSources> sources;  // N x [T, D]
-  ValueTable<kMaxQueries> dout;     // S x [T, D]
-  float* dots;                      // [T, N, Sp]
+  ScaledTable<kMaxSources> sources;  // N x [T, D]
+  ValueTable<kMaxQueries> dout;      // S x [T, D]
+  float* dots;                       // [T, N, Sp]
   int64_t tokens;
   int num_sources, num_queries, padded_queries, dim;
 };

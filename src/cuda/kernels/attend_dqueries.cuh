@@ -24,9 +24,9 @@ inline constexpr int kDqueriesBatch = 4;  // rows loaded before the first is use
 inline constexpr int kDqueriesMaxThreads = 384;
 
 struct AttendDqueriesParams {
-  ValueTable<kMaxSources> sources;  // N x [T, D]
-  const float* query_weights;       // [T, N, Sp]
-  float* partials;                  // [splits, S, R]
+  ScaledTable<kMaxSources> sources;  // N x [T, D]
+  const float* query_weights;        // [T, N, Sp]
+  float* partials;                   // [splits, S, R]
   int64_t tokens, tokens_per_split;
   int num_sources, num_queries, padded_queries, dim, key_begin;
   int first_col;  // columns before it, a multiple of kChunk, are not of the key

@@ -24,7 +24,7 @@ inline constexpr int kDsourcesBatch = 4;  // gradients loaded before the first i
 inline constexpr int kDsourcesMaxThreads = 256;
 
 struct AttendDsourcesParams {
-  ValueTable<kMaxSources> sources;   // N x [T, D]
+  ScaledTable<kMaxSources> sources;  // N x [T, D]
   ValueTable<kMaxSources> dsources;  // N x [T, D]
   ValueTable<kMaxQueries> dout;      // S x [T, D]
   FloatView queries;                 // [S, R]

@@ -21,9 +21,9 @@ inline constexpr int kMixSources = 4;
 inline constexpr int kMixMaxThreads = 256;
 
 struct AttendMixParams {
-  ValueTable<kMaxSources> sources;  // N x [T, D]
-  ValueTable<kMaxQueries> out;      // S x [T, D]
-  const float* probs;               // [T, N, Sp]
+  ScaledTable<kMaxSources> sources;  // N x [T, D]
+  ValueTable<kMaxQueries> out;       // S x [T, D]
+  const float* probs;                // [T, N, Sp]
   int64_t tokens;
   int num_sources, num_queries, padded_queries, dim;
   int col_blocks;  // blocks that share a token

@@ -27,10 +27,10 @@ inline constexpr int kScoreWarps = 8;
 inline constexpr int kScoreSpan = kWarp * kChunk;  // columns that a warp covers in one step
 
 struct AttendScoresParams {
-  ValueTable<kMaxSources> sources;  // N x [T, D]
-  FloatView queries;                // [S, R]
-  float* dots;                      // [slices, T, N, Sp]
-  float* squares;                   // [slices, T, N]
+  ScaledTable<kMaxSources> sources;  // N x [T, D]
+  FloatView queries;                 // [S, R]
+  float* dots;                       // [slices, T, N, Sp]
+  float* squares;                    // [slices, T, N]
   int64_t tokens;
   int num_sources, num_queries, padded_queries, dim, key_begin;
   int first_col;      // columns before it, a multiple of kChunk, belong to no slice

@@ -3,6 +3,8 @@
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_PARAMS_H_
 
+#include <type_traits>
+
 #include "cuda/device/params.h"
 #include "cuda/policy.h"
 
@@ -17,11 +19,15 @@ inline constexpr int kMaxStagedRows = 64;
 /// Most softmax terms of the staged kernel: two a lane.
 inline constexpr int kMaxStagedTerms = 64;
 
+/// The table of the kernels that take rows one after the other: they alone look at scales.
+template <int kRows>
+using ReadTable = std::conditional_t<kRows == kMaxReadRows, ScaledTable<kRows>, ValueTable<kRows>>;
+
 template <int kRows>
 struct ReadParams {
   // The K terms (phase 1, sources, partial sum) and then the further updates. Without a partial sum
   // the first update stands in its place.
-  ValueTable<kRows> rows;
+  ReadTable<kRows> rows;
   int num_terms;     // K
   int num_rows;      // K + further updates
   int first_key;     // 1 when term 0 is phase 1, which has no key; else 0
@@ -55,7 +61,7 @@ using ReadRowsParams = ReadParams<kReadRowsMaxTerms + kReadRowsMaxUpdates>;
 
 template <int kRows>
 struct ReadBackwardParams {
-  ValueTable<kRows> rows;  // the K terms
+  ReadTable<kRows> rows;  // the K terms
   int num_terms;
   int first_key;
   bool has_partial;

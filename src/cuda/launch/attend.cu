@@ -71,6 +71,11 @@ Status attend(const AttendArgs& args, const Context& context) {
     storage.add(view);
     scores_params.sources.set(static_cast<int>(n), view);
     mix_params.sources.set(static_cast<int>(n), view);
+    if (!args.source_scales.empty()) {
+      storage.add_scaled();
+      scores_params.sources.set_scale(static_cast<int>(n), args.source_scales[n]);
+      mix_params.sources.set_scale(static_cast<int>(n), args.source_scales[n]);
+    }
   }
   for (int64_t s = 0; s < S; ++s) {
     mix_params.out.set(static_cast<int>(s), value_view(args.out[s]));

@@ -87,6 +87,12 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context) {
     dots_params.sources.set(static_cast<int>(n), view);
     dsources_params.sources.set(static_cast<int>(n), view);
     dqueries_params.sources.set(static_cast<int>(n), view);
+    if (!args.source_scales.empty()) {
+      storage.add_scaled();
+      dots_params.sources.set_scale(static_cast<int>(n), args.source_scales[n]);
+      dsources_params.sources.set_scale(static_cast<int>(n), args.source_scales[n]);
+      dqueries_params.sources.set_scale(static_cast<int>(n), args.source_scales[n]);
+    }
   }
   for (size_t s = 0; s < args.dout.size(); ++s) {
     const ValueView view = value_view(args.dout[s]);

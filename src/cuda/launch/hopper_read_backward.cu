@@ -76,7 +76,8 @@ bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits) {
   const ReadBackwardShape shape(args);
   const bool norm = args.norm == OutputNorm::kRms;
   if (limits.major != 9 || shape.K > kReadTermsMax || shape.D % kChunk != 0 ||
-      (shape.D - shape.R) % kChunk != 0 || (norm && !args.dx.present())) {
+      (shape.D - shape.R) % kChunk != 0 || (norm && !args.dx.present()) ||
+      !args.source_scales.empty()) {
     return false;
   }
   const DType dtype = args.phase1_out.present() ? args.phase1_out.dtype

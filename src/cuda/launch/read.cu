@@ -34,8 +34,13 @@ ReadParams<kRows> make_params(const ReadArgs& args) {
   if (args.phase1_out.present()) {
     append(p, args.phase1_out);
   }
-  for (const ConstMatrix& source : args.sources) {
-    append(p, source);
+  for (size_t n = 0; n < args.sources.size(); ++n) {
+    append(p, args.sources[n]);
+    if constexpr (kRows == kMaxStreamedRows) {
+      if (!args.source_scales.empty()) {
+        p.rows.set_scale(p.num_rows - 1, args.source_scales[n]);
+      }
+    }
   }
   if (args.partial.present()) {
     append(p, args.partial);
@@ -80,6 +85,9 @@ UniformType storage_of(const ReadArgs& args) {
   storage.add(value_view(args.phase1_out));
   for (const ConstMatrix& source : args.sources) {
     storage.add(value_view(source));
+  }
+  if (!args.source_scales.empty()) {
+    storage.add_scaled();
   }
   storage.add(value_view(args.partial));
   for (const ConstMatrix& update : args.updates) {

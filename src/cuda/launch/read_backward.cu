@@ -32,6 +32,11 @@ UniformType storage_of(const ReadBackwardParams<kRows>& p, bool with_gradients) 
   for (int j = 0; j < p.num_terms; ++j) {
     storage.add({p.rows.data[j], p.rows.stride_bytes[j], static_cast<DType>(p.rows.dtype[j]),
                  p.rows.vectorized[j] != 0});
+    if constexpr (kRows == kMaxStreamedRows) {
+      if (p.rows.scale[j] != nullptr) {
+        storage.add_scaled();
+      }
+    }
   }
   if (with_gradients) {
     storage.add(p.dx);

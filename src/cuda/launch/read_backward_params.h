@@ -55,8 +55,13 @@ ReadBackwardParams<kRows> make_read_backward_params(const ReadBackwardArgs& args
   if (args.phase1_out.present()) {
     p.rows.set(p.num_terms++, value_view(args.phase1_out));
   }
-  for (const ConstMatrix& source : args.sources) {
-    p.rows.set(p.num_terms++, value_view(source));
+  for (size_t n = 0; n < args.sources.size(); ++n) {
+    p.rows.set(p.num_terms++, value_view(args.sources[n]));
+    if constexpr (kRows == kMaxReadRows) {
+      if (!args.source_scales.empty()) {
+        p.rows.set_scale(p.num_terms - 1, args.source_scales[n]);
+      }
+    }
   }
   if (args.partial.present()) {
     p.rows.set(p.num_terms++, value_view(args.partial));
