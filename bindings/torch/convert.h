@@ -35,6 +35,8 @@ inline DType dtype_of(ScalarType type) {
       return DType::kFloat64;
     case ScalarType::Float8_e4m3fn:
       return DType::kFloat8E4M3;
+    case ScalarType::Byte:  // exponents: the stable ABI does not know Float8_e8m0fnu yet
+      return DType::kFloat8E8M0;
     default:
       STD_TORCH_CHECK(false, "flash_attn_res: dtype ", torch::headeronly::toString(type),
                       " is not supported, expected float32, bfloat16, float16 or float64");

@@ -6,7 +6,9 @@
 // bytes of workspace such a call needs.
 //
 // Shapes as in ops.cpp. Results may have any row stride, for example rows of a bank [T, N, D]; x
-// may be float8_e4m3fn, with x_scale [T, 1] or [T, ceil(D / 128)] float32.
+// may be float8_e4m3fn, with x_scale [T, 1] or [T, ceil(D / 128)] float32; so may be sources, or
+// float16, with source_scales [T, 1] or [T, ceil(D / 128)] uint8 (the bits of float8_e8m0fnu),
+// packed like the sources.
 
 #include <torch/csrc/stable/library.h>
 
@@ -35,9 +37,9 @@ CallContext context_of(const Tensor& like, const std::optional<Tensor>& workspac
 /// Arguments of one attend, with the views that they point to.
 class AttendCall {
  public:
-  AttendCall(const std::vector<Tensor>& sources, const Tensor& queries, double scale, double eps,
-             const Tensor& out, const Tensor& lse)
-      : sources_(views_.read_list(sources)) {
+  AttendCall(const std::vector<Tensor>& sources, const std::vector<Tensor>& source_scales,
+             const Tensor& queries, double scale, double eps, const Tensor& out, const Tensor& lse)
+      : sources_(views_.read_list(sources)), source_scales_(views_.read_list(source_scales)) {
     STD_TORCH_CHECK(!sources_.empty(), "flash_attn_res: attend_out: sources has 0 items");
     STD_TORCH_CHECK(out.dim() == 3, "flash_attn_res: attend_out: out has ", out.dim(),
                     " dimensions, expected [S, T, D]");
@@ -51,6 +53,7 @@ class AttendCall {
                       row_stride(out, 1, cols), dtype});
     }
     args_.sources = sources_;
+    args_.source_scales = source_scales_;
     args_.queries = views_.read(queries);
     args_.scale = scale;
     args_.eps = eps;
@@ -65,21 +68,23 @@ class AttendCall {
  private:
   Views views_;
   std::vector<ConstMatrix> sources_;
+  std::vector<ConstMatrix> source_scales_;
   std::vector<Matrix> out_;
   AttendArgs args_;
 };
 
-void attend_out_op(std::vector<Tensor> sources, Tensor queries, double scale, double eps,
-                   Tensor out, Tensor lse, std::optional<Tensor> workspace) {
-  const AttendCall call(sources, queries, scale, eps, out, lse);
+void attend_out_op(std::vector<Tensor> sources, std::vector<Tensor> source_scales, Tensor queries,
+                   double scale, double eps, Tensor out, Tensor lse,
+                   std::optional<Tensor> workspace) {
+  const AttendCall call(sources, source_scales, queries, scale, eps, out, lse);
   const int64_t bytes =
       workspace.has_value() ? 0 : attend_workspace_bytes(call.args(), device_of(out));
   check(attend(call.args(), context_of(out, workspace, bytes).get()));
 }
 
-int64_t attend_out_workspace_op(std::vector<Tensor> sources, Tensor queries, double scale,
-                                double eps, Tensor out, Tensor lse) {
-  const AttendCall call(sources, queries, scale, eps, out, lse);
+int64_t attend_out_workspace_op(std::vector<Tensor> sources, std::vector<Tensor> source_scales,
+                                Tensor queries, double scale, double eps, Tensor out, Tensor lse) {
+  const AttendCall call(sources, source_scales, queries, scale, eps, out, lse);
   return attend_workspace_bytes(call.args(), device_of(out));
 }
 
@@ -87,17 +92,20 @@ int64_t attend_out_workspace_op(std::vector<Tensor> sources, Tensor queries, dou
 class ReadCall {
  public:
   ReadCall(const std::optional<Tensor>& phase1_out, const std::optional<Tensor>& phase1_lse,
-           const std::vector<Tensor>& sources, const std::optional<Tensor>& partial,
-           const std::vector<Tensor>& updates, const std::optional<Tensor>& query,
-           const std::optional<Tensor>& norm_weight, double scale, double eps, bool norm,
-           double norm_eps, bool round_mix, bool power_of_two_scale, const Tensor& x,
-           const std::optional<Tensor>& x_scale, const std::optional<Tensor>& partial_out,
-           const std::optional<Tensor>& snapshot, const std::optional<Tensor>& mix,
-           const std::optional<Tensor>& probs)
-      : sources_(views_.read_list(sources)), updates_(views_.read_list(updates)) {
+           const std::vector<Tensor>& sources, const std::vector<Tensor>& source_scales,
+           const std::optional<Tensor>& partial, const std::vector<Tensor>& updates,
+           const std::optional<Tensor>& query, const std::optional<Tensor>& norm_weight,
+           double scale, double eps, bool norm, double norm_eps, bool round_mix,
+           bool power_of_two_scale, const Tensor& x, const std::optional<Tensor>& x_scale,
+           const std::optional<Tensor>& partial_out, const std::optional<Tensor>& snapshot,
+           const std::optional<Tensor>& mix, const std::optional<Tensor>& probs)
+      : sources_(views_.read_list(sources)),
+        source_scales_(views_.read_list(source_scales)),
+        updates_(views_.read_list(updates)) {
     args_.phase1_out = views_.read(phase1_out);
     args_.phase1_lse = views_.read(phase1_lse);
     args_.sources = sources_;
+    args_.source_scales = source_scales_;
     args_.partial = views_.read(partial);
     args_.updates = updates_;
     args_.query = views_.read(query);
@@ -123,36 +131,37 @@ class ReadCall {
  private:
   Views views_;
   std::vector<ConstMatrix> sources_;
+  std::vector<ConstMatrix> source_scales_;
   std::vector<ConstMatrix> updates_;
   ReadArgs args_;
 };
 
 void read_out_op(std::optional<Tensor> phase1_out, std::optional<Tensor> phase1_lse,
-                 std::vector<Tensor> sources, std::optional<Tensor> partial,
-                 std::vector<Tensor> updates, std::optional<Tensor> query,
-                 std::optional<Tensor> norm_weight, double scale, double eps, bool norm,
-                 double norm_eps, bool round_mix, bool power_of_two_scale, Tensor x,
-                 std::optional<Tensor> x_scale, std::optional<Tensor> partial_out,
+                 std::vector<Tensor> sources, std::vector<Tensor> source_scales,
+                 std::optional<Tensor> partial, std::vector<Tensor> updates,
+                 std::optional<Tensor> query, std::optional<Tensor> norm_weight, double scale,
+                 double eps, bool norm, double norm_eps, bool round_mix, bool power_of_two_scale,
+                 Tensor x, std::optional<Tensor> x_scale, std::optional<Tensor> partial_out,
                  std::optional<Tensor> snapshot, std::optional<Tensor> mix,
                  std::optional<Tensor> probs, std::optional<Tensor> workspace) {
-  const ReadCall call(phase1_out, phase1_lse, sources, partial, updates, query, norm_weight, scale,
-                      eps, norm, norm_eps, round_mix, power_of_two_scale, x, x_scale, partial_out,
-                      snapshot, mix, probs);
+  const ReadCall call(phase1_out, phase1_lse, sources, source_scales, partial, updates, query,
+                      norm_weight, scale, eps, norm, norm_eps, round_mix, power_of_two_scale, x,
+                      x_scale, partial_out, snapshot, mix, probs);
   const int64_t bytes = workspace.has_value() ? 0 : read_workspace_bytes(call.args(), device_of(x));
   check(read(call.args(), context_of(x, workspace, bytes).get()));
 }
 
 int64_t read_out_workspace_op(std::optional<Tensor> phase1_out, std::optional<Tensor> phase1_lse,
-                              std::vector<Tensor> sources, std::optional<Tensor> partial,
-                              std::vector<Tensor> updates, std::optional<Tensor> query,
-                              std::optional<Tensor> norm_weight, double scale, double eps,
-                              bool norm, double norm_eps, bool round_mix, bool power_of_two_scale,
-                              Tensor x, std::optional<Tensor> x_scale,
+                              std::vector<Tensor> sources, std::vector<Tensor> source_scales,
+                              std::optional<Tensor> partial, std::vector<Tensor> updates,
+                              std::optional<Tensor> query, std::optional<Tensor> norm_weight,
+                              double scale, double eps, bool norm, double norm_eps, bool round_mix,
+                              bool power_of_two_scale, Tensor x, std::optional<Tensor> x_scale,
                               std::optional<Tensor> partial_out, std::optional<Tensor> snapshot,
                               std::optional<Tensor> mix, std::optional<Tensor> probs) {
-  const ReadCall call(phase1_out, phase1_lse, sources, partial, updates, query, norm_weight, scale,
-                      eps, norm, norm_eps, round_mix, power_of_two_scale, x, x_scale, partial_out,
-                      snapshot, mix, probs);
+  const ReadCall call(phase1_out, phase1_lse, sources, source_scales, partial, updates, query,
+                      norm_weight, scale, eps, norm, norm_eps, round_mix, power_of_two_scale, x,
+                      x_scale, partial_out, snapshot, mix, probs);
   return read_workspace_bytes(call.args(), device_of(x));
 }
 
@@ -168,20 +177,24 @@ void implement(auto& library) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_attn_res, m) {
   m.def(
-      "attend_out(Tensor[] sources, Tensor queries, float scale, float eps, Tensor(a!) out,"
+      "attend_out(Tensor[] sources, Tensor[] source_scales, Tensor queries, float scale, float "
+      "eps, Tensor(a!) out,"
       " Tensor(b!) lse, Tensor(c!)? workspace) -> ()");
   m.def(
-      "attend_out_workspace(Tensor[] sources, Tensor queries, float scale, float eps, Tensor out,"
+      "attend_out_workspace(Tensor[] sources, Tensor[] source_scales, Tensor queries, float scale, "
+      "float eps, Tensor out,"
       " Tensor lse) -> int");
   m.def(
-      "read_out(Tensor? phase1_out, Tensor? phase1_lse, Tensor[] sources, Tensor? partial,"
+      "read_out(Tensor? phase1_out, Tensor? phase1_lse, Tensor[] sources, Tensor[] source_scales,"
+      " Tensor? partial,"
       " Tensor[] updates, Tensor? query, Tensor? norm_weight, float scale, float eps, bool norm,"
       " float norm_eps, bool round_mix, bool power_of_two_scale, Tensor(a!) x,"
       " Tensor(b!)? x_scale, Tensor(c!)? partial_out, Tensor(d!)? snapshot, Tensor(e!)? mix,"
       " Tensor(f!)? probs, Tensor(g!)? workspace) -> ()");
   m.def(
       "read_out_workspace(Tensor? phase1_out, Tensor? phase1_lse, Tensor[] sources,"
-      " Tensor? partial, Tensor[] updates, Tensor? query, Tensor? norm_weight, float scale,"
+      " Tensor[] source_scales, Tensor? partial, Tensor[] updates, Tensor? query, Tensor? "
+      "norm_weight, float scale,"
       " float eps, bool norm, float norm_eps, bool round_mix, bool power_of_two_scale, Tensor x,"
       " Tensor? x_scale, Tensor? partial_out, Tensor? snapshot, Tensor? mix, Tensor? probs)"
       " -> int");

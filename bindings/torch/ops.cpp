@@ -4,7 +4,9 @@
 // The first four have functional schemas: every result is a fresh tensor. Fake (meta)
 // implementations and autograd formulas are Python, in python/flash_attn_res/ops.py, since the
 // stable ABI has no C++ autograd. The `_into` operators have no autograd: the training stream is
-// made of them. Their values are [..., D], tokens in any number of dimensions, none packed.
+// made of them. Their values are [..., D], tokens in any number of dimensions, none packed. They
+// also take quantised sources: float16 or float8_e4m3fn with source_scales [..., 1] or
+// [..., ceil(D / 128)], one for each source, or none: uint8, the bits of float8_e8m0fnu.
 //
 // Shapes: a value is [T, D]; items of `sources` may also be packed [n, T, D], with any strides but
 // in the last dimension. Statistics: lse [S, T], logits [T, S, N] or [T, K], inv_rms [T, N] or
@@ -247,14 +249,17 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> read_bac
 // ---------------------------------------------------------------------- into what is given
 
 void attend_into_op(std::vector<Tensor> sources, Tensor queries, double scale, double eps,
-                    Tensor out, Tensor lse, Tensor logits, Tensor inv_rms) {
+                    Tensor out, Tensor lse, Tensor logits, Tensor inv_rms,
+                    std::vector<Tensor> source_scales) {
   STD_TORCH_CHECK(!sources.empty(), "flash_attn_res: attend_into: sources has 0 items");
   Views views;
   const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  const std::vector<ConstMatrix> scale_views = views.read_values(source_scales);
   const std::vector<Matrix> out_views = write_slots(out);
 
   AttendArgs args;
   args.sources = source_views;
+  args.source_scales = scale_views;
   args.queries = views.read(queries);
   args.scale = scale;
   args.eps = eps;
@@ -271,15 +276,17 @@ void attend_backward_into_op(Tensor dout, std::optional<Tensor> dlse, std::optio
                              std::vector<Tensor> sources, Tensor queries, Tensor lse, Tensor logits,
                              Tensor inv_rms, double scale, std::vector<Tensor> dsources,
                              bool accumulate_dsources, std::optional<Tensor> dqueries,
-                             bool accumulate_dqueries) {
+                             bool accumulate_dqueries, std::vector<Tensor> source_scales) {
   STD_TORCH_CHECK(!sources.empty(), "flash_attn_res: attend_backward_into: sources has 0 items");
   Views views;
   const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  const std::vector<ConstMatrix> scale_views = views.read_values(source_scales);
   const std::vector<ConstMatrix> dout_views = views.read_slots(dout);
   const std::vector<Matrix> dsource_views = write_values(dsources);
 
   AttendBackwardArgs args;
   args.sources = source_views;
+  args.source_scales = scale_views;
   args.queries = views.read(queries);
   args.scale = scale;
   args.lse = views.read(lse);
@@ -303,9 +310,11 @@ void read_into_op(std::optional<Tensor> phase1_out, std::optional<Tensor> phase1
                   std::optional<Tensor> update, std::optional<Tensor> query,
                   std::optional<Tensor> norm_weight, double scale, double eps, bool norm,
                   double norm_eps, Tensor x, std::optional<Tensor> partial_out, Tensor logits,
-                  Tensor inv_rms, std::optional<Tensor> mix_inv_rms) {
+                  Tensor inv_rms, std::optional<Tensor> mix_inv_rms,
+                  std::vector<Tensor> source_scales) {
   Views views;
   const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  const std::vector<ConstMatrix> scale_views = views.read_values(source_scales);
   std::vector<ConstMatrix> update_views;
   if (update.has_value()) {
     update_views.push_back(views.read_value(*update));
@@ -315,6 +324,7 @@ void read_into_op(std::optional<Tensor> phase1_out, std::optional<Tensor> phase1
   args.phase1_out = views.read_value(phase1_out);
   args.phase1_lse = views.read(phase1_lse);
   args.sources = source_views;
+  args.source_scales = scale_views;
   args.partial = views.read_value(partial);
   args.updates = update_views;
   args.query = views.read(query);
@@ -342,14 +352,16 @@ void read_backward_into_op(std::optional<Tensor> dx, std::optional<Tensor> dpart
                            std::optional<Tensor> dphase1_lse, std::vector<Tensor> dsources,
                            bool accumulate_dsources, std::optional<Tensor> dpartial,
                            std::optional<Tensor> dquery, bool accumulate_dquery,
-                           std::optional<Tensor> dnorm_weight) {
+                           std::optional<Tensor> dnorm_weight, std::vector<Tensor> source_scales) {
   Views views;
   const std::vector<ConstMatrix> source_views = views.read_values(sources);
+  const std::vector<ConstMatrix> scale_views = views.read_values(source_scales);
   const std::vector<Matrix> dsource_views = write_values(dsources);
 
   ReadBackwardArgs args;
   args.phase1_out = views.read_value(phase1_out);
   args.sources = source_views;
+  args.source_scales = scale_views;
   args.partial = views.read_value(partial);
   args.query = views.read(query);
   args.scale = scale;
@@ -413,24 +425,24 @@ STABLE_TORCH_LIBRARY(flash_attn_res, m) {
 
   m.def(
       "attend_into(Tensor[] sources, Tensor queries, float scale, float eps, Tensor(a!) out,"
-      " Tensor(b!) lse, Tensor(c!) logits, Tensor(d!) inv_rms) -> ()");
+      " Tensor(b!) lse, Tensor(c!) logits, Tensor(d!) inv_rms, Tensor[] source_scales) -> ()");
   m.def(
       "attend_backward_into(Tensor dout, Tensor? dlse, Tensor? gate, Tensor[] sources,"
       " Tensor queries, Tensor lse, Tensor logits, Tensor inv_rms, float scale,"
       " Tensor(a!)[] dsources, bool accumulate_dsources, Tensor(b!)? dqueries,"
-      " bool accumulate_dqueries) -> ()");
+      " bool accumulate_dqueries, Tensor[] source_scales) -> ()");
   m.def(
       "read_into(Tensor? phase1_out, Tensor? phase1_lse, Tensor[] sources, Tensor? partial,"
       " Tensor? update, Tensor? query, Tensor? norm_weight, float scale, float eps, bool norm,"
       " float norm_eps, Tensor(a!) x, Tensor(b!)? partial_out, Tensor(c!) logits,"
-      " Tensor(d!) inv_rms, Tensor(e!)? mix_inv_rms) -> ()");
+      " Tensor(d!) inv_rms, Tensor(e!)? mix_inv_rms, Tensor[] source_scales) -> ()");
   m.def(
       "read_backward_into(Tensor? dx, Tensor? dpartial_out, Tensor? phase1_out,"
       " Tensor[] sources, Tensor? partial, Tensor? query, Tensor? norm_weight, Tensor logits,"
       " Tensor inv_rms, Tensor? mix_inv_rms, float scale, bool norm, Tensor(a!)? dh,"
       " Tensor(b!)? gate, Tensor(c!)? dphase1_lse, Tensor(d!)[] dsources,"
       " bool accumulate_dsources, Tensor(e!)? dpartial, Tensor(f!)? dquery,"
-      " bool accumulate_dquery, Tensor(g!)? dnorm_weight) -> ()");
+      " bool accumulate_dquery, Tensor(g!)? dnorm_weight, Tensor[] source_scales) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_res, CPU, m) { flash_attn_res::torch_binding::implement(m); }

@@ -16,6 +16,7 @@ from flash_attn_res.finite import check_finite  # noqa: E402
 from flash_attn_res.functional import AttendResult, ReadResult, attend, read, stochastic_add  # noqa: E402
 from flash_attn_res.modules import BlockAttnRes  # noqa: E402
 from flash_attn_res.plan import Plan  # noqa: E402
+from flash_attn_res.storage import QuantizedSource, quantize  # noqa: E402
 from flash_attn_res.stream import Stream  # noqa: E402
 
 try:
@@ -27,6 +28,7 @@ __all__ = [
     "AttendResult",
     "BlockAttnRes",
     "Plan",
+    "QuantizedSource",
     "ReadResult",
     "Stream",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
     "check_finite",
     "compat",
     "inference",
+    "quantize",
     "read",
     "stochastic_add",
 ]

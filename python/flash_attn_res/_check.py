@@ -16,6 +16,7 @@ MAX_SOURCES = 512
 MAX_QUERIES = 128
 MAX_UPDATES = 2
 MAX_STOCHASTIC_TERMS = 4
+MAX_QUANTIZE_TERMS = 4
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 

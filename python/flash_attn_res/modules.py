@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attn_res import _check
+from flash_attn_res import _check, storage
 from flash_attn_res.functional import fold_query
 from flash_attn_res.ops import statistics_dtype
 from flash_attn_res.plan import Costs, Plan
@@ -58,6 +58,13 @@ class BlockAttnRes(nn.Module):
             None. Each ``start`` is a step of its own. A sum is then written before its site reads
             it, which costs that site two more passes over a value.
 
+        block_storage: keep the completed blocks as :func:`quantize` makes them, ``"float16"`` or
+            ``"float8"``, instead of in the dtype of the stream. A block that is completed is
+            rounded once more; the stream's own values, its running sums and all gradients stay
+            what they were, and the gradient of a block passes the rounding unchanged. Reads of
+            several blocks then go through phase 1, unless ``forms`` says otherwise. Eager mode
+            alone.
+
     Attributes:
         queries: [L + 1, R] pseudo-queries, zero at initialisation; the last is the output's.
         key_weight: [L + 1, R] weights, one at initialisation, or None.
@@ -82,6 +89,7 @@ class BlockAttnRes(nn.Module):
         grad_dtype: torch.dtype | None = torch.float32,
         keep_phase1: str = "none",
         stochastic_rounding: int | None = None,
+        block_storage: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,10 +124,17 @@ class BlockAttnRes(nn.Module):
         if keep_phase1 not in KEEP:
             raise ValueError(f"{op}: keep_phase1 is {keep_phase1!r}, expected one of {KEEP}")
         self.grad_dtype, self.keep_phase1 = grad_dtype, keep_phase1
+        self.block_storage: str | None = None
+        if block_storage is not None:
+            self.block_storage = storage.check_mode(op, "block_storage", block_storage)
         self.forms = forms if isinstance(forms, str) else tuple(forms)
+        if self.block_storage is not None and self.forms == "auto":
+            self.forms = "two_phase"
         self.group_blocks = group_blocks
         # Made here: torch.compile then finds them ready.
-        self._inference_plan = self._make_plan(Costs(training=False))
+        self._inference_plan = self._make_plan(
+            Costs(training=False, source_bytes=self._source_bytes(torch.bfloat16))
+        )
         self._training_plans = {dtype: self._make_plan(self._costs(dtype)) for dtype in _STREAM}
         shape = (len(self._sites()), self.query_dim)
         self.queries = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -166,9 +181,14 @@ class BlockAttnRes(nn.Module):
         grad_dtype = self.grad_dtype or dtype
         return Costs(
             storage_bytes=dtype.itemsize,
+            source_bytes=self._source_bytes(dtype),
             grad_bytes=max(grad_dtype.itemsize, 8 if dtype == torch.float64 else 0),
             recompute=self.keep_phase1 != "all",
         )
+
+    def _source_bytes(self, dtype: torch.dtype) -> int:
+        """Of an element of a completed block."""
+        return {None: dtype.itemsize, "float16": 2, "float8": 1}[self.block_storage]
 
     def _make_plan(self, costs: Costs) -> Plan:
         return Plan.choose(
@@ -196,7 +216,12 @@ class BlockAttnRes(nn.Module):
         _check.stream_dtype("plan", dtype)
         plan = self._training_plans[dtype] if training else self._inference_plan
         if not training:
-            plan = self._make_plan(Costs(training=False, storage_bytes=dtype.itemsize))
+            costs = Costs(
+                training=False,
+                storage_bytes=dtype.itemsize,
+                source_bytes=self._source_bytes(dtype),
+            )
+            plan = self._make_plan(costs)
         if tokens is None:
             return plan
         return dataclasses.replace(
@@ -236,6 +261,16 @@ class BlockAttnRes(nn.Module):
             plan = self._training_plans[embedding.dtype]
         if functional is None:
             functional = torch.compiler.is_compiling()
+        if self.block_storage is not None and functional:
+            raise RuntimeError(
+                "start: block_storage is for eager mode: the stream of torch.compile and "
+                "torch.export keeps its blocks in the dtype of the embedding"
+            )
+        if self.block_storage is not None and embedding.dtype == torch.float64:
+            raise TypeError(
+                f"start: embedding is {embedding.dtype}, expected torch.float32, torch.bfloat16 or "
+                "torch.float16: block_storage rounds what float32 holds"
+            )
         kind = FunctionalStream if functional else TapeStream
         return kind(self, embedding, queries, plan, return_probs)
 

@@ -177,6 +177,7 @@ def _(
 @torch.library.register_fake("flash_attn_res::attend_backward_into")
 @torch.library.register_fake("flash_attn_res::read_into")
 @torch.library.register_fake("flash_attn_res::read_backward_into")
+@torch.library.register_fake("flash_attn_res::quantize_into")
 def _into(*_arguments: Any) -> None:
     """Results go into what is given: there is nothing to make."""
 

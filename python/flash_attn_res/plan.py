@@ -94,12 +94,18 @@ class Costs:
 
     training: bool = True  #: forward, recomputed phase 1 and backward; else forward alone
     storage_bytes: int = 2  #: of an element of the stream
+    source_bytes: int | None = None  #: of an element of a completed source; by default as above
     grad_bytes: int = 4  #: of an element of the buffers that sum the gradients of the sources
     recompute: bool = True  #: the backward computes phase 1 again
 
+    @property
+    def source(self) -> int:
+        """Bytes of an element of a completed source."""
+        return self.storage_bytes if self.source_bytes is None else self.source_bytes
+
     def phase1(self, sources: int, queries: int) -> int:
         """Bytes of phase 1 and of what it adds to the backward, for T = D = 1."""
-        once = self.storage_bytes * (sources + queries)
+        once = self.source * sources + self.storage_bytes * queries
         if not self.training:
             return once
         again = once if self.recompute else 0
@@ -110,11 +116,11 @@ class Costs:
 
         ``sum_grad`` are the bytes of an element of the gradient that comes in for the sum.
         """
-        e, terms = self.storage_bytes, int(phase1) + direct
-        total = e * (terms + pending + int(pending == 2) + 1)
+        e, terms = self.storage_bytes, self.storage_bytes * int(phase1) + self.source * direct
+        total = terms + e * (pending + int(pending == 2) + 1)
         if self.training:
             # dx, the terms and the sum; dh; the sum's gradient, in and out; the sources', both ways
-            total += e * (1 + terms + int(pending > 0) + int(phase1) + int(pending > 0)) + sum_grad
+            total += terms + e * (1 + int(pending > 0) + int(phase1) + int(pending > 0)) + sum_grad
             total += 2 * self.grad_bytes * direct
         return total
 

@@ -7,6 +7,9 @@ large. What belongs to several sites goes past it, over a *tape* that one forwar
   read it adds in place. Nodes are ordered by *tokens*, empty tensors that form one chain: whatever
   reads a source takes a token that was made after it, so that a source's buffer is complete when
   the node that made the source runs.
+* Storage modes. With ``block_storage`` the completed sources are quantised; a source's gradient is
+  that of the value that it stands for, and goes to what the value was made of. The embedding is
+  kept as it came, too: the first block reads it alone.
 * Phase-1 results. A group's results [S, T, D] live while the group runs forward; the backward
   computes them again, once a group (or keeps them, by an option). The gradient of a phase-1 result
   is never written: a site's backward writes dh over its row of the results, and the phase-1
@@ -34,7 +37,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +47,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_function
 from flash_attn_res import finite
 from flash_attn_res._check import MAX_SOURCES
 from flash_attn_res.plan import Group, PartialPlan, Plan, Site
+from flash_attn_res.storage import QuantizedSource, empty
 from flash_attn_res.stream import Stream, spread
 
 if TYPE_CHECKING:
@@ -54,6 +58,7 @@ _attend_backward = torch.ops.flash_attn_res.attend_backward_into.default
 _read = torch.ops.flash_attn_res.read_into.default
 _read_backward = torch.ops.flash_attn_res.read_backward_into.default
 _stochastic_add = torch.ops.flash_attn_res.stochastic_add_into.default
+_quantize = torch.ops.flash_attn_res.quantize_into.default
 
 _backward_pass = torch._C._current_graph_task_id  # -1 outside of a backward
 
@@ -81,6 +86,22 @@ class Given:
     grads: dict[int, Tensor]
 
 
+class Sources(NamedTuple):
+    """Completed sources [..., D], quantised ones with their scales."""
+
+    values: Sequence[Tensor]
+    scales: Sequence[Tensor] = ()
+
+    def flat(self) -> list[Tensor]:
+        """All tensors, to be saved; :meth:`of` takes them apart again."""
+        return [*self.values, *self.scales]
+
+    @staticmethod
+    def of(flat: Sequence[Tensor], count: int) -> Sources:
+        """``count`` sources from what ``flat`` gave."""
+        return Sources(flat[:count], flat[count:])
+
+
 class Phase1:
     """Phase 1 of one group: S mixtures of its sources, over which the backward writes dh."""
 
@@ -99,23 +120,31 @@ class Phase1:
         self.gate_rows: Sequence[Tensor] = ()  # S x [T]
         self.dlse_rows: Sequence[Tensor] = ()  # S x [T]
 
-    def compute(self, tape: Tape, sources: Sequence[Tensor]) -> None:
+    def compute(self, tape: Tape, sources: Sources) -> None:
         """Results and statistics of the group's queries over its sources [..., D]."""
-        group, like = self.group, sources[0]
+        group, values = self.group, sources.values
         queries = tape.queries[group.first : group.first + group.size]  # [S, R]
-        self.out = like.new_empty((group.size, *like.shape))
+        self.out = tape.values(group.size)
         self.lse = tape.floats(group.size, tape.tokens)
-        self.logits = tape.floats(tape.tokens, group.size, len(sources))
-        self.inv_rms = tape.floats(tape.tokens, len(sources))
+        self.logits = tape.floats(tape.tokens, group.size, len(values))
+        self.inv_rms = tape.floats(tape.tokens, len(values))
         _attend(
-            sources, queries, tape.scale, tape.eps, self.out, self.lse, self.logits, self.inv_rms
+            values,
+            queries,
+            tape.scale,
+            tape.eps,
+            self.out,
+            self.lse,
+            self.logits,
+            self.inv_rms,
+            sources.scales,
         )
         self.rows, self.lse_rows = self.out.unbind(0), self.lse.unbind(0)
         if finite.enabled():
             finite.check(
                 self.name,
                 [("lse", self.lse), ("the mixtures", self.out)],
-                [*finite.numbered("sources", sources), ("queries", queries)],
+                [*named_sources(sources), ("queries", queries)],
             )
 
     @property
@@ -123,7 +152,7 @@ class Phase1:
         """For messages."""
         return f"phase 1 of sites {self.group.first} to {self.group.first + self.group.size - 1}"
 
-    def begin(self, tape: Tape, sources: Sequence[Tensor]) -> None:
+    def begin(self, tape: Tape, sources: Sources) -> None:
         """First thing of a group in a backward pass: the results are there, and no dh yet."""
         if self.begun:
             return
@@ -131,7 +160,7 @@ class Phase1:
             self.compute(tape, sources)
         # A site whose backward does not run counts with gate 0; its row stays finite.
         gradients = torch.zeros(
-            (2, self.group.size, tape.tokens), dtype=tape.queries.dtype, device=sources[0].device
+            (2, self.group.size, tape.tokens), dtype=tape.queries.dtype, device=tape.device
         )
         self.gate, self.dlse = gradients.unbind(0)
         self.gate_rows, self.dlse_rows = self.gate.unbind(0), self.dlse.unbind(0)
@@ -160,6 +189,7 @@ class Tape:
         eps: float,
         grad_dtype: torch.dtype,
         seed: Tensor | None,
+        storage: str | None,
     ) -> None:
         self.queries = queries.detach()  # [L + 1, R] folded
         self.query_rows = self.queries.unbind(0)
@@ -168,7 +198,14 @@ class Tape:
         self.seed = seed  # of stochastic rounding
         self.shape, self.dtype, self.device = embedding.shape, embedding.dtype, embedding.device
         self.tokens = embedding.numel() // embedding.shape[-1]
-        self.sources = [embedding.detach()]  # [..., D] each; for the forward alone
+        # [..., D] each; for the forward alone. In a storage mode, source 0 stays as it came and
+        # has a quantised copy in ``stored``, beside the others' numbers and scales.
+        self.sources = [embedding.detach()]
+        self.storage = storage
+        self.stored: list[QuantizedSource] = []
+        self.completed: Tensor | None = None  # [..., D] sum that the last read made a source of
+        if storage is not None:
+            self.store([self.sources[0]])
         self.source_grads = [embedding.requires_grad]  # whether a source needs a gradient
         self.phase1: Phase1 | None = None  # that of the group that runs forward
         self.logits: Tensor | None = None  # [T, K] of the site that was read last, if recorded
@@ -183,19 +220,45 @@ class Tape:
         self.begun: list[Phase1] = []
         self.cuda_stream: torch.cuda.Stream | None = None
 
-    def add_source(self, value: Tensor, needs_grad: bool) -> int:
-        """Appends a completed source and returns its index."""
-        self.sources.append(value)
+    def store(self, terms: Sequence[Tensor]) -> QuantizedSource:
+        """A sum [..., D] in the storage mode, appended to ``stored``."""
+        assert self.storage is not None
+        stored = empty(self.shape, self.storage, self.device)
+        _quantize(terms, *stored)
+        self.stored.append(stored)
+        return stored
+
+    def add_source(self, terms: Sequence[Tensor], needs_grad: bool) -> int:
+        """Appends a completed source, the sum of ``terms``, and returns its index."""
+        if self.storage is not None:
+            self.sources.append(self.store(terms).values)
+        else:
+            total = terms[0] if len(terms) == 1 else torch.add(*terms)
+            self.sources.append(total.to(self.dtype))
         self.source_grads.append(needs_grad)
         return len(self.sources) - 1
+
+    def given(self, first: int, end: int, direct: bool = False) -> Sources:
+        """The sources first..end - 1; ``direct``: for a read."""
+        if self.storage is None or (direct and end <= 1):
+            return Sources(self.sources[first:end])
+        stored = self.stored[first:end]
+        return Sources([item.values for item in stored], [item.scale for item in stored])
+
+    def widened(self, first: int) -> list[Tensor]:
+        """The sources from ``first`` on in the dtype of the stream."""
+        if self.storage is None:
+            return [source.detach().contiguous() for source in self.sources[first:]]
+        kept = [self.sources[0].detach().contiguous()] if first == 0 else []
+        return kept + [item.dequantize(self.dtype) for item in self.stored[max(first, 1) :]]
 
     def needs_grad(self, first: int, end: int) -> bool:
         """Whether any of the sources first..end - 1 needs a gradient."""
         return True in self.source_grads[first:end]
 
-    def values(self) -> Tensor:
-        """A fresh value [..., D] of the stream."""
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def values(self, *lead: int) -> Tensor:
+        """A fresh value [..., D] of the stream, or a stack of them."""
+        return torch.empty((*lead, *self.shape), dtype=self.dtype, device=self.device)
 
     def floats(self, *shape: int) -> Tensor:
         """Fresh statistics."""
@@ -252,6 +315,7 @@ class Tape:
         elif before != current:
             current.wait_stream(before)
             held = [*self.dsources.values(), *self.sources]
+            held += [tensor for item in self.stored for tensor in item]
             held += [] if self.dqueries is None else [self.dqueries]
             for phase1 in self.begun:
                 held += [phase1.gate, phase1.dlse]
@@ -357,19 +421,19 @@ class _Close(Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         if partial is None:
-            total = update.detach().to(tape.dtype)
+            terms = [update.detach().to(tape.dtype)]
         elif tape.seed is not None:
-            total = tape.total(partial, update, site)
+            terms = [tape.total(partial, update, site)]
         else:
-            total = torch.add(partial, update).to(tape.dtype)
+            terms = [partial, update]
+        needs = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        ctx.tape, ctx.source = tape, tape.add_source(terms, needs)
         if finite.enabled():
             finite.check(
-                f"end of block {len(tape.sources)}",
-                [("the block's sum", total)],
+                f"end of block {ctx.source}",
+                [("the block's sum", tape.widened(ctx.source)[0])],
                 [("the partial sum", partial), ("the sublayer's output", update)],
             )
-        needs = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        ctx.tape, ctx.source = tape, tape.add_source(total, needs)
         ctx.update_dtype = update.dtype
         return token.new_empty(0)
 
@@ -398,7 +462,7 @@ class _Export(Function):
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.first, ctx.end = tape, first, len(tape.sources)
         ctx.update_dtype = None if update is None else update.dtype
-        exported = [source.detach().contiguous() for source in tape.sources[first:]]
+        exported = tape.widened(first)
         needs = tape.source_grads[first:]
         if update is not None:
             total = update.to(tape.dtype) if partial is None else torch.add(partial, update)
@@ -434,8 +498,8 @@ class _Open(Function):
     def forward(ctx: Any, tape: Tape, phase1: Phase1, token: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.phase1 = tape, phase1
-        sources = tape.sources[: phase1.group.num_sources]
-        ctx.save_for_backward(*sources)
+        sources = tape.given(0, phase1.group.num_sources)
+        ctx.save_for_backward(*sources.flat())
         phase1.compute(tape, sources)
         return token.new_empty(0)
 
@@ -444,7 +508,7 @@ class _Open(Function):
         tape: Tape = ctx.tape
         phase1: Phase1 = ctx.phase1
         tape.enter()
-        sources = ctx.saved_tensors
+        sources = Sources.of(ctx.saved_tensors, phase1.group.num_sources)
         if phase1.begun:  # else no site of the group has a gradient
             group = phase1.group
             sites = slice(group.first, group.first + group.size)
@@ -459,7 +523,7 @@ class _Open(Function):
                 phase1.out,
                 phase1.dlse,
                 phase1.gate,
-                sources,
+                sources.values,
                 tape.queries[sites],
                 phase1.lse,
                 phase1.logits,
@@ -469,6 +533,7 @@ class _Open(Function):
                 accumulate,
                 tape.query_gradients()[sites] if tape.query_grad else None,
                 True,
+                sources.scales,
             )
             if tape.rounds_gradients:
                 tape.add_parts(0, dsources, len(tape.query_rows) + group.first)
@@ -502,20 +567,21 @@ class _Read(Function):
         token: Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
-        sources = tape.sources[site.first_direct : site.num_sources]
+        sources = tape.given(site.first_direct, site.num_sources, direct=True)
         x, total, statistics = run_site(
             tape, site, phase1, norm_weight, norm_eps, partial, update, sources
         )
-        frozen = [] if phase1 is None else tape.sources[: phase1.group.num_sources]
-        ctx.save_for_backward(norm_weight, total, *statistics, *frozen, *sources)
-        ctx.tape, ctx.site, ctx.phase1, ctx.frozen = tape, site, phase1, len(frozen)
+        frozen = Sources(()) if phase1 is None else tape.given(0, phase1.group.num_sources)
+        ctx.save_for_backward(norm_weight, total, *statistics, *frozen.flat(), *sources.flat())
+        ctx.tape, ctx.site, ctx.phase1, ctx.frozen = tape, site, phase1, len(frozen.flat())
         ctx.update_dtype = None if update is None else update.dtype
         if tape.record:
             tape.logits = statistics[0]
         if site.promotes:
             needs = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
             assert total is not None
-            tape.add_source(total.detach(), needs)
+            tape.completed = total.detach()
+            tape.add_source([tape.completed], needs)
             return x, token.new_empty(0)
         # The last site's sum has no reader. A block's first output is its sum as it stands:
         # returned, so that its gradient comes from one place and autograd adds nothing.
@@ -528,7 +594,9 @@ class _Read(Function):
         phase1: Phase1 | None = ctx.phase1
         tape.enter()
         norm_weight, total, logits, inv_rms, mix_inv_rms, *rest = ctx.saved_tensors
-        frozen, sources = rest[: ctx.frozen], rest[ctx.frozen :]
+        direct = site.num_sources - site.first_direct
+        frozen = Sources.of(rest[: ctx.frozen], 0 if phase1 is None else phase1.group.num_sources)
+        sources = Sources.of(rest[ctx.frozen :], direct)
         if site.promotes:  # the sum is a source: what its readers have added up
             dtotal = tape.dsources.pop(site.num_sources, None)
         if dx is None and dtotal is None:
@@ -559,7 +627,7 @@ class _Read(Function):
             dx,
             dtotal,
             phase1_out,
-            sources,
+            sources.values,
             total,
             tape.query_rows[site.index] if has_query else None,
             norm_weight,
@@ -577,6 +645,7 @@ class _Read(Function):
             dquery,
             True,
             dweight,
+            sources.scales,
         )
         if tape.rounds_gradients:
             tape.add_parts(site.first_direct, dsources, site.index)
@@ -606,7 +675,7 @@ def run_site(
     norm_eps: float,
     partial: Tensor | None,
     update: Tensor | None,
-    sources: Sequence[Tensor],
+    sources: Sources,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
     """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
     before, output = partial, update
@@ -616,7 +685,7 @@ def run_site(
         partial, update = tape.total(partial, update, site.index), None
     total = partial if update is None else tape.values()
     x = tape.values()
-    terms = int(phase1 is not None) + len(sources) + int(total is not None)
+    terms = int(phase1 is not None) + len(sources.values) + int(total is not None)
     logits = tape.floats(tape.tokens, terms)
     inv_rms = tape.floats(tape.tokens, terms)
     norm = norm_weight is not None
@@ -624,7 +693,7 @@ def run_site(
     _read(
         None if phase1 is None else phase1.rows[site.slot],
         None if phase1 is None else phase1.lse_rows[site.slot],
-        sources,
+        sources.values,
         partial,
         update,
         tape.query_rows[site.index] if terms > 1 else None,
@@ -638,6 +707,7 @@ def run_site(
         logits,
         inv_rms,
         mix_inv_rms,
+        sources.scales,
     )
     if finite.enabled():
         finite.check(
@@ -647,11 +717,18 @@ def run_site(
                 ("the sum before it", before),
                 ("the sublayer's output", output),
                 ("the phase-1 mixture", None if phase1 is None else phase1.rows[site.slot]),
-                *finite.numbered("sources", sources),
+                *named_sources(sources),
                 ("norm_weight", norm_weight),
             ],
         )
     return x, total, (logits, inv_rms, mix_inv_rms)
+
+
+def named_sources(sources: Sources) -> finite.Named:
+    """For messages. Of quantised ones the scales say whether the values are finite."""
+    if sources.scales:
+        return finite.numbered("the scales of sources", [scale.float() for scale in sources.scales])
+    return finite.numbered("sources", sources.values)
 
 
 class TapeStream(Stream):
@@ -670,7 +747,15 @@ class TapeStream(Stream):
         grad_dtype = module.grad_dtype or embedding.dtype
         if embedding.dtype == torch.float64:
             grad_dtype = torch.float64
-        self._tape = Tape(embedding, queries, module.scale, module.eps, grad_dtype, self._seed)
+        self._tape = Tape(
+            embedding,
+            queries,
+            module.scale,
+            module.eps,
+            grad_dtype,
+            self._seed,
+            module.block_storage,
+        )
         self._tape.record = return_probs
         self._keep = module.keep_phase1
         self._last_group = last_group(plan)
@@ -678,6 +763,9 @@ class TapeStream(Stream):
         received: Sequence[Tensor] = [embedding]
         if given is not None:
             self._tape.sources = [source.detach() for source in given.sources]
+            self._tape.stored = []
+            for source in self._tape.sources if module.block_storage is not None else ():
+                self._tape.store([source])
             self._tape.source_grads = list(given.needs_grad)
             self._tape.dsources, self._tape.shared = given.grads, True
             received = given.sources[len(given.sources) - given.received :]
@@ -712,6 +800,7 @@ class TapeStream(Stream):
         if tape.device.type == "cuda":
             tape.follow_stream()
         phase1 = self._phase1_of(site)
+        tape.completed = None
         weight = norm_weight
         if weight is not None and tape.dtype == torch.float64:
             weight = weight.to(torch.float64)
@@ -809,8 +898,8 @@ class TapeStream(Stream):
 
     @property
     def sources(self) -> list[Tensor]:
-        """The completed sources [..., D], detached."""
-        return list(self._tape.sources)
+        """The completed sources [..., D], detached, in the dtype of the stream."""
+        return self._tape.widened(0)
 
     @property
     def sources_need_grad(self) -> list[bool]:
@@ -841,16 +930,29 @@ class TapeStream(Stream):
         need_grad = first[0].requires_grad
         total = self._partial
         if site.promotes:
-            total = tape.sources[-1]
+            total = tape.completed
         elif total is not None:
             total = total.detach()
 
-        def run(weight: Tensor | None, total: Tensor | None, *sources: Tensor) -> Tensor:
+        frozen = Sources(()) if phase1 is None else tape.given(0, phase1.group.num_sources)
+        direct = tape.given(site.first_direct, site.num_sources, direct=True)
+
+        def run(weight: Tensor | None, total: Tensor | None, *saved: Tensor) -> Tensor:
             if first:
                 x = first.pop()
             else:
                 with torch.no_grad():
-                    x = read_again(tape, site, phase1, weight, norm_eps, total, sources)
+                    split = len(frozen.flat())
+                    x = read_again(
+                        tape,
+                        site,
+                        phase1,
+                        weight,
+                        norm_eps,
+                        total,
+                        Sources.of(saved[:split], len(frozen.values)),
+                        Sources.of(saved[split:], len(direct.values)),
+                    )
                 x.requires_grad_(need_grad)
             return layer(x)
 
@@ -858,7 +960,8 @@ class TapeStream(Stream):
             run,
             norm_weight,
             total,
-            *tape.sources[: site.num_sources],
+            *frozen.flat(),
+            *direct.flat(),
             use_reentrant=False,
             preserve_rng_state=preserve_rng_state,
         )
@@ -866,7 +969,7 @@ class TapeStream(Stream):
 
     def _release(self) -> None:
         self._release_phase1()
-        self._tape.sources = []
+        self._tape.sources, self._tape.stored, self._tape.completed = [], [], None
 
 
 def last_group(plan: Plan | PartialPlan) -> int:
@@ -881,11 +984,11 @@ def read_again(
     norm_weight: Tensor | None,
     norm_eps: float,
     total: Tensor | None,
-    sources: Sequence[Tensor],
+    frozen: Sources,
+    direct: Sources,
 ) -> Tensor:
     """The input of a sublayer, from the saved sum and the sources, in the middle of a backward."""
     if phase1 is not None:
-        frozen = sources[: phase1.group.num_sources]
         in_backward = _backward_pass() != -1
         if in_backward:
             tape.enter()
@@ -898,6 +1001,4 @@ def read_again(
             phase1.compute(tape, frozen)
     if norm_weight is not None and tape.dtype == torch.float64:
         norm_weight = norm_weight.to(torch.float64)
-    return run_site(
-        tape, site, phase1, norm_weight, norm_eps, total, None, sources[site.first_direct :]
-    )[0]
+    return run_site(tape, site, phase1, norm_weight, norm_eps, total, None, direct)[0]

@@ -8,7 +8,7 @@ a value is [T, D] and may have any row stride, such as a row of a bank [T, N, D]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from torch import Tensor
 from flash_attn_res import _check
 from flash_attn_res.functional import fold_query
 from flash_attn_res.ops import count_sources, statistics_dtype
+from flash_attn_res.storage import SCALE_GROUP, QuantizedSource
 
 FP8 = torch.float8_e4m3fn
-SCALE_GROUP = 128
+
+Sources: TypeAlias = Sequence[Tensor] | Sequence[QuantizedSource] | Tensor | QuantizedSource
+"""Values, or what :func:`flash_attn_res.quantize` makes of them, all in one storage mode."""
 
 
 def scale_columns(dim: int, groups: bool) -> int:
@@ -29,6 +32,7 @@ def scale_columns(dim: int, groups: bool) -> int:
 @torch.library.register_fake("flash_attn_res::attend_out")
 def _(
     sources: list[Tensor],
+    source_scales: list[Tensor],
     queries: Tensor,
     scale: float,
     eps: float,
@@ -44,6 +48,7 @@ def _(
     phase1_out: Tensor | None,
     phase1_lse: Tensor | None,
     sources: list[Tensor],
+    source_scales: list[Tensor],
     partial: Tensor | None,
     updates: list[Tensor],
     query: Tensor | None,
@@ -89,15 +94,51 @@ def _dense_rows(op: str, name: str, given: Tensor) -> None:
         )
 
 
+def _check_scale(op: str, name: str, values: Tensor, scale: object) -> None:
+    """The scales of quantised values [T, D], or packed [n, T, D]."""
+    checked = _check.tensor(op, f"{name}.scale", scale)
+    columns = 1 if checked.shape[-1:] == (1,) else scale_columns(values.shape[-1], True)
+    if checked.shape != (*values.shape[:-1], columns):
+        raise ValueError(
+            f"{op}: {name}.scale has shape {_check.shape_text(checked)}, expected "
+            f"{[*values.shape[:-1], 1]} or "
+            f"{[*values.shape[:-1], scale_columns(values.shape[-1], True)]}"
+        )
+    if checked.dtype != torch.uint8:
+        raise TypeError(
+            f"{op}: {name}.scale is {checked.dtype}, expected torch.uint8, the bits of "
+            "float8_e8m0fnu"
+        )
+    if values.dtype not in (torch.float16, FP8):
+        raise TypeError(f"{op}: {name}.values is {values.dtype}, expected torch.float16 or {FP8}")
+    _check.same_device(op, f"{name}.scale", checked, f"{name}.values", values)
+    _dense_rows(op, f"{name}.scale", checked)
+
+
 def _list_sources(
-    op: str, sources: Sequence[Tensor] | Tensor, empty_ok: bool
-) -> tuple[list[Tensor], Tensor | None]:
-    """The items for the operator, checked, and the first value [T, D]."""
-    items: list[Any] = [sources] if isinstance(sources, Tensor) else list(sources)
+    op: str, sources: Sources, empty_ok: bool
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """The items for the operator, checked, their scales, and the first value [T, D]."""
+    single = isinstance(sources, (Tensor, QuantizedSource))
+    given: list[Any] = [sources] if single else list(sources)
+    quantized = len(given) > 0 and isinstance(given[0], QuantizedSource)
+    items: list[Tensor] = []
+    scales: list[Tensor] = []
     first: Tensor | None = None
-    for index, item in enumerate(items):
-        name = "sources" if isinstance(sources, Tensor) else f"sources[{index}]"
-        checked = _check.leading(op, name, item)
+    for index, item in enumerate(given):
+        name = "sources" if single else f"sources[{index}]"
+        if isinstance(item, QuantizedSource) != quantized:
+            raise TypeError(
+                f"{op}: {name} is a {type(item).__name__} but sources[0] is a "
+                f"{type(given[0]).__name__}, expected one storage mode"
+            )
+        if quantized:
+            checked = _check.tensor(op, f"{name}.values", item.values)
+            _check_scale(op, name, checked, item.scale)
+            scales.append(item.scale)
+        else:
+            checked = _check.leading(op, name, item)
+        items.append(checked)
         if checked.dim() not in (2, 3):
             raise ValueError(
                 f"{op}: {name} has shape {_check.shape_text(checked)}, expected [T, D], or packed "
@@ -110,10 +151,16 @@ def _list_sources(
         if first is None:
             first = value
         else:
-            _check.value(op, name, value, "sources[0]", first)
+            if not quantized:
+                _check.value(op, name, value, "sources[0]", first)
+            elif value.shape != first.shape:
+                raise ValueError(
+                    f"{op}: {name} has shape {_check.shape_text(value)}, expected "
+                    f"{_check.shape_text(first)} like sources[0]"
+                )
             _check.same_dtype(op, name, value, "sources[0]", first)
     _check.count(op, "sources", count_sources(items), 0 if empty_ok else 1, _check.MAX_SOURCES)
-    return items, first
+    return items, scales, first
 
 
 def _result(
@@ -153,7 +200,7 @@ def _workspace(op: str, given: Tensor | None, like_name: str, like: Tensor) -> T
 
 def _attend_arguments(
     op: str,
-    sources: Sequence[Tensor] | Tensor,
+    sources: Sources,
     queries: Tensor,
     key_weight: Tensor | None,
     out: Tensor,
@@ -161,7 +208,7 @@ def _attend_arguments(
     scale: float,
     eps: float,
 ) -> tuple[Any, ...]:
-    items, like = _list_sources(op, sources, empty_ok=False)
+    items, scales, like = _list_sources(op, sources, empty_ok=False)
     assert like is not None
     queries = _check.query(op, "queries", queries, 2, "sources[0]", like)
     if key_weight is not None:
@@ -172,11 +219,11 @@ def _attend_arguments(
     _refuse_gradients(op, "attend", *items, queries, key_weight)
     folded = fold_query(queries, key_weight, statistics_dtype(like))
     scale, eps = _check.finite(op, "scale", scale), _check.positive(op, "eps", eps)
-    return items, folded, scale, eps, out, lse
+    return items, scales, folded, scale, eps, out, lse
 
 
 def attend_out(
-    sources: Sequence[Tensor] | Tensor,
+    sources: Sources,
     queries: Tensor,
     key_weight: Tensor | None = None,
     *,
@@ -210,9 +257,7 @@ def attend_out(
     torch.ops.flash_attn_res.attend_out(*arguments, _workspace(op, workspace, "out", out))
 
 
-def attend_workspace_bytes(
-    sources: Sequence[Tensor] | Tensor, queries: Tensor, *, out: Tensor, lse: Tensor
-) -> int:
+def attend_workspace_bytes(sources: Sources, queries: Tensor, *, out: Tensor, lse: Tensor) -> int:
     """Bytes of workspace that :func:`attend_out` needs for tensors of these shapes and dtypes."""
     arguments = _attend_arguments(
         "attend_workspace_bytes", sources, queries, None, out, lse, 1.0, 1e-6
@@ -225,7 +270,7 @@ def _read_arguments(
     query: Tensor | None,
     key_weight: Tensor | None,
     phase1: tuple[Tensor, Tensor] | None,
-    sources: Sequence[Tensor] | Tensor,
+    sources: Sources,
     partial: Tensor | None,
     update: Tensor | Sequence[Tensor] | None,
     scale: float,
@@ -242,7 +287,7 @@ def _read_arguments(
     mix: Tensor | None,
     probs: Tensor | None,
 ) -> tuple[Any, ...]:
-    items, like = _list_sources(op, sources, empty_ok=True)
+    items, scales, like = _list_sources(op, sources, empty_ok=True)
     name = "sources[0]"
     updates = [update] if isinstance(update, Tensor) else list(update or ())
     _check.count(op, "update", len(updates), 0, _check.MAX_UPDATES)
@@ -317,7 +362,7 @@ def _read_arguments(
     scale, eps = _check.finite(op, "scale", scale), _check.positive(op, "eps", eps)
     norm_eps = eps if norm_eps is None else _check.positive(op, "norm_eps", norm_eps)
     return (
-        *(phase1_out, phase1_lse, items, partial, updates, folded, norm_weight, scale, eps),
+        *(phase1_out, phase1_lse, items, scales, partial, updates, folded, norm_weight, scale, eps),
         *(norm or norm_weight is not None, norm_eps, round_mix, power_of_two_scale),
         *(x, x_scale, partial_out, snapshot, mix, probs),
     )
@@ -329,7 +374,7 @@ def read_out(
     *,
     x: Tensor,
     phase1: tuple[Tensor, Tensor] | None = None,
-    sources: Sequence[Tensor] | Tensor = (),
+    sources: Sources = (),
     partial: Tensor | None = None,
     update: Tensor | Sequence[Tensor] | None = None,
     scale: float = 1.0,
@@ -388,7 +433,7 @@ def read_workspace_bytes(
     *,
     x: Tensor,
     phase1: tuple[Tensor, Tensor] | None = None,
-    sources: Sequence[Tensor] | Tensor = (),
+    sources: Sources = (),
     partial: Tensor | None = None,
     update: Tensor | Sequence[Tensor] | None = None,
     norm: bool = False,

@@ -329,14 +329,14 @@ class Runner:
         return torch.empty(count, dtype=torch.uint8, device=self._prefix.device)
 
     def _attend_arguments(self, call: _Phase1) -> tuple[Any, ...]:
-        return call.sources, call.queries, 1.0, self.eps, call.out, call.lse
+        return call.sources, [], call.queries, 1.0, self.eps, call.out, call.lse
 
     def _read_arguments(
         self, site: _Site, embedding: Tensor, updates: tuple[Tensor, ...], mix: Tensor | None
     ) -> tuple[Any, ...]:
         partial = embedding if site.snapshot is not None else site.partial
         return (
-            *(*site.phase1, site.sources, partial, updates, site.query, site.norm_weight, 1.0),
+            *(*site.phase1, site.sources, [], partial, updates, site.query, site.norm_weight, 1.0),
             *(self.eps, True, self.norm_eps, self.round_mix, self.power_of_two_scale),
             *(site.x, site.x_scale, site.partial_out, site.snapshot, mix, None),
         )
