@@ -66,12 +66,14 @@ struct Plan {
 
 /// Sizes of one call that fix its shared memory.
 struct Extents {
-  int input_rows;     // rows of a token loaded a step: N, or N + S in the backward
-  int result_rows;    // rows of a token in the ring of results: S, or N in the backward
-  int result_bytes;   // bytes of a result element
-  int partial_rows;   // rows of partial sums of a token: S + 1, or S in the backward
-  int partial_cols;   // N rounded up to a multiple of 4
-  int weight_floats;  // mixing weights of a token, a multiple of 4
+  int input_rows;         // rows of a token loaded a step: N, or N + S in the backward
+  int result_rows;        // rows of a token in the ring of results: S, or N in the backward
+  int result_bytes;       // bytes of a result element
+  int partial_rows;       // rows of partial sums of a token: S + 1, or S in the backward
+  int partial_cols;       // N rounded up to a multiple of 4
+  int weight_floats;      // mixing weights of a token, a multiple of 4
+  int narrow_rows = 0;    // of the input rows those in float8, which come first: N, or 0
+  int scale_columns = 0;  // columns that share a scale
 };
 
 /// Where the weights of a token lie, in floats from their start. Rows are queries, columns sources,
@@ -107,11 +109,19 @@ FLASH_ATTN_RES_HOPPER_BOTH WeightMap weight_map(int query_groups, int source_gro
 ///             one slice a warp, and one of zeros where fewer than eight warps work
 ///   totals    [2, cluster, batch * partial_rows, partial_cols] float: sums over a CTA's columns
 ///   scratch   [warps, tiles * 32 + 256]: where rows that do not exist are stored
-///   inputs    [stages, batch * input_rows, pitch]
+///   scales    [stages, batch, narrow_rows, scale_groups] bfloat16
+///   inputs    [stages, batch, token_bytes]: narrow rows, source_pitch apart, then the others
 ///   results   [slots, batch * result_rows, result_pitch]
 struct SharedMap {
   int weights, partials, totals, scratch, inputs, results, bytes;
-  int pitch, result_pitch, stage_bytes, slot_bytes;
+  int pitch, source_pitch, result_pitch, token_bytes, stage_bytes, slot_bytes;
+  int scales, scale_groups;  // groups of a CTA's columns; 0: no scales
+
+  /// Where row `row` of a token lies; the first `num_sources` are the sources.
+  FLASH_ATTN_RES_HOPPER_BOTH int input_row(int row, int num_sources) const {
+    return row < num_sources ? row * source_pitch
+                             : num_sources * source_pitch + (row - num_sources) * pitch;
+  }
 };
 
 inline constexpr int kHeadBytes = 512;
@@ -122,7 +132,9 @@ FLASH_ATTN_RES_HOPPER_BOTH SharedMap shared_map(const Plan& plan, const Extents&
   SharedMap map{};
   map.pitch = plan.pitch(2);
   map.result_pitch = plan.pitch(e.result_bytes);
-  map.stage_bytes = plan.batch * e.input_rows * map.pitch;
+  map.source_pitch = e.narrow_rows > 0 ? plan.pitch(1) : map.pitch;
+  map.token_bytes = e.narrow_rows * map.source_pitch + (e.input_rows - e.narrow_rows) * map.pitch;
+  map.stage_bytes = plan.batch * map.token_bytes;
   map.slot_bytes = plan.batch * e.result_rows * map.result_pitch;
   const int sums = 2 * plan.batch * e.partial_rows * e.partial_cols * 4;
   const bool ragged = e.result_rows % 8 != 0;
@@ -130,7 +142,10 @@ FLASH_ATTN_RES_HOPPER_BOTH SharedMap shared_map(const Plan& plan, const Extents&
   map.partials = map.weights + 2 * plan.batch * e.weight_floats * 4;
   map.totals = map.partials + plan.slices() * sums;
   map.scratch = map.totals + plan.cluster * sums;
-  map.inputs = map.scratch + (ragged ? plan.warps * scratch_bytes_per_warp(plan.tiles) : 0);
+  map.scales = map.scratch + (ragged ? plan.warps * scratch_bytes_per_warp(plan.tiles) : 0);
+  // A CTA's columns may begin and end inside a group.
+  map.scale_groups = e.narrow_rows == 0 ? 0 : (plan.columns - 1) / e.scale_columns + 2;
+  map.inputs = map.scales + plan.stages * plan.batch * e.narrow_rows * map.scale_groups * 2;
   map.inputs = (map.inputs + 127) / 128 * 128;
   map.results = map.inputs + plan.stages * map.stage_bytes;
   map.bytes = map.results + plan.slots * map.slot_bytes;

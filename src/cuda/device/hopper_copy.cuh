@@ -62,6 +62,11 @@ __device__ __forceinline__ void prefetch_row(const void* global, int bytes, Cach
                : "memory");
 }
 
+/// Asks for the cache line of an address.
+__device__ __forceinline__ void prefetch_line(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
+
 /// Closes this thread's group of stores and waits until they have read shared memory.
 __device__ __forceinline__ void commit_stores_and_wait_read() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -3,7 +3,8 @@
 //   r_n = rsqrt(mean(v_n^2) + eps)     logit_sn = scale r_n <u_s, v_n>
 //   p_s = softmax_n(logit_s)           lse_s = logsumexp_n(logit_s)      out_s = sum_n p_sn v_n
 //
-// in    sources N x [T, D] bfloat16, N <= 16; queries [S, D] float32, S <= 24
+// in    sources N x [T, D] bfloat16, or float8 with scales, N <= 16; queries [S, D] float32,
+//       S <= 24
 // out   out S x [T, D] bfloat16; lse [S, T], logits [T, S * N], inv_rms [T, N] float32 (the last
 // two
 //       optional)
@@ -20,9 +21,10 @@
 //
 //   [v^T, v^T] (d,16) [p_hi; p_lo] (16,8)                          for every eight queries
 //
-// Both read the sources from shared memory by ldmatrix, plain and transposed. The queries stay in
-// registers. Rows that fill up an mma tile repeat an existing row: in P1 their sums are not stored,
-// in P2 their weights are zero.
+// Both read the sources from shared memory by ldmatrix, plain and transposed; float8 ones by
+// ordinary loads, widened and transposed in registers (device/hopper_narrow.cuh). The queries stay
+// in registers. Rows that fill up an mma tile repeat an existing row: in P1 their sums are not
+// stored, in P2 their weights are zero.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_
@@ -37,6 +39,7 @@ namespace flash_attn_res::cuda::hopper {
 
 struct AttendParams {
   RowTable<kSourcesMax> sources;  // N x [T, D]
+  ScaleTable scales;              // of float8 sources
   RowTable<kQueriesMax> out;      // S x [T, D]
   const float* queries;           // [S, D]
   float* lse;                     // [S, T]
@@ -47,6 +50,7 @@ struct AttendParams {
   int64_t tokens;
   int num_sources, num_queries, dim;
   float scale, eps;
+  bool narrow;  // float8 sources
   Plan plan;
   SharedMap map;  // of plan and extents(); here it takes no registers
 
@@ -56,12 +60,14 @@ struct AttendParams {
             .result_bytes = 2,
             .partial_rows = num_queries + 1,
             .partial_cols = (num_sources + 3) / 4 * 4,
-            .weight_floats = weight_map((num_queries + 7) / 8, (num_sources + 7) / 8).forward};
+            .weight_floats = weight_map((num_queries + 7) / 8, (num_sources + 7) / 8).forward,
+            .narrow_rows = narrow ? num_sources : 0,
+            .scale_columns = scales.columns()};
   }
 };
 
 /// What one compute warp does.
-template <int kQueryGroups, int kTiles, int kSourceGroups>
+template <int kQueryGroups, int kTiles, int kSourceGroups, class Source>
 struct AttendWarp {
   // Rows of the left operand of P1 in eights: the queries, then the sources as the very last.
   static constexpr int kRowPairs = kQueryGroups / 2 + 1;
@@ -111,11 +117,28 @@ struct AttendWarp {
     return rows(n < p.num_sources ? n : 0, (warp * kTiles * 16 + column_in_strip(lane)) * 2);
   }
 
+  /// The float8 sources of token b of a step.
+  __device__ __forceinline__ NarrowStrips<kSourceGroups> narrow_strips(int stage, int b,
+                                                                       const Share& share) const {
+    const Bf16* const scales = reinterpret_cast<const Bf16*>(base + p.map.scales) +
+                               (stage * p.plan.batch + b) * p.num_sources * p.map.scale_groups;
+    return {base + p.map.inputs + stage * p.map.stage_bytes + b * p.map.token_bytes,
+            p.map.source_pitch,
+            p.num_sources,
+            scales,
+            p.map.scale_groups,
+            p.scales.shift,
+            share.column,
+            warp * kTiles * 16,
+            lane};
+  }
+
   /// P1 of a step: the warp's share of <u_s, v_n> and of <v_n, v_n>.
-  __device__ __forceinline__ void scores(int step, RingCursor stage) const {
+  __device__ __forceinline__ void scores(int step, RingCursor stage, const Share& share) const {
     head.input_full[stage.slot].wait(stage.parity);
     const char* source = base + p.map.inputs + stage.slot * p.map.stage_bytes + source_offset();
-    for (int b = 0; b < p.plan.batch; ++b, source += p.num_sources * p.map.pitch) {
+    for (int b = 0; b < p.plan.batch; ++b, source += p.map.token_bytes) {
+      auto narrow = narrow_strips(stage.slot, b, share);
       Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -130,7 +153,12 @@ struct AttendWarp {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         Strip v[kSourceGroups];  // (n, d)
-        if constexpr (kSourceGroups == 2) {
+        if constexpr (kIsNarrow<Source>) {
+#pragma unroll
+          for (int n = 0; n < kSourceGroups; ++n) {
+            v[n] = narrow.load(n, j);
+          }
+        } else if constexpr (kSourceGroups == 2) {
           load_strips(source + j * 32, v[0], v[1]);
         } else {
           load_strip(source + j * 32, v[0]);
@@ -149,6 +177,14 @@ struct AttendWarp {
               mma_rows(acc[(j + 1) % 2][m][n], low[j][g], last ? none : low[j][h], v[n]);
             }
           }
+        }
+      }
+      if constexpr (kIsNarrow<Source>) {
+#pragma unroll
+        for (int n = 0; n < kSourceGroups; ++n) {
+          const float nothing = narrow.met_nan(n) ? NAN : 0.0f;
+          acc[0][kRowPairs - 1][n].c[2] += nothing;  // of v v^T, with its diagonal
+          acc[0][kRowPairs - 1][n].c[3] += nothing;
         }
       }
       store_partials(step, b, acc);
@@ -194,7 +230,8 @@ struct AttendWarp {
   }
 
   /// P2 of a step: out_s of the warp's columns.
-  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result) const {
+  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result,
+                                      const Share& share) const {
     head.result_ready[result.slot].wait(result.parity);
     head.weights_full[pair_slot(step)].wait(pair_parity(step));
     const char* source = base + p.map.inputs + input_slot * p.map.stage_bytes + source_offset();
@@ -203,6 +240,7 @@ struct AttendWarp {
     char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
     char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
     for (int b = 0; b < p.plan.batch; ++b) {
+      auto narrow = narrow_strips(input_slot, b, share);
       SplitPair prob[kSourceGroups][kQueryGroups];  // (n, s)
       char* target[kQueryGroups];
 #pragma unroll
@@ -225,7 +263,12 @@ struct AttendWarp {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           if (first + i < kTiles) {
-            if constexpr (kSourceGroups == 2) {
+            if constexpr (kIsNarrow<Source>) {
+#pragma unroll
+              for (int n = 0; n < kSourceGroups; ++n) {
+                v[i][n] = narrow.load_transposed(n, first + i);
+              }
+            } else if constexpr (kSourceGroups == 2) {
               load_strips_transposed(source + (first + i) * 32, v[i][0], v[i][1]);
             } else {
               load_strip_transposed(source + (first + i) * 32, v[i][0]);
@@ -260,7 +303,7 @@ struct AttendWarp {
           }
         }
       }
-      source += p.num_sources * p.map.pitch;
+      source += p.map.token_bytes;
       slot += p.num_queries * p.map.result_pitch;
       weights += kWeights.forward;
     }
@@ -378,8 +421,7 @@ __device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& 
       for (int b = 0; b < share.batch; ++b, row += p.num_queries * p.map.result_pitch) {
         const int64_t t = share.token(step, b);
         if (t < share.tokens) {
-          store_row(const_cast<Bf16*>(out.data[0]) + t * out.stride[0], row, share.columns * 2,
-                    policy);
+          store_row(const_cast<char*>(out.at(0, t)), row, share.columns * 2, policy);
         }
       }
       commit_stores_and_wait_read();
@@ -393,7 +435,7 @@ __device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& 
   wait_stores();
 }
 
-template <int kQueryGroups, int kTiles, int kSourceGroups>
+template <int kQueryGroups, int kTiles, int kSourceGroups, class Source>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_kernel(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the launcher never runs it on any other architecture
@@ -410,7 +452,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Share share(p.plan, p.tokens, p.dim);
     switch (static_cast<Role>(warp_of_cta())) {
       case Role::kLoad:
-        load_steps(head, p.map, p.plan, share, p.sources, p.num_sources, p.issued);
+        load_steps<Source>(head, p.map, p.plan, share, p.sources, p.scales, p.num_sources,
+                           p.num_sources, p.issued);
         break;
       case Role::kSoftmax:
         attend_softmax<kQueryGroups, kSourceGroups>(p, head, share);
@@ -419,7 +462,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         attend_store(p, head, share);
         break;
       case Role::kPace:
-        pace_steps(head, p.plan, share, p.sources, p.num_sources, p.issued);
+        pace_steps<Source>(head, p.plan, share, p.sources, p.scales, p.num_sources, p.num_sources,
+                           p.issued);
         break;
     }
   } else {
@@ -427,17 +471,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp_of_cta() < p.plan.warps) {
       const Share share(p.plan, p.tokens, p.dim);
       const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
-      const AttendWarp<kQueryGroups, kTiles, kSourceGroups> compute(p, head, share, sums);
+      const AttendWarp<kQueryGroups, kTiles, kSourceGroups, Source> compute(p, head, share, sums);
       RingCursor ahead;   // stage of P1
       RingCursor behind;  // stage of P2
       RingCursor result;
       for (int step = -1; step < share.steps; ++step) {
         if (step + 1 < share.steps) {
-          compute.scores(step + 1, ahead);
+          compute.scores(step + 1, ahead, share);
           ahead.advance(p.plan.stages);
         }
         if (step >= 0) {
-          compute.mix(step, behind.slot, result);
+          compute.mix(step, behind.slot, result, share);
           behind.advance(p.plan.stages);
           result.advance(p.plan.slots);
         }

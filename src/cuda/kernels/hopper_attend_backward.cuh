@@ -6,7 +6,8 @@
 //   dv_n      = [dv_n +] sum_s p_sn dh_s + sum_s w_sn u_s - (sum_s dlogit_sn logit_sn)(r_n^2/D) v_n
 //   du_s      = sum over t and n of w_sn v_n
 //
-// in    sources N x [T, D], dout S x [T, D] bfloat16, N <= 16, S <= 24; queries [S, D], lse [S, T],
+// in    sources N x [T, D] bfloat16, or float8 with scales, dout S x [T, D] bfloat16, N <= 16,
+//       S <= 24; queries [S, D], lse [S, T],
 //       logits [T, S * N], inv_rms [T, N], gate [S, T], dlse [S, T] float32 (the last two optional)
 // out   dsources N x [T, D] bfloat16 or float32, overwritten or added to; partials
 //       [clusters, S, D] float32: du summed over the tokens of a cluster
@@ -42,6 +43,7 @@ namespace flash_attn_res::cuda::hopper {
 template <class Gradient>
 struct AttendBackwardParams {
   RowTable<kSourcesMax + kQueriesMax> inputs;  // (N + S) x [T, D]: sources, then dout
+  ScaleTable scales;                           // of float8 sources
   Gradient* dsources[kSourcesMax];             // N x [T, D]
   int64_t dsources_stride[kSourcesMax];        // elements
   const float* queries;                        // [S, D]
@@ -57,6 +59,7 @@ struct AttendBackwardParams {
   int num_sources, num_queries, dim;
   float scale;
   bool accumulate;
+  bool narrow;  // float8 sources
   Plan plan;
   SharedMap map;  // of plan and extents(); here it takes no registers
 
@@ -68,7 +71,9 @@ struct AttendBackwardParams {
             .result_bytes = static_cast<int>(sizeof(Gradient)),
             .partial_rows = num_queries,
             .partial_cols = (num_sources + 3) / 4 * 4,
-            .weight_floats = weight_map(query_groups, source_groups).backward};
+            .weight_floats = weight_map(query_groups, source_groups).backward,
+            .narrow_rows = narrow ? num_sources : 0,
+            .scale_columns = scales.columns()};
   }
 };
 
@@ -170,12 +175,14 @@ class GradientTile<float> {
 };
 
 /// What one compute warp does.
-template <int kQueryGroups, int kTiles, int kSourceGroups, class Gradient>
+template <int kQueryGroups, int kTiles, int kSourceGroups, class Source, class Gradient>
 struct AttendBackwardWarp {
   using Operands = GradientOperands<kQueryGroups, kSourceGroups>;
   static constexpr int kRowPairs = (kQueryGroups + 1) / 2;
-  static constexpr int kStrips = kQueryGroups + kSourceGroups;  // of a tile in P1: dout, sources
-  static constexpr int kGradientStrips = kQueryGroups + 1;      // in P2: dout, eight sources
+  // Strips of a tile that ldmatrix loads; float8 sources are loaded apart.
+  static constexpr bool kNarrow = kIsNarrow<Source>;
+  static constexpr int kStrips = kQueryGroups + (kNarrow ? 0 : kSourceGroups);  // P1: dout, sources
+  static constexpr int kGradientStrips = kQueryGroups + (kNarrow ? 0 : 1);      // P2: dout, eight
   // Tiles that P2 works on at once. The compiler keeps loads behind stores, so tiles one after the
   // other would wait for each other; with three eights of queries there are no registers for two.
   static constexpr int kAtOnce = kQueryGroups == 3 ? 1 : 2;
@@ -254,7 +261,7 @@ struct AttendBackwardWarp {
     const int s = min(strip * 8 + i, p.num_queries - 1);
     const int n = first_source + (strip - kQueryGroups) * 8 + i;
     const int row = strip < kQueryGroups ? p.num_sources + s : n < p.num_sources ? n : 0;
-    return row * p.map.pitch + (warp * kTiles * 16 + column_in_strip(lane)) * 2;
+    return p.map.input_row(row, p.num_sources) + (warp * kTiles * 16 + column_in_strip(lane)) * 2;
   }
 
   /// Tile j of a token's inputs, for the offsets of its pairs of strips.
@@ -281,8 +288,27 @@ struct AttendBackwardWarp {
     }
   }
 
+  /// The float8 sources of token b of a step, from `first_source` on.
+  template <int kGroups>
+  __device__ __forceinline__ NarrowStrips<kGroups> narrow_strips(int stage, int b, int first_source,
+                                                                 const Share& share) const {
+    const Bf16* const scales =
+        reinterpret_cast<const Bf16*>(base + p.map.scales) +
+        ((stage * p.plan.batch + b) * p.num_sources + first_source) * p.map.scale_groups;
+    return {base + p.map.inputs + stage * p.map.stage_bytes + b * p.map.token_bytes +
+                first_source * p.map.source_pitch,
+            p.map.source_pitch,
+            p.num_sources - first_source,
+            scales,
+            p.map.scale_groups,
+            p.scales.shift,
+            share.column,
+            warp * kTiles * 16,
+            lane};
+  }
+
   /// P1 of a step: the warp's share of <dout_s, v_n>.
-  __device__ __forceinline__ void products(int step, RingCursor stage) const {
+  __device__ __forceinline__ void products(int step, RingCursor stage, const Share& share) const {
     head.input_full[stage.slot].wait(stage.parity);
     const char* token = base + p.map.inputs + stage.slot * p.map.stage_bytes;
     int offsets[(kStrips + 1) / 2];
@@ -291,6 +317,7 @@ struct AttendBackwardWarp {
       offsets[pair] = strip_offset(pair, kStrips, 0);
     }
     for (int b = 0; b < p.plan.batch; ++b) {
+      auto narrow = narrow_strips<kSourceGroups>(stage.slot, b, 0, share);
       Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -306,6 +333,15 @@ struct AttendBackwardWarp {
       for (int j = 0; j < kTiles; ++j) {
         Strip strips[kStrips];
         load_tile<false>(token, offsets, j, strips);
+        Strip v[kSourceGroups];
+#pragma unroll
+        for (int n = 0; n < kSourceGroups; ++n) {
+          if constexpr (kNarrow) {
+            v[n] = narrow.load(n, j);
+          } else {
+            v[n] = strips[kQueryGroups + n];
+          }
+        }
 #pragma unroll
         for (int m = 0; m < kRowPairs; ++m) {
           const Strip none = {0, 0};
@@ -313,7 +349,7 @@ struct AttendBackwardWarp {
           const Strip bottom = 2 * m + 1 < kQueryGroups ? strips[h] : none;
 #pragma unroll
           for (int n = 0; n < kSourceGroups; ++n) {
-            mma_rows(acc[j % 2][m][n], strips[2 * m], bottom, strips[kQueryGroups + n]);
+            mma_rows(acc[j % 2][m][n], strips[2 * m], bottom, v[n]);
           }
         }
       }
@@ -334,7 +370,7 @@ struct AttendBackwardWarp {
           }
         }
       }
-      token += (p.num_sources + p.num_queries) * p.map.pitch;
+      token += p.map.token_bytes;
     }
     __syncwarp();
     if (lane == 0) {
@@ -343,7 +379,8 @@ struct AttendBackwardWarp {
   }
 
   /// P2 of a step: dv_n of the warp's columns, and their share of du_s.
-  __device__ __forceinline__ void gradients(int step, int input_slot, RingCursor result) {
+  __device__ __forceinline__ void gradients(int step, int input_slot, RingCursor result,
+                                            const Share& share) {
     head.result_ready[result.slot].wait(result.parity);
     head.weights_full[pair_slot(step)].wait(pair_parity(step));
     const char* token = base + p.map.inputs + input_slot * p.map.stage_bytes;
@@ -354,9 +391,10 @@ struct AttendBackwardWarp {
     for (int b = 0; b < p.plan.batch; ++b) {
 #pragma unroll 1
       for (int n = 0; n < 8 * kSourceGroups; n += 8) {
-        gradients_of_eight(token, slot, scratch, weights, n);
+        gradients_of_eight(token, slot, scratch, weights, n,
+                           narrow_strips<1>(input_slot, b, n < p.num_sources ? n : 0, share));
       }
-      token += (p.num_sources + p.num_queries) * p.map.pitch;
+      token += p.map.token_bytes;
       slot += p.num_sources * p.map.result_pitch;
       weights += Operands::kMap.backward;
     }
@@ -370,7 +408,8 @@ struct AttendBackwardWarp {
 
   /// P2 of a token for the sources from `first_source` on.
   __device__ __forceinline__ void gradients_of_eight(const char* token, char* slot, char* scratch,
-                                                     const float* weights, int first_source) {
+                                                     const float* weights, int first_source,
+                                                     NarrowStrips<1> narrow) {
     const Operands operands(weights, first_source, lane);
     const float factor = operands.scale * query_scale;
     const GradientTile<Gradient> gradient(slot, scratch, p.map.result_pitch, first_source,
@@ -383,18 +422,24 @@ struct AttendBackwardWarp {
 #pragma unroll
     for (int first = 0; first < kTiles; first += kAtOnce) {
       Strip strips[kAtOnce][kGradientStrips];  // (d, s) of dout, then (d, n)
+      Strip v[kAtOnce];                        // (d, n)
       Accum dv[kAtOnce];                       // (d, n)
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i < kTiles) {
           load_tile<true>(token, offsets, first + i, strips[i]);
+          if constexpr (kNarrow) {
+            v[i] = narrow.load_transposed(0, first + i);
+          } else {
+            v[i] = strips[i][kQueryGroups];
+          }
           dv[i] = p.accumulate ? gradient.load(first + i) : Accum::zero();
         }
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i < kTiles) {
-          add_gradients(operands, factor, first + i, strips[i], dv[i]);
+          add_gradients(operands, factor, first + i, strips[i], v[i], dv[i]);
         }
       }
 #pragma unroll
@@ -408,8 +453,8 @@ struct AttendBackwardWarp {
 
   /// The products of tile j: into dv, and into the du of the warp.
   __device__ __forceinline__ void add_gradients(const Operands& operands, float factor, int j,
-                                                const Strip (&strips)[kGradientStrips], Accum& dv) {
-    const Strip v = strips[kQueryGroups];
+                                                const Strip (&strips)[kGradientStrips],
+                                                const Strip& v, Accum& dv) {
     Accum from_queries = Accum::zero();  // (d, n)
 #pragma unroll
     for (int g = 0; g + 1 < kQueryGroups; g += 2) {
@@ -687,7 +732,7 @@ __device__ __forceinline__ void attend_backward_store(const AttendBackwardParams
   wait_stores();
 }
 
-template <int kQueryGroups, int kTiles, int kSourceGroups, class Gradient>
+template <int kQueryGroups, int kTiles, int kSourceGroups, class Source, class Gradient>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_backward_kernel(const __grid_constant__ AttendBackwardParams<Gradient> p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the launcher never runs it on any other architecture
@@ -698,16 +743,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
   // with. Asking for more than that hangs.
   constexpr bool kManyWeights = kQueryGroups * kSourceGroups >= 4;
-  constexpr int kServe = kManyWeights || (kQueryGroups == 3 && kTiles < 8) ? 104
-                         : kQueryGroups == 3 || kSourceGroups == 2         ? 88
-                                                                           : 72;
+  constexpr int kServe = kManyWeights || (kQueryGroups == 3 && kTiles < 8)              ? 104
+                         : kQueryGroups == 3 || kSourceGroups == 2 || kIsNarrow<Source> ? 88
+                                                                                        : 72;
   constexpr int kCompute = (504 - kServe) / 2;
   if (warp_of_cta() >= kComputeWarps) {
     cutlass::arch::warpgroup_reg_dealloc<kServe>();
     const Share share(p.plan, p.tokens, p.dim);
     switch (static_cast<Role>(warp_of_cta())) {
       case Role::kLoad:
-        load_steps(head, p.map, p.plan, share, p.inputs, p.num_sources + p.num_queries, p.issued);
+        load_steps<Source>(head, p.map, p.plan, share, p.inputs, p.scales, p.num_sources,
+                           p.num_sources + p.num_queries, p.issued);
         break;
       case Role::kSoftmax:
         attend_backward_softmax<kQueryGroups, kSourceGroups>(p, head, share);
@@ -716,7 +762,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         attend_backward_store(p, head, share);
         break;
       case Role::kPace:
-        pace_steps(head, p.plan, share, p.inputs, p.num_sources + p.num_queries, p.issued);
+        pace_steps<Source>(head, p.plan, share, p.inputs, p.scales, p.num_sources,
+                           p.num_sources + p.num_queries, p.issued);
         break;
     }
   } else {
@@ -724,18 +771,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp_of_cta() < p.plan.warps) {
       const Share share(p.plan, p.tokens, p.dim);
       const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
-      AttendBackwardWarp<kQueryGroups, kTiles, kSourceGroups, Gradient> compute(p, head, share,
-                                                                                sums);
+      AttendBackwardWarp<kQueryGroups, kTiles, kSourceGroups, Source, Gradient> compute(
+          p, head, share, sums);
       RingCursor ahead;   // stage of P1
       RingCursor behind;  // stage of P2
       RingCursor result;
       for (int step = -1; step < share.steps; ++step) {
         if (step + 1 < share.steps) {
-          compute.products(step + 1, ahead);
+          compute.products(step + 1, ahead, share);
           ahead.advance(p.plan.stages);
         }
         if (step >= 0) {
-          compute.gradients(step, behind.slot, result);
+          compute.gradients(step, behind.slot, result, share);
           behind.advance(p.plan.stages);
           result.advance(p.plan.slots);
         }

@@ -5,7 +5,8 @@
 // Steps are dealt to the clusters in turn, so that all of them read one narrow band of memory:
 // giving each a range of its own costs 1 to 5 % of the speed, for DRAM pages are then reopened.
 //
-//   load warp     one bulk copy a row into the ring of inputs, ahead as far as the ring is deep
+//   load warp     one bulk copy a row into the ring of inputs, ahead as far as the ring is deep;
+//                 with float8 sources their scales, too
 //   compute       P1(i + 1): products of step i + 1 that the softmax needs, summed over the warp's
 //    warps        columns; then P2(i): the results of step i, with the weights of its softmax.
 //                 This order hides the softmax of a step behind the P2 of the one before.
@@ -24,6 +25,7 @@
 #include "cuda/device/hopper_barrier.cuh"
 #include "cuda/device/hopper_copy.cuh"
 #include "cuda/device/hopper_mma.cuh"
+#include "cuda/device/hopper_narrow.cuh"
 #include "cuda/hopper_plan.h"
 
 namespace flash_attn_res::cuda::hopper {
@@ -58,27 +60,36 @@ struct SharedHead {
 };
 static_assert(sizeof(SharedHead) <= kHeadBytes);
 
-/// A table of rows to copy: [T, D] tensors of 16-bit values.
+/// A table of rows to copy: [T, D] tensors.
 template <int kCapacity>
 struct RowTable {
-  const Bf16* data[kCapacity];
-  int64_t stride[kCapacity];  // elements
+  const char* data[kCapacity];
+  int64_t stride[kCapacity];  // bytes
+
+  void set(int64_t row, const ConstMatrix& matrix) {
+    data[row] = static_cast<const char*>(matrix.data);
+    stride[row] = matrix.stride * size_of(matrix.dtype);
+  }
 };
 
-/// The two rows that a lane copies: `lane` and `lane + 32` of a table.
+/// The two rows that a lane copies: `lane` and `lane + 32` of a table. The first `narrow` have
+/// elements of one byte, the others of two.
 struct LaneRows {
-  const Bf16* data[2];
+  const char* data[2];
   int64_t stride[2];
 
   template <int kCapacity>
   __device__ __forceinline__ LaneRows(const RowTable<kCapacity>& table, int rows, int column,
-                                      int lane) {
+                                      int lane, int narrow = 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = min(lane + i * kWarpLanes, rows - 1);
-      data[i] = table.data[row] + column;
+      data[i] = table.data[row] + (row < narrow ? column : column * 2);
       stride[i] = table.stride[row];
     }
+  }
+  __device__ __forceinline__ const char* at(int i, int64_t t) const {
+    return data[i] + t * stride[i];
   }
 };
 
@@ -134,7 +145,7 @@ __device__ __forceinline__ void set_up(SharedHead& head, const SharedMap& map, c
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     for (int i = 0; i < kRingMax; ++i) {
-      head.input_full[i].init(1);
+      head.input_full[i].init(map.scale_groups > 0 ? 2 : 1);  // rows; scales
       head.input_free[i].init(plan.warps);
       head.result_ready[i].init(1);
       head.result_done[i].init(plan.warps);
@@ -168,13 +179,17 @@ __device__ __forceinline__ void wait_for_window(const SharedHead& head, int64_t 
   }
 }
 
-/// The load warp: the rows of every step into the ring of inputs.
-template <int kCapacity>
+/// The load warp: the rows of every step into the ring of inputs. The first `num_sources` are
+/// float8 with scales where Source is Fp8.
+template <class Source, int kCapacity>
 __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& map, const Plan& plan,
                                            const Share& share, const RowTable<kCapacity>& table,
-                                           int rows, int* issued) {
+                                           const ScaleTable& scale_table, int num_sources, int rows,
+                                           int* issued) {
+  constexpr bool kNarrow = kIsNarrow<Source>;
   const int lane = lane_of_warp();
-  const LaneRows lane_rows(table, rows, share.column, lane);
+  const int narrow = kNarrow ? num_sources : 0;
+  const LaneRows lane_rows(table, rows, share.column, lane, narrow);
   const int bytes = share.columns * 2;
   const CachePolicy policy(plan.load_hint);
   char* const inputs = reinterpret_cast<char*>(&head) + map.inputs;
@@ -192,19 +207,33 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
         }
       }
       post(head.loading, step);
-      head.input_full[cursor.slot].arrive_and_expect(plan.batch * rows * bytes);
+      head.input_full[cursor.slot].arrive_and_expect(plan.batch * (2 * rows - narrow) *
+                                                     share.columns);
     }
     __syncwarp();
-    char* stage = inputs + cursor.slot * map.stage_bytes;  // (batch * rows, pitch)
-    for (int b = 0; b < plan.batch; ++b, stage += rows * map.pitch) {
+    char* token = inputs + cursor.slot * map.stage_bytes;  // (batch, token_bytes)
+    for (int b = 0; b < plan.batch; ++b, token += map.token_bytes) {
       const int64_t t = share.clamped(share.token(step, b));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane + i * kWarpLanes;
         if (row < rows) {
-          load_row(stage + row * map.pitch, lane_rows.data[i] + t * lane_rows.stride[i], bytes,
-                   head.input_full[cursor.slot], policy);
+          const bool is_narrow = kNarrow && row < num_sources;
+          load_row(token + map.input_row(row, num_sources), lane_rows.at(i, t),
+                   is_narrow ? share.columns : bytes, head.input_full[cursor.slot], policy);
         }
+      }
+    }
+    if constexpr (kNarrow) {
+      Bf16* scales = reinterpret_cast<Bf16*>(reinterpret_cast<char*>(&head) + map.scales) +
+                     cursor.slot * plan.batch * num_sources * map.scale_groups;
+      for (int b = 0; b < plan.batch; ++b, scales += num_sources * map.scale_groups) {
+        copy_scales(scales, map.scale_groups, scale_table, share.clamped(share.token(step, b)),
+                    share.column, share.columns, num_sources, lane);
+      }
+      __syncwarp();
+      if (lane == 0) {
+        head.input_full[cursor.slot].arrive();
       }
     }
     __syncwarp();
@@ -214,12 +243,14 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
 
 /// The pace warp: prefetches the step after the one that is being loaded, and reads how far the
 /// grid has come.
-template <int kCapacity>
+template <class Source, int kCapacity>
 __device__ __forceinline__ void pace_steps(SharedHead& head, const Plan& plan, const Share& share,
-                                           const RowTable<kCapacity>& table, int rows,
+                                           const RowTable<kCapacity>& table,
+                                           const ScaleTable& scale_table, int num_sources, int rows,
                                            const int* issued) {
+  constexpr bool kNarrow = kIsNarrow<Source>;
   const int lane = lane_of_warp();
-  const LaneRows lane_rows(table, rows, share.column, lane);
+  const LaneRows lane_rows(table, rows, share.column, lane, kNarrow ? num_sources : 0);
   const int bytes = share.columns * 2;
   const CachePolicy policy(plan.prefetch_hint);
   int next = 1;  // the step to prefetch
@@ -246,9 +277,15 @@ __device__ __forceinline__ void pace_steps(SharedHead& head, const Plan& plan, c
         const int64_t t = share.clamped(share.token(next, b));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (lane + i * kWarpLanes < rows) {
-            prefetch_row(lane_rows.data[i] + t * lane_rows.stride[i], bytes, policy);
+          const int row = lane + i * kWarpLanes;
+          if (row < rows) {
+            const bool is_narrow = kNarrow && row < num_sources;
+            prefetch_row(lane_rows.at(i, t), is_narrow ? share.columns : bytes, policy);
           }
+        }
+        if (kNarrow && lane < num_sources) {
+          prefetch_line(scale_table.data[lane] + t * scale_table.stride +
+                        (share.column >> scale_table.shift));
         }
       }
     }

@@ -14,18 +14,21 @@ struct Variant {
   const void* kernel;
 };
 
-template <int kQueryGroups, int kTiles, int kSourceGroups>
+template <class Source, int kQueryGroups, int kTiles, int kSourceGroups>
 Variant variant() {
-  return {kQueryGroups, kTiles, kSourceGroups,
-          reinterpret_cast<const void*>(&attend_kernel<kQueryGroups, kTiles, kSourceGroups>)};
+  return {
+      kQueryGroups, kTiles, kSourceGroups,
+      reinterpret_cast<const void*>(&attend_kernel<kQueryGroups, kTiles, kSourceGroups, Source>)};
 }
 
+template <class Source>
 const void* find_kernel(int query_groups, int tiles, int source_groups) {
   static const Variant kVariants[] = {
-      variant<1, 8, 1>(), variant<1, 9, 1>(),  variant<1, 16, 1>(), variant<2, 8, 1>(),
-      variant<2, 9, 1>(), variant<2, 16, 1>(), variant<3, 8, 1>(),  variant<1, 8, 2>(),
-      variant<1, 9, 2>(), variant<1, 16, 2>(), variant<2, 8, 2>(),  variant<2, 9, 2>(),
-      variant<3, 8, 2>(),
+      variant<Source, 1, 8, 1>(),  variant<Source, 1, 9, 1>(), variant<Source, 1, 16, 1>(),
+      variant<Source, 2, 8, 1>(),  variant<Source, 2, 9, 1>(), variant<Source, 2, 16, 1>(),
+      variant<Source, 3, 8, 1>(),  variant<Source, 1, 8, 2>(), variant<Source, 1, 9, 2>(),
+      variant<Source, 1, 16, 2>(), variant<Source, 2, 8, 2>(), variant<Source, 2, 9, 2>(),
+      variant<Source, 3, 8, 2>(),
   };
   for (const Variant& v : kVariants) {
     if (v.query_groups == query_groups && v.tiles == tiles && v.source_groups == source_groups) {
@@ -47,7 +50,7 @@ std::span<const int> tile_choices(int query_groups, int source_groups) {
 
 }  // namespace
 
-Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim) {
+Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, int64_t scale_columns) {
   if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
       too_narrow(num_sources, num_queries)) {
     return {};
@@ -55,9 +58,11 @@ Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim) {
   AttendParams sizes = {};
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
-  Plan plan = choose_plan(
-      dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
-      sizes.extents(), num_sources + num_queries, /*most_slots=*/3, {.stages = 3, .slots = 1});
+  set_narrow(sizes, scale_columns);
+  Plan plan =
+      choose_plan(dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
+                  sizes.extents(), num_sources * source_bytes(scale_columns) + num_queries * 2,
+                  /*most_slots=*/3, {.stages = 3, .slots = 1});
   plan.store_hint = CacheHint::kEvictLast;  // 0.3 % at N, S, D of 4, 8, 2048 and 8, 24, 7168
   return plan;
 }
@@ -65,10 +70,11 @@ Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim) {
 bool serves(const AttendArgs& args, int major, int minor) {
   const int64_t dim = args.sources[0].cols;
   return major == 9 && minor == 0 && args.queries.cols == dim && !args.probs.present() &&
-         rows_can_be_copied<ConstMatrix>(args.sources, DType::kBFloat16) &&
+         sources_can_be_copied(args.sources, args.source_scales) &&
          rows_can_be_copied<Matrix>(args.out, DType::kBFloat16) &&
-         choose_attend(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim).columns >
-             0;
+         choose_attend(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim,
+                       scale_columns(args.source_scales, dim))
+                 .columns > 0;
 }
 
 int64_t attend_workspace_bytes(const AttendArgs&) { return kCounterBytes; }
@@ -85,12 +91,15 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
 
   AttendParams params = {};
   for (int64_t n = 0; n < N; ++n) {
-    params.sources.data[n] = static_cast<const Bf16*>(args.sources[n].data);
-    params.sources.stride[n] = args.sources[n].stride;
+    params.sources.set(n, args.sources[n]);
+  }
+  const int64_t columns_of_scale = scale_columns(args.source_scales, D);
+  set_narrow(params, columns_of_scale);
+  for (size_t n = 0; n < args.source_scales.size(); ++n) {
+    params.scales.set(static_cast<int64_t>(n), args.source_scales[n]);
   }
   for (int64_t s = 0; s < S; ++s) {
-    params.out.data[s] = static_cast<const Bf16*>(args.out[s].data);
-    params.out.stride[s] = args.out[s].stride;
+    params.out.set(s, args.out[s]);
   }
   params.queries = static_cast<const float*>(args.queries.data);
   params.lse = static_cast<float*>(args.lse.data);
@@ -107,10 +116,11 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   params.dim = static_cast<int>(D);
   params.scale = static_cast<float>(args.scale);
   params.eps = static_cast<float>(args.eps);
-  params.plan = other_plan != nullptr ? *other_plan : choose_attend(N, S, D);
+  params.plan = other_plan != nullptr ? *other_plan : choose_attend(N, S, D, columns_of_scale);
   params.map = shared_map(params.plan, params.extents());
 
-  const void* const kernel = find_kernel(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
+  const auto find = params.narrow ? find_kernel<Fp8> : find_kernel<Bf16>;
+  const void* const kernel = find(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
   share_out(call, kernel, params.map.bytes, T, params.plan);
   if (params.plan.window > 0) {
     call.zero(params.issued, sizeof(int));

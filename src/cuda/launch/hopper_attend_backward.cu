@@ -15,21 +15,23 @@ struct Variant {
   const void* kernel;
 };
 
-template <class Gradient, int kQueryGroups, int kTiles, int kSourceGroups>
+template <class Source, class Gradient, int kQueryGroups, int kTiles, int kSourceGroups>
 Variant variant() {
   return {kQueryGroups, kTiles, kSourceGroups,
           reinterpret_cast<const void*>(
-              &attend_backward_kernel<kQueryGroups, kTiles, kSourceGroups, Gradient>)};
+              &attend_backward_kernel<kQueryGroups, kTiles, kSourceGroups, Source, Gradient>)};
 }
 
-template <class Gradient>
+template <class Source, class Gradient>
 const void* find_kernel(int query_groups, int tiles, int source_groups) {
   static const Variant kVariants[] = {
-      variant<Gradient, 1, 8, 1>(),  variant<Gradient, 1, 9, 1>(), variant<Gradient, 1, 16, 1>(),
-      variant<Gradient, 2, 8, 1>(),  variant<Gradient, 2, 9, 1>(), variant<Gradient, 3, 7, 1>(),
-      variant<Gradient, 3, 8, 1>(),  variant<Gradient, 1, 8, 2>(), variant<Gradient, 1, 9, 2>(),
-      variant<Gradient, 1, 16, 2>(), variant<Gradient, 2, 8, 2>(), variant<Gradient, 2, 9, 2>(),
-      variant<Gradient, 3, 7, 2>(),
+      variant<Source, Gradient, 1, 8, 1>(),  variant<Source, Gradient, 1, 9, 1>(),
+      variant<Source, Gradient, 1, 16, 1>(), variant<Source, Gradient, 2, 8, 1>(),
+      variant<Source, Gradient, 2, 9, 1>(),  variant<Source, Gradient, 3, 7, 1>(),
+      variant<Source, Gradient, 3, 8, 1>(),  variant<Source, Gradient, 1, 8, 2>(),
+      variant<Source, Gradient, 1, 9, 2>(),  variant<Source, Gradient, 1, 16, 2>(),
+      variant<Source, Gradient, 2, 8, 2>(),  variant<Source, Gradient, 2, 9, 2>(),
+      variant<Source, Gradient, 3, 7, 2>(),
   };
   for (const Variant& v : kVariants) {
     if (v.query_groups == query_groups && v.tiles == tiles && v.source_groups == source_groups) {
@@ -66,14 +68,16 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
 
   AttendBackwardParams<Gradient> params = {};
   for (int64_t n = 0; n < N; ++n) {
-    params.inputs.data[n] = static_cast<const Bf16*>(args.sources[n].data);
-    params.inputs.stride[n] = args.sources[n].stride;
+    params.inputs.set(n, args.sources[n]);
     params.dsources[n] = static_cast<Gradient*>(args.dsources[n].data);
     params.dsources_stride[n] = args.dsources[n].stride;
   }
+  set_narrow(params, scale_columns(args.source_scales, D));
+  for (size_t n = 0; n < args.source_scales.size(); ++n) {
+    params.scales.set(static_cast<int64_t>(n), args.source_scales[n]);
+  }
   for (int64_t s = 0; s < S; ++s) {
-    params.inputs.data[N + s] = static_cast<const Bf16*>(args.dout[s].data);
-    params.inputs.stride[N + s] = args.dout[s].stride;
+    params.inputs.set(N + s, args.dout[s]);
   }
   const auto floats = [](const ConstMatrix& matrix) {
     return static_cast<const float*>(matrix.data);
@@ -101,8 +105,8 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
   params.plan = plan;
   params.map = shared_map(params.plan, params.extents());
 
-  const void* const kernel =
-      find_kernel<Gradient>(groups_of_eight(S), plan.tiles, groups_of_eight(N));
+  const auto find = params.narrow ? find_kernel<Fp8, Gradient> : find_kernel<Bf16, Gradient>;
+  const void* const kernel = find(groups_of_eight(S), plan.tiles, groups_of_eight(N));
   share_out(call, kernel, params.map.bytes, T, params.plan);
   if (params.plan.window > 0) {
     call.zero(params.issued, sizeof(int));
@@ -117,7 +121,7 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
 }  // namespace
 
 Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t dim,
-                            int64_t gradient_bytes) {
+                            int64_t gradient_bytes, int64_t scale_columns) {
   if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
       too_narrow(num_sources, num_queries)) {
     return {};
@@ -125,12 +129,14 @@ Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t di
   AttendBackwardParams<Bf16> sizes = {};
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
+  set_narrow(sizes, scale_columns);
   Extents extents = sizes.extents();
   extents.result_bytes = static_cast<int>(gradient_bytes);
   // One slot costs 5 to 20 %: the next step's gradients cannot come in while this one's go out.
-  Plan plan = choose_plan(
-      dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)), extents,
-      3 * num_sources + num_queries, /*most_slots=*/2, {.stages = 3, .slots = 2});
+  Plan plan =
+      choose_plan(dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
+                  extents, num_sources * (source_bytes(scale_columns) + 4) + num_queries * 2,
+                  /*most_slots=*/2, {.stages = 3, .slots = 2});
   if (plan.cluster == 1 && plan.columns > 1024 && num_sources <= 3) {
     plan.window = 0;  // 2 to 3 % faster without at D = 2048, N = 2 and 3; N = 4 is 1 to 2 % slower
   }
@@ -145,11 +151,11 @@ bool serves(const AttendBackwardArgs& args, int major, int minor) {
   }
   const DType gradient = args.dsources[0].dtype;
   return (gradient == DType::kBFloat16 || gradient == DType::kFloat32) &&
-         rows_can_be_copied<ConstMatrix>(args.sources, DType::kBFloat16) &&
+         sources_can_be_copied(args.sources, args.source_scales) &&
          rows_can_be_copied<ConstMatrix>(args.dout, DType::kBFloat16) &&
          rows_can_be_copied<Matrix>(args.dsources, gradient) &&
          choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim,
-                                size_of(gradient))
+                                size_of(gradient), scale_columns(args.source_scales, dim))
                  .columns > 0;
 }
 
@@ -158,9 +164,9 @@ int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args) {
       args.queries.rows > kQueriesMax) {
     return 0;
   }
-  const Plan plan =
-      choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows,
-                             args.sources[0].cols, size_of(args.dsources[0].dtype));
+  const Plan plan = choose_attend_backward(
+      static_cast<int64_t>(args.sources.size()), args.queries.rows, args.sources[0].cols,
+      size_of(args.dsources[0].dtype), scale_columns(args.source_scales, args.sources[0].cols));
   if (plan.columns == 0) {
     return 0;
   }
@@ -177,7 +183,8 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context,
       other_plan != nullptr
           ? *other_plan
           : choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows,
-                                   args.sources[0].cols, gradient_bytes);
+                                   args.sources[0].cols, gradient_bytes,
+                                   scale_columns(args.source_scales, args.sources[0].cols));
   return gradient_bytes == 2 ? run<Bf16>(args, context, plan) : run<float>(args, context, plan);
 }
 

@@ -55,23 +55,24 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rin
 }
 
 /// Chooses how a call is split. `tile_choices`: the kernels there are, by 16-column tiles of a
-/// warp; `token_rows`: rows that a token moves; `wanted`: rings that run at full speed.
+/// warp; `column_bytes`: that a token moves a column; `wanted`: rings that run at full speed.
 ///
 /// Fewer CTAs a cluster come first, as long as the wanted rings fit: a step is then longer, and
 /// with it the time in which the exchange between CTAs can hide (about 1 us). Steps that would
 /// still be shorter than that take several tokens. Where the wanted rings fit nowhere, two stages
 /// and one slot will do.
 inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Extents& extents,
-                        int64_t token_rows, int most_slots, Rings wanted) {
+                        int64_t column_bytes, int most_slots, Rings wanted) {
   // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us.
   constexpr int64_t kStepBytes = 32 * 1024;
+  const int64_t columns_of_16_bytes = extents.narrow_rows > 0 ? 16 : 8;
   for (const Rings least : {wanted, Rings{2, 1}}) {
     for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
       std::optional<Plan> best;
       for (const int tiles : tile_choices) {
         Plan plan;
         plan.cluster = cluster;
-        plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), 8));
+        plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), columns_of_16_bytes));
         plan.tiles = tiles;
         plan.warps = static_cast<int>(ceil_div(plan.columns, 16 * tiles));
         const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
@@ -79,7 +80,7 @@ inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Ex
             !choose_rings(plan, extents, most_slots, least)) {
           continue;
         }
-        while (plan.batch < kBatchMax && token_rows * plan.columns * 2 * plan.batch < kStepBytes) {
+        while (plan.batch < kBatchMax && column_bytes * plan.columns * plan.batch < kStepBytes) {
           Plan larger = plan;
           larger.batch *= 2;
           if (!choose_rings(larger, extents, most_slots, wanted)) {
@@ -122,6 +123,27 @@ bool rows_can_be_copied(std::span<const MatrixType> rows, DType dtype) {
            reinterpret_cast<uintptr_t>(matrix.data) % kAlignment == 0 &&
            (matrix.rows <= 1 || stride_bytes % static_cast<int64_t>(kAlignment) == 0);
   });
+}
+
+/// Columns that share a scale of quantised sources; 0: none do.
+inline int64_t scale_columns(std::span<const ConstMatrix> scales, int64_t dim) {
+  return scales.empty() ? 0 : scales[0].cols == 1 && dim > kScaleGroup ? dim : kScaleGroup;
+}
+
+/// Bytes of an element of a source.
+inline int64_t source_bytes(int64_t columns_of_scale) { return columns_of_scale > 0 ? 1 : 2; }
+
+/// Tells parameters of phase 1 whether their sources are float8, and how they are scaled.
+template <class Params>
+void set_narrow(Params& params, int64_t columns_of_scale) {
+  params.narrow = columns_of_scale > 0;
+  params.scales.set_columns(columns_of_scale);
+}
+
+/// Whether every source is bfloat16, or float8 with scales, and may be copied in bulk.
+inline bool sources_can_be_copied(std::span<const ConstMatrix> sources,
+                                  std::span<const ConstMatrix> scales) {
+  return rows_can_be_copied(sources, scales.empty() ? DType::kBFloat16 : DType::kFloat8E4M3);
 }
 
 /// Launches `clusters` clusters of `plan.cluster` CTAs.
