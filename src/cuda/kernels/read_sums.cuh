@@ -151,7 +151,8 @@ __device__ __forceinline__ void store_statistics(const Params& p, int64_t t, int
 /// Sum of one number for each segment, in every lane.
 __device__ __forceinline__ float sum_of_segments(const float* sums, unsigned segments, int lane) {
   float sum = 0.0f;
-  for (unsigned g = lane; g < segments; g += kWarp) {
+#pragma unroll 1
+  for (unsigned g = lane; g < segments; g += kWarp) {  // once, for up to 8192 columns
     sum += sums[g];
   }
   return sum_over_parts<kWarp>(sum);
