@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
       share(norm_sums + own, sum, norm_mail, lane % kGroup, kGroup);
     }
     wait_for_sums(norm_mail);
-    const float square = sum_of_segments(norm_sums, segments, lane);
+    const float square = sum_of_segments<1>(norm_sums, segments, lane);
     const float inv_rms_mix = rsqrtf(square * p.inv_dim + p.norm_eps);
     if (threadIdx.x == 0 && rank == 0 && p.mix_inv_rms.present()) {
       p.mix_inv_rms.at(0, t) = inv_rms_mix;

@@ -152,11 +152,12 @@ __device__ __forceinline__ void store_statistics(const Params& p, int64_t t, int
   }
 }
 
-/// Sum of one number for each segment, in every lane.
+/// Sum of one number for each segment, in every lane. Up to 8192 columns are one round of the loop.
+template <int kUnroll = 4>
 __device__ __forceinline__ float sum_of_segments(const float* sums, unsigned segments, int lane) {
   float sum = 0.0f;
-#pragma unroll 1
-  for (unsigned g = lane; g < segments; g += kWarp) {  // once, for up to 8192 columns
+#pragma unroll kUnroll
+  for (unsigned g = lane; g < segments; g += kWarp) {
     sum += sums[g];
   }
   return sum_over_parts<kWarp>(sum);
