@@ -158,13 +158,14 @@ struct ReadRowsForm {
   constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
 };
 
-/// The forms for rows of one 16-bit type, by number of terms. The rows in registers are what a
-/// multiprocessor has under way, of which it needs some 40 KB to keep the memory busy, and blocks
-/// must be several, so that some load while others sum and store. With all blocks resident, these
-/// hold 64, 112, 96, 128, 120, 120, 144 and 192 KB.
+/// The forms for rows of one 16-bit type, by number of terms, two chunks a thread before one. The
+/// rows in registers are what a multiprocessor has under way, of which it needs some 40 KB to keep
+/// the memory busy. Two blocks at least, so that one loads while the other sums and stores; more
+/// but smaller ones, of clusters, are no faster.
 inline constexpr ReadRowsForm kReadRowsHalf[] = {
-    {2, 2, 64, 2, 1},  {4, 2, 72, 2, 3},   {6, 1, 64, 4, 1},    {8, 1, 64, 4, 7},
-    {10, 1, 80, 3, 9}, {12, 1, 96, 4, 11}, {18, 1, 128, 4, 13}, {32, 1, 168, 3, 19},
+    {2, 2, 64, 2, 1},    {2, 1, 64, 2, 1},    {4, 2, 80, 2, 3},  {4, 1, 72, 2, 3},
+    {6, 1, 64, 2, 5},    {8, 1, 64, 2, 7},    {10, 1, 72, 2, 9}, {12, 1, 96, 2, 11},
+    {18, 1, 128, 4, 13}, {32, 1, 168, 3, 19},
 };
 
 /// The forms for float32 and mixed rows, which take 32 bytes a chunk.
@@ -178,10 +179,10 @@ constexpr std::span<const ReadRowsForm> read_rows_forms(bool half) {
               : std::span<const ReadRowsForm>(kReadRowsAny);
 }
 
-/// The form with room for exactly `terms`.
-constexpr ReadRowsForm read_rows_form(bool half, int terms) {
+/// The form with room for exactly `terms` and `chunks`.
+constexpr ReadRowsForm read_rows_form(bool half, int terms, int chunks) {
   for (const ReadRowsForm& form : read_rows_forms(half)) {
-    if (form.terms == terms) {
+    if (form.terms == terms && form.chunks == chunks) {
       return form;
     }
   }
@@ -191,6 +192,7 @@ constexpr ReadRowsForm read_rows_form(bool half, int terms) {
 /// How `read` runs with a token's rows in registers.
 struct ReadRowsPolicy {
   int terms;    // of the kernel's form; 0: none serves the call
+  int chunks;   // likewise
   int cluster;  // blocks that share a token's columns
   int threads;  // of a token in one block
   int tokens;   // of a block
@@ -198,48 +200,49 @@ struct ReadRowsPolicy {
   bool operator==(const ReadRowsPolicy&) const = default;
 };
 
-/// Calls of so few tokens leave most multiprocessors idle: what counts is the work of one thread.
-inline constexpr int64_t kReadFewTokens = 32;
+/// Calls of so few tokens leave multiprocessors idle: what counts is the work of one thread, which
+/// has one chunk of each row.
+inline constexpr int64_t kReadFewTokens = 128;
+
+/// So few are split further, over as many blocks of four warps as a cluster may have. At D = 7168
+/// an advance of 16 tokens then takes 2.6 us instead of 3.0; with 64 tokens it would take 4.6
+/// instead of 3.7.
+inline constexpr int64_t kReadThinTokens = 32;
 
 /// Takes the form with the fewest terms that has room, and splits a token over the fewest blocks
-/// that let the multiprocessor hold as many as the form wants. Few `tokens` are spread more thinly:
-/// one chunk a thread, blocks of 256 threads at most. At D = 7168 an advance of one token then
-/// takes 3.8 us instead of 4.8, of 16 tokens 4.5 instead of 5.0; with 64 tokens there is no
-/// difference. The choice never shows in the results: sums over D have one order.
+/// that let the multiprocessor hold as many as the form wants, or over more where tokens are few.
+/// The choice never shows in the results: sums over D have one order.
 constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters,
                                           int64_t tokens) {
   constexpr int64_t kSegment = 256;  // columns of a warp and chunk
   constexpr int kMaxCluster = 8;     // that every device with clusters has
-  constexpr int64_t kThinThreads = 256;
   // Narrow tokens share a block: a multiprocessor has room for 32 blocks.
   constexpr int64_t kMinThreads = 128;
-  const bool thin = clusters && tokens <= kReadFewTokens;
+  const bool few = clusters && tokens <= kReadFewTokens;
+  const bool thin = clusters && tokens <= kReadThinTokens;
+  const int most = clusters ? kMaxCluster : 1;
   for (const ReadRowsForm& form : read_rows_forms(half)) {
-    if (form.terms < terms || (thin && form.chunks > 1)) {
+    if (form.terms < terms || (few && form.chunks > 1)) {
       continue;
     }
-    const int most = clusters ? kMaxCluster : 1;
-    for (int cluster = 1; cluster <= most; cluster *= 2) {
-      const int64_t threads = ceil_div(dim, kSegment * form.chunks * cluster) * 32;
-      int64_t limit = cluster < most ? form.max_threads() / form.blocks : form.max_threads();
-      if (thin && cluster < most) {
-        limit = std::min(limit, kThinThreads);
-      }
-      if (threads <= limit) {
-        const int64_t shared = cluster == 1 ? std::max<int64_t>(kMinThreads / threads, 1) : 1;
-        return {form.terms, cluster, static_cast<int>(threads), static_cast<int>(shared)};
-      }
+    const auto threads = [&](int cluster) {
+      return ceil_div(dim, kSegment * form.chunks * cluster) * 32;
+    };
+    int cluster = 1;
+    while (cluster < most && (threads(cluster) > form.max_threads() / form.blocks ||
+                              (thin && threads(2 * cluster) >= kMinThreads))) {
+      cluster *= 2;
+    }
+    if (threads(cluster) <= form.max_threads()) {
+      const int64_t shared = cluster == 1 ? std::max<int64_t>(kMinThreads / threads(1), 1) : 1;
+      return {form.terms, form.chunks, cluster, static_cast<int>(threads(cluster)),
+              static_cast<int>(shared)};
     }
     break;  // a form with more terms has no more threads
   }
-  // Too wide to be spread thinly: not for two chunks a thread.
-  return thin ? choose_read_rows(half, terms, dim, clusters, kReadFewTokens + 1) : ReadRowsPolicy{};
+  // Too wide for one chunk a thread: not for two.
+  return few ? choose_read_rows(half, terms, dim, clusters, kReadFewTokens + 1) : ReadRowsPolicy{};
 }
-
-/// Whether a `read` of so many blocks should begin while the grid before it ends. The blocks that
-/// then wait take time from those that run: between 33 and 255 of them, some 0.3 us, as much as
-/// others gain.
-constexpr bool read_overlaps(int64_t blocks) { return blocks <= 32 || blocks >= 256; }
 
 /// Where the kernel with a ring in shared memory (hopper_read.cuh) reads many tokens faster than
 /// the one with rows in registers, by more than a hundredth of the copy's rate: 'x'. Measured on an

@@ -17,15 +17,19 @@ constexpr int64_t kSegment = 256;
 TEST(ReadRows, RegistersOfAMultiprocessorHoldTheBlocksOfEachForm) {
   for (const bool half : {false, true}) {
     int terms = 0;
+    int chunks = 0;
     for (const ReadRowsForm& form : read_rows_forms(half)) {
-      EXPECT_GT(form.terms, terms) << "forms are listed by terms";
+      EXPECT_TRUE(form.terms > terms || (form.terms == terms && form.chunks < chunks))
+          << "forms are listed by terms, those with more chunks first";
       terms = form.terms;
+      chunks = form.chunks;
       EXPECT_LE(form.max_threads(), 1024);
       EXPECT_LE(form.max_threads() * form.registers, 65536);
       EXPECT_GE(form.max_threads() / form.blocks, 96);
-      EXPECT_EQ(read_rows_form(half, form.terms).registers, form.registers);
+      EXPECT_EQ(read_rows_form(half, form.terms, form.chunks).registers, form.registers);
       EXPECT_LE(form.least_terms, form.terms);
     }
+    EXPECT_EQ(chunks, 1) << "few tokens have one chunk a thread";
     EXPECT_LE(terms, kReadRowsMaxTerms);
   }
 }
@@ -35,7 +39,8 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
     for (const bool clusters : {false, true}) {
       for (int64_t terms = 1; terms <= 40; ++terms) {
         for (int64_t dim = 8; dim <= 32768; dim += dim < 4096 ? 8 : 1016) {
-          for (const int64_t tokens : {int64_t{1}, kReadFewTokens, kReadFewTokens + 1}) {
+          for (const int64_t tokens : {int64_t{1}, kReadThinTokens, kReadThinTokens + 1,
+                                       kReadFewTokens, kReadFewTokens + 1}) {
             const ReadRowsPolicy policy = choose_read_rows(half, terms, dim, clusters, tokens);
             if (policy.terms == 0) {
               EXPECT_TRUE(terms > read_rows_forms(half).back().terms || dim > 3072)
@@ -43,7 +48,7 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
               continue;
             }
             SCOPED_TRACE(testing::Message() << "K=" << terms << " D=" << dim << " half=" << half);
-            const ReadRowsForm form = read_rows_form(half, policy.terms);
+            const ReadRowsForm form = read_rows_form(half, policy.terms, policy.chunks);
             const int64_t per_block = int64_t{policy.threads} / 32 * form.chunks * kSegment;
             ASSERT_GE(policy.terms, terms);
             ASSERT_EQ(policy.threads % 32, 0);
@@ -62,15 +67,20 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
 }
 
 TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
-  EXPECT_EQ(choose_read_rows(true, 4, 2048, true, 8192), (ReadRowsPolicy{4, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 8192), (ReadRowsPolicy{2, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 8, 7168, true, 8192), (ReadRowsPolicy{8, 4, 224, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 8192), (ReadRowsPolicy{2, 1, 448, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 256, true, 8192), (ReadRowsPolicy{2, 1, 32, 4}));
-  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 1), (ReadRowsPolicy{6, 4, 224, 1}));
+  EXPECT_EQ(choose_read_rows(true, 4, 2048, true, 8192), (ReadRowsPolicy{4, 2, 1, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 8192), (ReadRowsPolicy{2, 2, 1, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 8, 7168, true, 8192), (ReadRowsPolicy{8, 1, 2, 448, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 8192), (ReadRowsPolicy{2, 2, 1, 448, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 256, true, 8192), (ReadRowsPolicy{2, 2, 1, 32, 4}));
+  EXPECT_EQ(choose_read_rows(true, 9, 7168, true, 128), (ReadRowsPolicy{10, 1, 2, 448, 1}));
+  // Few tokens are split thinly, but not into blocks of fewer than four warps.
+  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 1), (ReadRowsPolicy{2, 1, 8, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 9, 7168, true, 32), (ReadRowsPolicy{10, 1, 8, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 1), (ReadRowsPolicy{2, 1, 2, 128, 1}));
+  EXPECT_EQ(choose_read_rows(true, 2, 256, true, 1), (ReadRowsPolicy{2, 1, 1, 32, 4}));
   // Whether rows in registers serve a token does not depend on how many there are.
   EXPECT_EQ(choose_read_rows(true, 2, 100000, true, 1),
-            choose_read_rows(true, 2, 100000, true, 99));
+            choose_read_rows(true, 2, 100000, true, 999));
 }
 
 TEST(HopperRead, APlanHasRoomForItsTokens) {

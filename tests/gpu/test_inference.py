@@ -337,7 +337,7 @@ def test_prepared_site_in_a_graph() -> None:
     assert torch.equal(blocks[:, 6], total)
 
 
-@pytest.mark.parametrize("T", [1, 16, 700])
+@pytest.mark.parametrize("T", [1, 16, 128, 700])
 @pytest.mark.parametrize("D", [2048, 7168])
 def test_reads_that_overlap_wait_for_what_they_need(T: int, D: int) -> None:
     """A chain of reads, each of what the one before wrote, behind a copy and before another: reads

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(
     reason="no shared library: build with BUILD_SHARED_LIBS=ON or set FLASH_ATTN_RES_LIBRARY",
 )
 
-FEW = (1, 30, 100)  # tokens of slices, in turn; the ring begins at four a multiprocessor
+# Tokens of slices, in turn: thinly split up to 32, one chunk a thread up to 128, else as many have
+# them. The ring begins at four a multiprocessor.
+FEW = (1, 30, 100, 200)
 
 
 @dataclasses.dataclass(frozen=True)

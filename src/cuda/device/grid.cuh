@@ -7,6 +7,15 @@
 
 namespace flash_attn_res::cuda {
 
+/// Whether there is anything between a block's beginning and the end of the grid before it.
+__device__ constexpr bool grids_overlap() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
 /// From here on the next grid's blocks may take the place that this grid leaves. They see none of
 /// its results before they have waited for its end, wherever this is called.
 __device__ __forceinline__ void begin_next_grid() {

@@ -28,6 +28,25 @@ __device__ __forceinline__ uint4 load_once(const char* address) {
   return bits;
 }
 
+/// Bytes of a chunk of a row.
+template <class T>
+__device__ __forceinline__ unsigned row_chunk_bytes(const RowRef&) {
+  return kChunk * sizeof(T);
+}
+
+template <>
+__device__ __forceinline__ unsigned row_chunk_bytes<AnyAligned>(const RowRef& row) {
+  return row.dtype == DType::kFloat32 ? 32 : 16;
+}
+
+/// Asks for a chunk to be brought into L2. Nothing is read: this may come before the wait for the
+/// grid that still writes the row, since what it writes goes through L2 as well.
+template <class T>
+__device__ __forceinline__ void prefetch_row_chunk(const RowRef& row, unsigned chunk) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(row.data + static_cast<uint64_t>(chunk) *
+                                                               row_chunk_bytes<T>(row)));
+}
+
 /// Chunk `chunk` of a row, as stored.
 template <class T>
 __device__ __forceinline__ Packed<T> load_row_chunk(const RowRef& row, unsigned chunk) {

@@ -18,12 +18,20 @@
 // multiprocessor that some load while others compute. Columns are dealt out in segments, one a warp
 // and chunk: segment (rank * kChunks + c) * warps + warp. Below sm_90 there is one rank.
 //
-//   load rows -> partial' -> sums of this block -> barrier -> softmax, in every warp
-//             -> mixture  -> its square         -> barrier -> norm, x
-//                         -> its largest value  -> barrier -> x       with one scale a token
+//   prefetch to L2 -> the grid before has ended
+//   load rows, u -> partial' -> sums of this block -> barrier -> softmax, in every warp
+//   load g       -> mixture  -> its square         -> barrier -> norm, x
+//                            -> its largest value  -> barrier -> x       with one scale a token
+//
+// A lone token takes as long as its dependent steps and the instructions of one warp: addresses are
+// ready before the grid may begin, loads are issued together, and sums of whole keys have no
+// branches, so that those of several terms are under way at once.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_ROWS_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_ROWS_CUH_
+
+#include <cstdint>
+#include <utility>
 
 #include "cuda/device/chunk.cuh"
 #include "cuda/device/cluster.cuh"
@@ -37,9 +45,9 @@
 
 namespace flash_attn_res::cuda {
 
-template <class T, int kTerms>
+template <class T, int kTerms, int kChunks>
 inline constexpr ReadRowsForm kReadRowsForm =
-    read_rows_form(/*half=*/sizeof(Packed<T>) == 16, kTerms);
+    read_rows_form(/*half=*/sizeof(Packed<T>) == 16, kTerms, kChunks);
 
 /// Shared memory of one token: sums of all its segments, also those of other blocks.
 struct ReadRowsLayout {
@@ -66,10 +74,9 @@ __device__ __forceinline__ uint32_t largest_bits(const Chunk& c) {
   return largest;
 }
 
-template <class T, int kTerms, bool kQuantized>
-__global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
+template <class T, int kTerms, int kChunks, bool kQuantized>
+__global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads())
     read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
-  constexpr int kChunks = kReadRowsForm<T, kTerms>.chunks;
   constexpr unsigned kLanes = kWarp;
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   const unsigned ranks = cluster_size();
@@ -78,7 +85,6 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
   if (t >= p.tokens) {
     return;  // the barriers count the others
   }
-  begin_next_grid();
   const int K = p.num_terms;
   const unsigned chunks = static_cast<unsigned>(p.dim) / kChunk;
   const unsigned segments = (chunks + kLanes - 1) / kLanes;
@@ -98,14 +104,15 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
     }
     cluster_arrive();
   }
-  const auto share = [&](float* place, float sum, Mailbox& mail) {
-    if (ranks == 1) {
-      *place = sum;
-    } else {
+  // `copies` lanes have the same sum, this one as number `copy`: they divide the blocks.
+  const auto share = [&](float* place, float sum, Mailbox& mail, unsigned copy, unsigned copies) {
+    if (ranks > 1) {
 #pragma unroll 1
-      for (unsigned r = 0; r < ranks; ++r) {
+      for (unsigned r = copy; r < ranks; r += copies) {
         mail.send(place, sum, r);
       }
+    } else if (copy == 0) {
+      *place = sum;
     }
   };
   const auto wait_for_sums = [&](Mailbox& mail) {
@@ -122,55 +129,117 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
     chunk[c] = (rank * kChunks + c) * blockDim.x + threadIdx.x;
   }
 
-  // Where the rows are is in the cache of constants by the time that the grid before this one ends.
-#pragma unroll
-  for (int s = 0; s < kTerms; ++s) {
-    asm volatile("" ::"l"(p.rows.data[s]), "l"(p.rows.stride_bytes[s]));
-  }
-  wait_for_previous_grid();
-
   // Registers have no index: slot s holds term s, but the last slot always the last term.
   constexpr int kLast = kTerms - 1;
-  const auto in_use = [&](int s) { return s < K - 1 || s == kLast; };
+  constexpr int kAlways = kReadRowsForm<T, kTerms, kChunks>.least_terms - 1;
+  const auto in_use = [&](int s) { return s < kAlways || s < K - 1 || s == kLast; };
   const auto term_of = [&](int s) { return s == kLast ? K - 1 : s; };
-  Packed<T> slots[kTerms][kChunks];
+  const int num_updates = p.num_rows - K;
+  // This thread's first chunk of a row; its others follow blockDim.x chunks apart.
+  const auto own_chunks = [&](RowRef row) {
+    row.data += chunk[0] * row_chunk_bytes<T>(row);
+    return row;
+  };
+  RowRef slot_rows[kTerms];
+  RowRef update_rows[kReadRowsMaxUpdates];
 #pragma unroll
-  for (int s = kLast; s >= 0; --s) {
+  for (int s = 0; s < kTerms; ++s) {
+    slot_rows[s] = own_chunks(p.rows.row(term_of(s), t));
+  }
+#pragma unroll
+  for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
+    update_rows[e] = own_chunks(p.rows.row(K + e, t));
+  }
+  const RowRef query_row = {reinterpret_cast<char*>(p.query.data), DType::kFloat32, true};
+  const bool whole_key = p.key_begin == 0 && p.query_aligned;
+
+  // What memory must fetch is on its way to L2 while the grid before this one ends. Blocks that
+  // begin later than that would only lose time.
+  constexpr unsigned kEarlyBlocks = 1024;
+  if (grids_overlap() && blockIdx.x < kEarlyBlocks) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (chunk[c] < chunks) {
+#pragma unroll
+        for (int s = 0; s < kTerms; ++s) {
+          if (in_use(s)) {
+            prefetch_row_chunk<T>(slot_rows[s], c * blockDim.x);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
+          if (e < num_updates) {
+            prefetch_row_chunk<T>(update_rows[e], c * blockDim.x);
+          }
+        }
+        if (whole_key && p.query.present()) {
+          prefetch_row_chunk<AnyAligned>(query_row, chunk[c]);
+        }
+        if (p.norm_weight.present()) {
+          prefetch_row_chunk<AnyAligned>(p.norm_weight.row(0), chunk[c]);
+        }
+      }
+    }
+  }
+  wait_for_previous_grid();
+  begin_next_grid();  // not before: grids that wait in line take time from the one that runs
+
+  // The new partial sum's rows, then terms in the order of their sums, which begin while the last
+  // rows are on their way.
+  Packed<T> slots[kTerms][kChunks];
+  const auto load_slot = [&](int s) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       slots[s][c] = {};
       if (in_use(s) && chunk[c] < chunks) {
-        slots[s][c] = load_row_chunk<T>(p.rows.row(term_of(s), t), chunk[c]);
+        slots[s][c] = load_row_chunk<T>(slot_rows[s], c * blockDim.x);
       }
     }
-  }
-  const float phase1_lse = p.first_key > 0 ? p.phase1_lse.at(0, t) : 0.0f;
-
-  const bool new_partial = p.partial_out.present();
-  const auto dtype_of = [&](int s) {
-    return s == kLast && new_partial ? p.partial_out.dtype
-                                     : static_cast<DType>(p.rows.dtype[term_of(s)]);
   };
+  const bool new_partial = p.partial_out.present();
+  load_slot(kLast);
+  Packed<T> updates[kReadRowsMaxUpdates][kChunks];
   if (new_partial) {
-    const int num_updates = p.num_rows - K;
-    Packed<T> updates[kReadRowsMaxUpdates][kChunks];
 #pragma unroll
     for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
+        updates[e][c] = {};
         if (e < num_updates && chunk[c] < chunks) {
-          updates[e][c] = load_row_chunk<T>(p.rows.row(K + e, t), chunk[c]);
+          updates[e][c] = load_row_chunk<T>(update_rows[e], c * blockDim.x);
         }
       }
     }
+  }
+#pragma unroll
+  for (int s = 0; s < kLast; ++s) {
+    load_slot(s);
+  }
+  Chunk u[kChunks];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int col = static_cast<int>(chunk[c]) * kChunk;
+    const bool in_key = chunk[c] < chunks && col + kChunk > p.key_begin;
+    u[c] = zero_chunk();
+    if (in_key && p.query.present()) {
+      u[c] = whole_key ? load_shared_chunk(query_row, chunk[c])
+                       : load_query_chunk(p.query, col, p.key_begin, p.query_aligned);
+    }
+  }
+
+  const auto dtype_in = [&](int row) { return static_cast<DType>(p.rows.dtype[row]); };
+  const auto dtype_of = [&](int s) {
+    return s == kLast && new_partial ? p.partial_out.dtype : dtype_in(term_of(s));
+  };
+  if (new_partial) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (chunk[c] < chunks) {
-        Chunk sum = unpack_row_chunk<T>(slots[kLast][c], static_cast<DType>(p.rows.dtype[K - 1]));
+        Chunk sum = unpack_row_chunk<T>(slots[kLast][c], dtype_in(K - 1));
 #pragma unroll
         for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
           if (e < num_updates) {
-            add(sum, unpack_row_chunk<T>(updates[e][c], static_cast<DType>(p.rows.dtype[K + e])));
+            add(sum, unpack_row_chunk<T>(updates[e][c], dtype_in(K + e)));
           }
         }
         slots[kLast][c] = pack_row_chunk<T>(sum, p.partial_out.dtype);
@@ -185,47 +254,67 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
     cluster_wait();  // every mailbox is open
   }
 
-  // |k_j|^2 and <u, k_j> of each of this warp's segments.
-  using Sums = PairSums<kTerms>;
+  // |k_j|^2 and <u, k_j> of each of this warp's segments, up to eight terms at once.
+  const auto sum_terms = [&]<int kFirst, bool kWholeKey>() {
+    using Sums = PairSums<(kTerms - kFirst < 8 ? kTerms - kFirst : 8)>;
+    constexpr unsigned kCopies = 8 / Sums::kPairs;
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int col = static_cast<int>(chunk[c]) * kChunk;
-    const bool in_key = chunk[c] < chunks && col + kChunk > p.key_begin;
-    const Chunk u = in_key && p.query.present()
-                        ? load_query_chunk(p.query, col, p.key_begin, p.query_aligned)
-                        : zero_chunk();
-#pragma unroll
-    for (int s0 = 0; s0 < kTerms; s0 += 2 * Sums::kPairs) {
+    for (int c = 0; c < kChunks; ++c) {
+      const int col = static_cast<int>(chunk[c]) * kChunk;
       Sums sums;
 #pragma unroll
       for (int i = 0; i < Sums::kPairs; ++i) {
         float pair[4] = {};  // (terms, square and dot)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int s = s0 + 2 * i + k;
-          if (s < kTerms && in_use(s) && term_of(s) >= p.first_key) {
+          const int s = kFirst + 2 * i + k;
+          if (s < kTerms && in_use(s) && (s > 0 || p.first_key == 0)) {
             Chunk key = unpack_row_chunk<T>(slots[s][c], dtype_of(s));
-            if (p.key_begin > 0) {
+            if (!kWholeKey) {
               keep_from(key, col, p.key_begin);
             }
             pair[2 * k] = dot_add(key, key, 0.0f);
-            pair[2 * k + 1] = dot_add(u, key, 0.0f);
+            pair[2 * k + 1] = dot_add(u[c], key, 0.0f);
           }
         }
         sums.set(i, pair, lane);
       }
       const float sum = sums.finish(lane);
-      const int index = 2 * s0 + Sums::index(lane);
-      if (Sums::is_owner(lane) && index < 2 * kTerms && chunk[c] / kLanes < segments) {
-        share(term_sums + chunk[c] / kLanes * 2 * kTerms + index, sum, term_mail);
+      const int index = 2 * kFirst + Sums::index(lane);
+      if (index < 2 * kTerms && chunk[c] / kLanes < segments) {
+        share(term_sums + chunk[c] / kLanes * 2 * kTerms + index, sum, term_mail,
+              static_cast<unsigned>(lane) % kCopies, kCopies);
+      }
+    }
+  };
+  const auto sum_all_terms =
+      [&]<bool kWholeKey, int... kGroup>(std::integer_sequence<int, kGroup...>) {
+        (sum_terms.template operator()<8 * kGroup, kWholeKey>(), ...);
+      };
+  using Groups = std::make_integer_sequence<int, (kTerms + 7) / 8>;
+  if (p.key_begin == 0) {
+    sum_all_terms.template operator()<true>(Groups{});
+  } else {
+    sum_all_terms.template operator()<false>(Groups{});
+  }
+
+  // On their way during the barrier.
+  const float phase1_lse = p.first_key > 0 ? p.phase1_lse.at(0, t) : 0.0f;
+  Chunk weight[kChunks];
+  if (p.norm) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      weight[c] = {{1, 1, 1, 1, 1, 1, 1, 1}};
+      if (p.norm_weight.present() && chunk[c] < chunks) {
+        weight[c] = load_shared_chunk(p.norm_weight.row(0), chunk[c]);
       }
     }
   }
   wait_for_sums(term_mail);
 
   // Every warp computes the softmax for itself: lane l has term l.
-  TermLogit own = term_logit<kReadRowsForm<T, kTerms>.least_terms, kTerms>(p, term_sums, kTerms,
-                                                                           kLast, segments, lane);
+  TermLogit own = term_logit<kReadRowsForm<T, kTerms, kChunks>.least_terms, kTerms>(
+      p, term_sums, kTerms, kLast, segments, lane);
   if (lane < p.first_key || lane >= K) {
     own = {lane < K ? phase1_lse : -INFINITY, 0.0f};
   }
@@ -260,28 +349,23 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
   }
 
   if (p.norm) {
-    Chunk weight[kChunks];  // on its way during the barrier
     float squares[kChunks];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      weight[c] = {{1, 1, 1, 1, 1, 1, 1, 1}};
-      if (p.norm_weight.present() && chunk[c] < chunks) {
-        weight[c] = load_shared_chunk(p.norm_weight.row(0), chunk[c]);
-      }
       if (p.round_mix) {
         h[c] = round_to(p.x.dtype, h[c]);
       }
       squares[c] = dot_add(h[c], h[c], 0.0f);
     }
     const float sum = warp_sum_scatter(squares);
-    // Lanes 0, 32 / kChunks, ... have the sums of the warp's segments.
-    constexpr int kGroup = kWarp / kChunks;
+    // Of each segment of the warp kGroup lanes have the sum.
+    constexpr unsigned kGroup = kLanes / kChunks;
     const unsigned own = ((rank * kChunks + lane / kGroup) * blockDim.x + threadIdx.x) / kLanes;
-    if (lane % kGroup == 0 && own < segments) {
-      share(norm_sums + own, sum, norm_mail);
+    if (own < segments) {
+      share(norm_sums + own, sum, norm_mail, lane % kGroup, kGroup);
     }
     wait_for_sums(norm_mail);
-    const float square = sum_of_segments(norm_sums, segments, lane);
+    const float square = sum_of_segments<1>(norm_sums, segments, lane);
     const float inv_rms_mix = rsqrtf(square * p.inv_dim + p.norm_eps);
     if (threadIdx.x == 0 && rank == 0 && p.mix_inv_rms.present()) {
       p.mix_inv_rms.at(0, t) = inv_rms_mix;
@@ -304,9 +388,9 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms>.max_threads())
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const uint32_t of_segment = __reduce_max_sync(kAllLanes, largest[c]);
-        if (lane == 0 && chunk[c] / kLanes < segments) {
+        if (chunk[c] / kLanes < segments) {
           share(term_sums + layout.largest() + chunk[c] / kLanes, __uint_as_float(of_segment),
-                largest_mail);
+                largest_mail, static_cast<unsigned>(lane), kLanes);
         }
       }
       wait_for_sums(largest_mail);

@@ -123,7 +123,11 @@ __device__ __forceinline__ TermLogit term_logit(const Params& p, const float* su
 /// is at least K; what lanes beyond it return means nothing.
 template <int kTerms>
 __device__ __forceinline__ float softmax_over_lanes(float logit, bool is_term) {
-  constexpr int kWidth = kTerms <= 2 ? 2 : kTerms <= 4 ? 4 : kTerms <= 8 ? 8 : kWarp;
+  constexpr int kWidth = kTerms <= 2    ? 2
+                         : kTerms <= 4  ? 4
+                         : kTerms <= 8  ? 8
+                         : kTerms <= 16 ? 16
+                                        : kWarp;
   float largest = logit;
 #pragma unroll
   for (int offset = kWidth / 2; offset > 0; offset /= 2) {
@@ -148,9 +152,11 @@ __device__ __forceinline__ void store_statistics(const Params& p, int64_t t, int
   }
 }
 
-/// Sum of one number for each segment, in every lane.
+/// Sum of one number for each segment, in every lane. Up to 8192 columns are one round of the loop.
+template <int kUnroll = 4>
 __device__ __forceinline__ float sum_of_segments(const float* sums, unsigned segments, int lane) {
   float sum = 0.0f;
+#pragma unroll kUnroll
   for (unsigned g = lane; g < segments; g += kWarp) {
     sum += sums[g];
   }

@@ -100,33 +100,34 @@ UniformType storage_of(const ReadArgs& args) {
 
 using RowsKernel = void (*)(ReadRowsParams);
 
-/// The kernel with room for `terms`.
+/// The kernel of a policy.
 template <class Storage, bool kQuantized>
-RowsKernel find_rows_kernel(int terms) {
+RowsKernel find_rows_kernel(const ReadRowsPolicy& policy) {
   constexpr std::span<const ReadRowsForm> kForms =
       read_rows_forms(/*half=*/sizeof(Packed<Storage>) == 16);
   RowsKernel found = nullptr;
   const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    ((found = kForms[kIndex].terms == terms
-                  ? read_rows_kernel<Storage, kForms[kIndex].terms, kQuantized>
-                  : found),
+    ((found =
+          kForms[kIndex].terms == policy.terms && kForms[kIndex].chunks == policy.chunks
+              ? read_rows_kernel<Storage, kForms[kIndex].terms, kForms[kIndex].chunks, kQuantized>
+              : found),
      ...);
   };
   look(std::make_index_sequence<kForms.size()>());
   return found;
 }
 
-RowsKernel find_rows_kernel(DType storage, bool quantized, int terms) {
+RowsKernel find_rows_kernel(DType storage, bool quantized, const ReadRowsPolicy& policy) {
   switch (storage) {
     case DType::kBFloat16:
-      return quantized ? find_rows_kernel<__nv_bfloat16, true>(terms)
-                       : find_rows_kernel<__nv_bfloat16, false>(terms);
+      return quantized ? find_rows_kernel<__nv_bfloat16, true>(policy)
+                       : find_rows_kernel<__nv_bfloat16, false>(policy);
     case DType::kFloat16:
-      return quantized ? find_rows_kernel<__half, true>(terms)
-                       : find_rows_kernel<__half, false>(terms);
+      return quantized ? find_rows_kernel<__half, true>(policy)
+                       : find_rows_kernel<__half, false>(policy);
     default:
-      return quantized ? find_rows_kernel<AnyAligned, true>(terms)
-                       : find_rows_kernel<AnyAligned, false>(terms);
+      return quantized ? find_rows_kernel<AnyAligned, true>(policy)
+                       : find_rows_kernel<AnyAligned, false>(policy);
   }
 }
 
@@ -166,7 +167,7 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued
       hopper::run_read(call, params, storage.get(), issued)) {
     return true;
   }
-  const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy.terms);
+  const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy);
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
     return false;
   }
@@ -174,8 +175,7 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued
                                  static_cast<unsigned>(policy.terms), quantized};
   const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
   call.launch_with(
-      {.cluster = policy.cluster, .overlap = read_overlaps(blocks)}, kernel,
-      dim3(grid_blocks(blocks)),
+      {.cluster = policy.cluster, .overlap = true}, kernel, dim3(grid_blocks(blocks)),
       dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
       shared_bytes, params);
   return true;
