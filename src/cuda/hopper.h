@@ -22,9 +22,10 @@ struct ReadBackwardShape;
 namespace flash_attn_res::cuda::hopper {
 
 /// Whether these kernels can run a call on a GPU of this compute capability: sm_90, bfloat16
-/// sources or float8 ones with scales, bfloat16 outputs and output gradients, bfloat16 or float32
-/// source gradients, keys of full width, rows aligned to 16 bytes, N <= 16, S <= 24, no
-/// probabilities asked for, and in the backward all of dout, dsources and dqueries given. T > 0.
+/// sources, float16 ones or float8 ones with scales, bfloat16 outputs (or float16 ones, but from
+/// bfloat16) and bfloat16 output gradients, bfloat16 or float32 source gradients, keys of full
+/// width, rows aligned to 16 bytes, N <= 16, S <= 24, no probabilities asked for, and in the
+/// backward all of dout, dsources and dqueries given. T > 0.
 bool serves(const AttendArgs& args, int major, int minor);
 bool serves(const AttendBackwardArgs& args, int major, int minor);
 
@@ -33,11 +34,10 @@ int64_t attend_workspace_bytes(const AttendArgs& args);
 int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args);
 
 /// Launch choices of a call; `clusters` is still to be set from the device.
-/// `scale_columns`: that share a scale of float8 sources; 0: the sources are bfloat16.
 Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim,
-                   int64_t scale_columns = 0);
+                   SourceLayout layout = {});
 Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t dim,
-                            int64_t gradient_bytes, int64_t scale_columns = 0);
+                            int64_t gradient_bytes, SourceLayout layout = {});
 
 /// Run a call that is served. `plan`: other launch choices than the policy's, for measurements.
 Status attend(const AttendArgs& args, const Context& context, const Plan* plan = nullptr);

@@ -64,6 +64,21 @@ struct Plan {
   }
 };
 
+/// How the sources of phase 1 are stored. Those of float16 may have scales, those of float8 do.
+enum class SourceKind : int32_t { kNone, kBFloat16, kFloat16, kFloat8 };
+struct SourceLayout {
+  SourceKind kind = SourceKind::kBFloat16;  // kNone: in no way that the kernels serve
+  int scale_columns = 0;                    // that share a scale; 0: no scales
+
+  FLASH_ATTN_RES_HOPPER_BOTH int bytes() const { return kind == SourceKind::kFloat8 ? 1 : 2; }
+  FLASH_ATTN_RES_HOPPER_BOTH int narrow_rows(int num_sources) const {
+    return bytes() == 1 ? num_sources : 0;
+  }
+  FLASH_ATTN_RES_HOPPER_BOTH int scaled_rows(int num_sources) const {
+    return scale_columns > 0 ? num_sources : 0;
+  }
+};
+
 /// Sizes of one call that fix its shared memory.
 struct Extents {
   int input_rows;         // rows of a token loaded a step: N, or N + S in the backward
@@ -73,6 +88,7 @@ struct Extents {
   int partial_cols;       // N rounded up to a multiple of 4
   int weight_floats;      // mixing weights of a token, a multiple of 4
   int narrow_rows = 0;    // of the input rows those in float8, which come first: N, or 0
+  int scaled_rows = 0;    // of the input rows those with scales, which come first: N, or 0
   int scale_columns = 0;  // columns that share a scale
 };
 
@@ -109,7 +125,7 @@ FLASH_ATTN_RES_HOPPER_BOTH WeightMap weight_map(int query_groups, int source_gro
 ///             one slice a warp, and one of zeros where fewer than eight warps work
 ///   totals    [2, cluster, batch * partial_rows, partial_cols] float: sums over a CTA's columns
 ///   scratch   [warps, tiles * 32 + 256]: where rows that do not exist are stored
-///   scales    [stages, batch, narrow_rows, scale_groups] bfloat16
+///   scales    [stages, batch, scaled_rows, scale_groups] bfloat16
 ///   inputs    [stages, batch, token_bytes]: narrow rows, source_pitch apart, then the others
 ///   results   [slots, batch * result_rows, result_pitch]
 struct SharedMap {
@@ -143,9 +159,9 @@ FLASH_ATTN_RES_HOPPER_BOTH SharedMap shared_map(const Plan& plan, const Extents&
   map.totals = map.partials + plan.slices() * sums;
   map.scratch = map.totals + plan.cluster * sums;
   map.scales = map.scratch + (ragged ? plan.warps * scratch_bytes_per_warp(plan.tiles) : 0);
-  // A CTA's columns may begin and end inside a group.
-  map.scale_groups = e.narrow_rows == 0 ? 0 : (plan.columns - 1) / e.scale_columns + 2;
-  map.inputs = map.scales + plan.stages * plan.batch * e.narrow_rows * map.scale_groups * 2;
+  // A CTA's columns may begin and end inside a group. Groups of padding have zeros.
+  map.scale_groups = e.scaled_rows == 0 ? 0 : (plan.padded_columns() - 1) / e.scale_columns + 2;
+  map.inputs = map.scales + plan.stages * plan.batch * e.scaled_rows * map.scale_groups * 2;
   map.inputs = (map.inputs + 127) / 128 * 128;
   map.results = map.inputs + plan.stages * map.stage_bytes;
   map.bytes = map.results + plan.slots * map.slot_bytes;

@@ -81,6 +81,13 @@ __device__ __forceinline__ void mma_rows(Accum& c, Strip a_top, Strip a_bottom, 
                                             b.right, c.c[0], c.c[1], c.c[2], c.c[3]);
 }
 
+/// The same in float16.
+__device__ __forceinline__ void mma_rows_half(Accum& c, Strip a_top, Strip a_bottom, Strip b) {
+  cute::SM80_16x8x16_F32F16F16F32_TN::fma(c.c[0], c.c[1], c.c[2], c.c[3], a_top.left, a_bottom.left,
+                                          a_top.right, a_bottom.right, b.left, b.right, c.c[0],
+                                          c.c[1], c.c[2], c.c[3]);
+}
+
 /// c (16,8) += a (16,16) * b (16,8), bfloat16. `a0` and `a1` are two strips loaded transposed:
 /// columns 0-7 and 8-15 of a; `b0` and `b1` are the rows 0-7 and 8-15 of b.
 __device__ __forceinline__ void mma_columns(Accum& c, Strip a0, Strip a1, uint32_t b0,
@@ -90,7 +97,13 @@ __device__ __forceinline__ void mma_columns(Accum& c, Strip a0, Strip a1, uint32
                                             c.c[3]);
 }
 
-/// The same in float16, and over 8 only.
+/// The same over 8 only.
+__device__ __forceinline__ void mma_columns(Accum& c, Strip a0, uint32_t b0) {
+  cute::SM80_16x8x8_F32BF16BF16F32_TN::fma(c.c[0], c.c[1], c.c[2], c.c[3], a0.left, a0.right, b0,
+                                           c.c[0], c.c[1], c.c[2], c.c[3]);
+}
+
+/// The same in float16.
 __device__ __forceinline__ void mma_columns_half(Accum& c, Strip a0, Strip a1, uint32_t b0,
                                                  uint32_t b1) {
   cute::SM80_16x8x16_F32F16F16F32_TN::fma(c.c[0], c.c[1], c.c[2], c.c[3], a0.left, a0.right,
@@ -127,6 +140,17 @@ struct SplitPair {
   static __device__ __forceinline__ SplitPair of(float x, float y) {
     const uint32_t high = pack_bf16(x, y);
     return {high, pack_bf16(x - low_bf16(high), y - high_bf16(high))};
+  }
+};
+
+/// The same in float16, which leaves 2^-22 of the value, or 2^-25.
+struct SplitHalfPair {
+  uint32_t high, low;
+
+  static __device__ __forceinline__ SplitHalfPair of(float x, float y) {
+    const __half2 high = __floats2half2_rn(x, y);
+    const float2 rounded = __half22float2(high);
+    return {reinterpret_cast<const uint32_t&>(high), pack_half(x - rounded.x, y - rounded.y)};
   }
 };
 

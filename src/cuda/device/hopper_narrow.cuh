@@ -1,10 +1,14 @@
-// float8 sources on their way to the tensor cores (sm_90): widened to bfloat16 in registers.
+// float8 and float16 sources of phase 1 on Hopper: their scales, and the backward's way to the
+// tensor cores, where they meet gradients in bfloat16.
+//
+// float16 becomes a bfloat16 and the bfloat16 of its remainder. float8 is widened to bfloat16 in
+// registers:
 //
 //   v[d] = scale[d / W] q[d]        exact in bfloat16: scales are powers of two, q has 4 bits
 //
 // Two at a time: the bits of q under the exponent of bfloat16 leave a factor 2^(127 - 7), which one
-// product takes away, and a second one multiplies by the scale. A q that is NaN has no such bits:
-// P1 of the forward looks for one and makes the token's logits NaN, and with them all that follows.
+// product takes away, and a second one multiplies by the scale. A q that is NaN becomes a number;
+// its token's logits are NaN from the forward, and with them all its gradients.
 
 #ifndef FLASH_ATTN_RES_CUDA_DEVICE_HOPPER_NARROW_CUH_
 #define FLASH_ATTN_RES_CUDA_DEVICE_HOPPER_NARROW_CUH_
@@ -36,7 +40,7 @@ struct ScaleTable {
     stride = matrix.stride;
   }
   /// The columns that share a scale: kScaleGroup, or all of them.
-  void set_columns(int64_t count) { shift = count <= kScaleGroup ? 7 : 30; }
+  void set_columns(int count) { shift = count <= kScaleGroup ? 7 : 30; }
   FLASH_ATTN_RES_HOPPER_BOTH int columns() const { return 1 << shift; }
 };
 static_assert(kScaleGroup == 1 << 7);
@@ -47,21 +51,63 @@ __device__ __forceinline__ Bf16 bf16_scale(uint32_t bits) {
   return __ushort_as_bfloat16(static_cast<unsigned short>(bits == 0xffu ? 0x7fc0u : number));
 }
 
-/// The scales of a token's sources for the CTA's columns, (N, pitch), by the lanes of a warp.
-__device__ __forceinline__ void copy_scales(Bf16* to, int pitch, const ScaleTable& scales,
-                                            int64_t t, int first_column, int columns,
-                                            int num_sources, int lane) {
-  const int first = first_column >> scales.shift;
-  const int groups = ((first_column + columns - 1) >> scales.shift) - first + 1;
-#pragma unroll 4  // loads of several are in flight at once
-  for (int i = lane; i < num_sources * groups; i += 32) {
-    const int n = i / groups;
-    const int group = i % groups;
-    to[n * pitch + group] = bf16_scale(__ldg(scales.data[n] + t * scales.stride + first + group));
+/// Copies the scales of a step's sources for the CTA's columns to shared memory, by one warp. As
+/// many rows at once as have room in the lanes, and eight loads of each lane in flight: one latency
+/// a token would be longer than what a token's bytes take.
+class ScaleCopier {
+ public:
+  __device__ __forceinline__ ScaleCopier(const ScaleTable& table, int num_sources, int pitch,
+                                         int first_column, int columns, int lane)
+      : sources_(num_sources), pitch_(pitch), inverse_(65536 / num_sources + 1) {
+    const int first = first_column >> table.shift;
+    const int groups = ((first_column + columns - 1) >> table.shift) - first + 1;
+    int lanes = 1;  // of a row
+    while (lanes < groups) {
+      lanes *= 2;
+    }
+    at_once_ = 32 / lanes;
+    row_ = lane / lanes;
+    group_ = lane % lanes;
+    first_ = first + group_;
+    if (group_ >= groups) {
+      row_ = kNone;
+    }
   }
-}
 
-/// Two e4m3 numbers as bfloat16, divided by 2^120. NaN becomes a number: see NarrowStrips.
+  /// `to`: (batch, N, pitch); `token(b)` says which token is the step's b-th.
+  template <class Token>
+  __device__ __forceinline__ void copy(Bf16* to, const ScaleTable& table, int batch,
+                                       const Token& token) const {
+    constexpr int kInFlight = 8;
+    const int rows = batch * sources_;
+    for (int begin = 0; begin < rows; begin += kInFlight * at_once_) {
+      uint8_t bits[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int row = begin + i * at_once_ + row_;
+        const int b = row * inverse_ >> 16;
+        if (row < rows) {
+          bits[i] = __ldg(table.data[row - b * sources_] + token(b) * table.stride + first_);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int row = begin + i * at_once_ + row_;
+        if (row < rows) {
+          to[row * pitch_ + group_] = bf16_scale(bits[i]);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kNone = 1 << 12;  // more than rows of a step
+  int sources_, pitch_;
+  int inverse_;  // row * inverse >> 16 is row / sources for the rows of a step
+  int at_once_, row_, group_, first_;
+};
+
+/// Two e4m3 numbers as bfloat16, divided by 2^120. NaN becomes a number.
 __device__ __forceinline__ uint32_t spread_e4m3(uint32_t pair) {
   const uint32_t bytes = __byte_perm(pair, 0, 0x1404);  // each on top of 16 bits
   return (bytes & 0x80008000u) | ((bytes >> 4) & 0x07f007f0u);
@@ -97,41 +143,85 @@ class NarrowStrips {
       const int row = n < num_sources ? n : 0;
       row_[g] = rows + row * pitch + first + lane % 4 * 2;
       scale_[g] = scales + row * scale_pitch;
-      seen_[g] = 0;
     }
   }
 
   /// Columns [16 j, 16 j + 16) of the slice, of sources [8 g, 8 g + 8).
-  __device__ __forceinline__ Strip load(int g, int j) {
+  __device__ __forceinline__ Strip load(int g, int j) const {
     const __nv_bfloat162 scale =
         __bfloat162bfloat162(scale_[g][((column_ + j * 16) >> shift_) - group_]);
     const auto at = [&](int column) {
       return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(row_[g] + column));
     };
-    const uint32_t left = spread_e4m3(at(j * 16));
-    const uint32_t right = spread_e4m3(at(j * 16 + 8));
-    // A NaN, 0x7f of either sign, and it alone, carries into bit 11 of its half.
-    seen_[g] |= ((left & 0x7fff7fffu) + 0x00100010u) | ((right & 0x7fff7fffu) + 0x00100010u);
-    return {times_power(left, scale), times_power(right, scale)};
+    return {times_power(spread_e4m3(at(j * 16)), scale),
+            times_power(spread_e4m3(at(j * 16 + 8)), scale)};
   }
-  __device__ __forceinline__ Strip load_transposed(int g, int j) {
+  __device__ __forceinline__ Strip load_transposed(int g, int j) const {
     const Strip strip = load(g, j);
     return {transpose(strip.left), transpose(strip.right)};
-  }
-
-  /// Whether `load` has met a NaN in source 8 g + lane / 4.
-  __device__ __forceinline__ bool met_nan(int g) const {
-    uint32_t seen = seen_[g] & 0x08000800u;
-    seen |= __shfl_xor_sync(0xffffffffu, seen, 1);
-    seen |= __shfl_xor_sync(0xffffffffu, seen, 2);
-    return seen != 0;
   }
 
  private:
   const char* row_[kSourceGroups];
   const Bf16* scale_[kSourceGroups];
-  uint32_t seen_[kSourceGroups];
   int shift_, column_, group_;
+};
+
+/// A strip as two in bfloat16: what is rounded, and the remainder.
+struct SplitStrip {
+  Strip high, low;
+
+  /// From a strip of float16, of which a lane's two numbers of a block have the two scales.
+  static __device__ __forceinline__ SplitStrip of(Strip half, float2 scale) {
+    const auto split = [&](uint32_t pair) {
+      const float2 values = __half22float2(reinterpret_cast<const __half2&>(pair));
+      return SplitPair::of(values.x * scale.x, values.y * scale.y);
+    };
+    const SplitPair left = split(half.left);
+    const SplitPair right = split(half.right);
+    return {{left.high, right.high}, {left.low, right.low}};
+  }
+};
+
+/// The scales of float16 sources that a lane needs for a warp's slice of `kTiles` tiles, which is
+/// in two groups at most.
+template <int kSourceGroups, int kTiles>
+class HalfScales {
+ public:
+  /// `scales`: (N, pitch), or null: they are one; `cta_column`, `column`: the first of the CTA and
+  /// of the slice.
+  __device__ __forceinline__ HalfScales(const Bf16* scales, int pitch, int num_sources, int shift,
+                                        int cta_column, int column, int lane)
+      : second_set_(((column >> shift << shift) + (1 << shift) - column) / 16) {
+#pragma unroll
+    for (int set = 0; set < 2; ++set) {
+      const int group =
+          ((column + (set == 0 ? 0 : kTiles - 1) * 16) >> shift) - (cta_column >> shift);
+      const auto at = [&](int n) {
+        return scales != nullptr ? __bfloat162float(scales[min(n, num_sources - 1) * pitch + group])
+                                 : 1.0f;
+      };
+#pragma unroll
+      for (int g = 0; g < kSourceGroups; ++g) {
+        row_[set][g] = at(8 * g + lane / 4);
+      }
+      pair_[set] = {at(lane % 4 * 2), at(lane % 4 * 2 + 1)};
+    }
+  }
+
+  /// Of source 8 g + lane / 4 in tile j.
+  __device__ __forceinline__ float of_row(int g, int j) const {
+    return j < second_set_ ? row_[0][g] : row_[1][g];
+  }
+  /// Of the sources lane % 4 * 2 and the next in tile j.
+  __device__ __forceinline__ float2 of_pair(int j) const {
+    return j < second_set_ ? pair_[0] : pair_[1];
+  }
+
+ private:
+  float row_[2][kSourceGroups];
+  float2 pair_[2];
+  int second_set_;
 };
 
 }  // namespace flash_attn_res::cuda::hopper

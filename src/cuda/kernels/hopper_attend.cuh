@@ -3,11 +3,12 @@
 //   r_n = rsqrt(mean(v_n^2) + eps)     logit_sn = scale r_n <u_s, v_n>
 //   p_s = softmax_n(logit_s)           lse_s = logsumexp_n(logit_s)      out_s = sum_n p_sn v_n
 //
-// in    sources N x [T, D] bfloat16, or float8 with scales, N <= 16; queries [S, D] float32,
-//       S <= 24
-// out   out S x [T, D] bfloat16; lse [S, T], logits [T, S * N], inv_rms [T, N] float32 (the last
-// two
-//       optional)
+// in    sources N x [T, D] bfloat16, float16 with or without scales, or float8 with scales, N <=
+// 16;
+//       queries [S, D] float32, S <= 24
+// out   out S x [T, D] bfloat16, or float16 but from bfloat16; lse [S, T], logits [T, S * N],
+// inv_rms [T, N] float32 (the last
+//       two optional)
 // bytes N + S units of T * D elements; all else is below 1 % of it
 // sums  float32. bfloat16 products are exact; queries and probabilities go to the tensor cores as
 //       a bfloat16 and the bfloat16 of its remainder, so that 16 bits of them count
@@ -21,10 +22,10 @@
 //
 //   [v^T, v^T] (d,16) [p_hi; p_lo] (16,8)                          for every eight queries
 //
-// Both read the sources from shared memory by ldmatrix, plain and transposed; float8 ones by
-// ordinary loads, widened and transposed in registers (device/hopper_narrow.cuh). The queries stay
-// in registers. Rows that fill up an mma tile repeat an existing row: in P1 their sums are not
-// stored, in P2 their weights are zero.
+// Both read the sources from shared memory by ldmatrix, plain and transposed. The queries stay in
+// registers. Rows that fill up an mma tile repeat an existing row: in P1 their sums are not stored,
+// in P2 their weights are zero. float16 and float8 sources have compute warps of
+// their own: hopper_attend_half.cuh.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_
@@ -32,42 +33,16 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/layout.hpp>
+#include <type_traits>
 
+#include "cuda/kernels/hopper_attend_half.cuh"
+#include "cuda/kernels/hopper_attend_params.cuh"
 #include "cuda/kernels/hopper_pipeline.cuh"
 
 namespace flash_attn_res::cuda::hopper {
 
-struct AttendParams {
-  RowTable<kSourcesMax> sources;  // N x [T, D]
-  ScaleTable scales;              // of float8 sources
-  RowTable<kQueriesMax> out;      // S x [T, D]
-  const float* queries;           // [S, D]
-  float* lse;                     // [S, T]
-  float* logits;                  // [T, S * N], may be null
-  float* inv_rms;                 // [T, N], may be null
-  int* issued;                    // one counter, zero at the start; null without a window
-  int64_t queries_stride, lse_stride, logits_stride, inv_rms_stride;
-  int64_t tokens;
-  int num_sources, num_queries, dim;
-  float scale, eps;
-  bool narrow;  // float8 sources
-  Plan plan;
-  SharedMap map;  // of plan and extents(); here it takes no registers
-
-  FLASH_ATTN_RES_HOPPER_BOTH Extents extents() const {
-    return {.input_rows = num_sources,
-            .result_rows = num_queries,
-            .result_bytes = 2,
-            .partial_rows = num_queries + 1,
-            .partial_cols = (num_sources + 3) / 4 * 4,
-            .weight_floats = weight_map((num_queries + 7) / 8, (num_sources + 7) / 8).forward,
-            .narrow_rows = narrow ? num_sources : 0,
-            .scale_columns = scales.columns()};
-  }
-};
-
 /// What one compute warp does.
-template <int kQueryGroups, int kTiles, int kSourceGroups, class Source>
+template <int kQueryGroups, int kTiles, int kSourceGroups>
 struct AttendWarp {
   // Rows of the left operand of P1 in eights: the queries, then the sources as the very last.
   static constexpr int kRowPairs = kQueryGroups / 2 + 1;
@@ -117,28 +92,11 @@ struct AttendWarp {
     return rows(n < p.num_sources ? n : 0, (warp * kTiles * 16 + column_in_strip(lane)) * 2);
   }
 
-  /// The float8 sources of token b of a step.
-  __device__ __forceinline__ NarrowStrips<kSourceGroups> narrow_strips(int stage, int b,
-                                                                       const Share& share) const {
-    const Bf16* const scales = reinterpret_cast<const Bf16*>(base + p.map.scales) +
-                               (stage * p.plan.batch + b) * p.num_sources * p.map.scale_groups;
-    return {base + p.map.inputs + stage * p.map.stage_bytes + b * p.map.token_bytes,
-            p.map.source_pitch,
-            p.num_sources,
-            scales,
-            p.map.scale_groups,
-            p.scales.shift,
-            share.column,
-            warp * kTiles * 16,
-            lane};
-  }
-
   /// P1 of a step: the warp's share of <u_s, v_n> and of <v_n, v_n>.
   __device__ __forceinline__ void scores(int step, RingCursor stage, const Share& share) const {
     head.input_full[stage.slot].wait(stage.parity);
     const char* source = base + p.map.inputs + stage.slot * p.map.stage_bytes + source_offset();
     for (int b = 0; b < p.plan.batch; ++b, source += p.map.token_bytes) {
-      auto narrow = narrow_strips(stage.slot, b, share);
       Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -153,12 +111,7 @@ struct AttendWarp {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         Strip v[kSourceGroups];  // (n, d)
-        if constexpr (kIsNarrow<Source>) {
-#pragma unroll
-          for (int n = 0; n < kSourceGroups; ++n) {
-            v[n] = narrow.load(n, j);
-          }
-        } else if constexpr (kSourceGroups == 2) {
+        if constexpr (kSourceGroups == 2) {
           load_strips(source + j * 32, v[0], v[1]);
         } else {
           load_strip(source + j * 32, v[0]);
@@ -179,53 +132,21 @@ struct AttendWarp {
           }
         }
       }
-      if constexpr (kIsNarrow<Source>) {
+#pragma unroll
+      for (int m = 0; m < kRowPairs; ++m) {
 #pragma unroll
         for (int n = 0; n < kSourceGroups; ++n) {
-          const float nothing = narrow.met_nan(n) ? NAN : 0.0f;
-          acc[0][kRowPairs - 1][n].c[2] += nothing;  // of v v^T, with its diagonal
-          acc[0][kRowPairs - 1][n].c[3] += nothing;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            acc[0][m][n].c[i] += acc[1][m][n].c[i];
+          }
         }
       }
-      store_partials(step, b, acc);
+      store_partials(p, sums, step, warp, b, lane, acc[0]);
     }
     __syncwarp();
     if (lane == 0) {
       head.partials_full[pair_slot(step)].arrive();
-    }
-  }
-
-  __device__ __forceinline__ void store_partials(
-      int step, int b, const Accum (&acc)[2][kRowPairs][kSourceGroups]) const {
-    const int rows = p.num_queries + 1;
-    const int row = lane / 4;
-#pragma unroll
-    for (int m = 0; m < kRowPairs; ++m) {
-#pragma unroll
-      for (int n = 0; n < kSourceGroups; ++n) {
-        float c[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          c[i] = acc[0][m][n].c[i] + acc[1][m][n].c[i];
-        }
-        const int col = n * 8 + lane % 4 * 2;
-        if (col < sums.cols) {
-          const auto store = [&](int s, float x, float y) {
-            if (s < p.num_queries) {
-              *reinterpret_cast<float2*>(sums.partial_row(step, warp, b * rows + s) + col) = {x, y};
-            }
-          };
-          store(16 * m + row, c[0], c[1]);
-          if (m < kRowPairs - 1) {
-            store(16 * m + 8 + row, c[2], c[3]);
-          }
-        }
-        // The diagonal of v v^T: row and column n * 8 + lane / 4.
-        if (m == kRowPairs - 1 && row / 2 == lane % 4 && n * 8 + row < sums.cols) {
-          sums.partial_row(step, warp, b * rows + p.num_queries)[n * 8 + row] =
-              row % 2 == 0 ? c[2] : c[3];
-        }
-      }
     }
   }
 
@@ -240,7 +161,6 @@ struct AttendWarp {
     char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
     char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
     for (int b = 0; b < p.plan.batch; ++b) {
-      auto narrow = narrow_strips(input_slot, b, share);
       SplitPair prob[kSourceGroups][kQueryGroups];  // (n, s)
       char* target[kQueryGroups];
 #pragma unroll
@@ -263,12 +183,7 @@ struct AttendWarp {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           if (first + i < kTiles) {
-            if constexpr (kIsNarrow<Source>) {
-#pragma unroll
-              for (int n = 0; n < kSourceGroups; ++n) {
-                v[i][n] = narrow.load_transposed(n, first + i);
-              }
-            } else if constexpr (kSourceGroups == 2) {
+            if constexpr (kSourceGroups == 2) {
               load_strips_transposed(source + (first + i) * 32, v[i][0], v[i][1]);
             } else {
               load_strip_transposed(source + (first + i) * 32, v[i][0]);
@@ -471,7 +386,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp_of_cta() < p.plan.warps) {
       const Share share(p.plan, p.tokens, p.dim);
       const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
-      const AttendWarp<kQueryGroups, kTiles, kSourceGroups, Source> compute(p, head, share, sums);
+      using Warp = std::conditional_t<std::is_same_v<Source, Bf16>,
+                                      AttendWarp<kQueryGroups, kTiles, kSourceGroups>,
+                                      AttendHalfWarp<kQueryGroups, kTiles, kSourceGroups, Source>>;
+      const Warp compute(p, head, share, sums);
       RingCursor ahead;   // stage of P1
       RingCursor behind;  // stage of P2
       RingCursor result;

@@ -6,9 +6,9 @@
 //   dv_n      = [dv_n +] sum_s p_sn dh_s + sum_s w_sn u_s - (sum_s dlogit_sn logit_sn)(r_n^2/D) v_n
 //   du_s      = sum over t and n of w_sn v_n
 //
-// in    sources N x [T, D] bfloat16, or float8 with scales, dout S x [T, D] bfloat16, N <= 16,
-//       S <= 24; queries [S, D], lse [S, T],
-//       logits [T, S * N], inv_rms [T, N], gate [S, T], dlse [S, T] float32 (the last two optional)
+// in    sources N x [T, D] bfloat16, float16 with or without scales, or float8 with scales,
+//       N <= 16; dout S x [T, D] bfloat16, S <= 24; queries [S, D], lse [S, T], logits [T, S * N],
+//       inv_rms [T, N], gate [S, T], dlse [S, T] float32 (the last two optional)
 // out   dsources N x [T, D] bfloat16 or float32, overwritten or added to; partials
 //       [clusters, S, D] float32: du summed over the tokens of a cluster
 // bytes 2N + S units of T * D elements, 3N + S when accumulating; partials below 0.5 % of it
@@ -28,13 +28,17 @@
 //   [dout^T, dout^T, v^T, v^T] [p_hi; p_lo; c_hi; c_lo] (.,n)         c: diagonal, the weight of v
 //   du (d,s) += [v^T, v^T] [w_hi; w_lo] (n,s)                         stays in registers to the end
 //
-// The queries stay in registers, too. Rows that fill up an mma tile repeat an existing row: in P1
-// their sums are not stored, in P2 their weights are zero.
+// where v of float8 is widened to bfloat16, and v of float16 becomes a bfloat16 and the bfloat16 of
+// its remainder (device/hopper_narrow.cuh). The queries stay in registers, too. Rows that fill up
+// an mma tile repeat an existing row: in P1 their sums are not stored, in P2 their weights are
+// zero.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_BACKWARD_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_BACKWARD_CUH_
 
 #include <cutlass/arch/reg_reconfig.h>
+
+#include <type_traits>
 
 #include "cuda/kernels/hopper_pipeline.cuh"
 
@@ -59,7 +63,7 @@ struct AttendBackwardParams {
   int num_sources, num_queries, dim;
   float scale;
   bool accumulate;
-  bool narrow;  // float8 sources
+  SourceLayout layout;  // of the sources
   Plan plan;
   SharedMap map;  // of plan and extents(); here it takes no registers
 
@@ -72,8 +76,9 @@ struct AttendBackwardParams {
             .partial_rows = num_queries,
             .partial_cols = (num_sources + 3) / 4 * 4,
             .weight_floats = weight_map(query_groups, source_groups).backward,
-            .narrow_rows = narrow ? num_sources : 0,
-            .scale_columns = scales.columns()};
+            .narrow_rows = layout.narrow_rows(num_sources),
+            .scaled_rows = layout.scaled_rows(num_sources),
+            .scale_columns = layout.scale_columns};
   }
 };
 
@@ -181,6 +186,7 @@ struct AttendBackwardWarp {
   static constexpr int kRowPairs = (kQueryGroups + 1) / 2;
   // Strips of a tile that ldmatrix loads; float8 sources are loaded apart.
   static constexpr bool kNarrow = kIsNarrow<Source>;
+  static constexpr bool kSplit = std::is_same_v<Source, __half>;
   static constexpr int kStrips = kQueryGroups + (kNarrow ? 0 : kSourceGroups);  // P1: dout, sources
   static constexpr int kGradientStrips = kQueryGroups + (kNarrow ? 0 : 1);      // P2: dout, eight
   // Tiles that P2 works on at once. The compiler keeps loads behind stores, so tiles one after the
@@ -307,6 +313,23 @@ struct AttendBackwardWarp {
             lane};
   }
 
+  /// The scales of float16 sources of token b of a step, from `first_source` on.
+  template <int kGroups>
+  __device__ __forceinline__ HalfScales<kGroups, kTiles> scales_of_half(int stage, int b,
+                                                                        int first_source,
+                                                                        const Share& share) const {
+    const Bf16* const scales =
+        reinterpret_cast<const Bf16*>(base + p.map.scales) +
+        ((stage * p.plan.batch + b) * p.num_sources + first_source) * p.map.scale_groups;
+    return {p.layout.scale_columns > 0 ? scales : nullptr,
+            p.map.scale_groups,
+            p.num_sources - first_source,
+            p.scales.shift,
+            share.column,
+            share.column + warp * kTiles * 16,
+            lane};
+  }
+
   /// P1 of a step: the warp's share of <dout_s, v_n>.
   __device__ __forceinline__ void products(int step, RingCursor stage, const Share& share) const {
     head.input_full[stage.slot].wait(stage.parity);
@@ -317,7 +340,8 @@ struct AttendBackwardWarp {
       offsets[pair] = strip_offset(pair, kStrips, 0);
     }
     for (int b = 0; b < p.plan.batch; ++b) {
-      auto narrow = narrow_strips<kSourceGroups>(stage.slot, b, 0, share);
+      const auto narrow = narrow_strips<kSourceGroups>(stage.slot, b, 0, share);
+      const auto half_scales = scales_of_half<kSourceGroups>(stage.slot, b, 0, share);
       Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -333,13 +357,16 @@ struct AttendBackwardWarp {
       for (int j = 0; j < kTiles; ++j) {
         Strip strips[kStrips];
         load_tile<false>(token, offsets, j, strips);
-        Strip v[kSourceGroups];
+        SplitStrip v[kSourceGroups];
 #pragma unroll
         for (int n = 0; n < kSourceGroups; ++n) {
           if constexpr (kNarrow) {
-            v[n] = narrow.load(n, j);
+            v[n].high = narrow.load(n, j);
+          } else if constexpr (kSplit) {
+            const float scale = half_scales.of_row(n, j);
+            v[n] = SplitStrip::of(strips[kQueryGroups + n], {scale, scale});
           } else {
-            v[n] = strips[kQueryGroups + n];
+            v[n].high = strips[kQueryGroups + n];
           }
         }
 #pragma unroll
@@ -349,7 +376,10 @@ struct AttendBackwardWarp {
           const Strip bottom = 2 * m + 1 < kQueryGroups ? strips[h] : none;
 #pragma unroll
           for (int n = 0; n < kSourceGroups; ++n) {
-            mma_rows(acc[j % 2][m][n], strips[2 * m], bottom, v[n]);
+            mma_rows(acc[j % 2][m][n], strips[2 * m], bottom, v[n].high);
+            if constexpr (kSplit) {
+              mma_rows(acc[(j + 1) % 2][m][n], strips[2 * m], bottom, v[n].low);
+            }
           }
         }
       }
@@ -391,8 +421,10 @@ struct AttendBackwardWarp {
     for (int b = 0; b < p.plan.batch; ++b) {
 #pragma unroll 1
       for (int n = 0; n < 8 * kSourceGroups; n += 8) {
+        const int row = n < p.num_sources ? n : 0;
         gradients_of_eight(token, slot, scratch, weights, n,
-                           narrow_strips<1>(input_slot, b, n < p.num_sources ? n : 0, share));
+                           narrow_strips<1>(input_slot, b, row, share),
+                           scales_of_half<1>(input_slot, b, row, share));
       }
       token += p.map.token_bytes;
       slot += p.num_sources * p.map.result_pitch;
@@ -409,7 +441,8 @@ struct AttendBackwardWarp {
   /// P2 of a token for the sources from `first_source` on.
   __device__ __forceinline__ void gradients_of_eight(const char* token, char* slot, char* scratch,
                                                      const float* weights, int first_source,
-                                                     NarrowStrips<1> narrow) {
+                                                     const NarrowStrips<1>& narrow,
+                                                     const HalfScales<1, kTiles>& half_scales) {
     const Operands operands(weights, first_source, lane);
     const float factor = operands.scale * query_scale;
     const GradientTile<Gradient> gradient(slot, scratch, p.map.result_pitch, first_source,
@@ -422,16 +455,18 @@ struct AttendBackwardWarp {
 #pragma unroll
     for (int first = 0; first < kTiles; first += kAtOnce) {
       Strip strips[kAtOnce][kGradientStrips];  // (d, s) of dout, then (d, n)
-      Strip v[kAtOnce];                        // (d, n)
+      SplitStrip v[kAtOnce];                   // (d, n)
       Accum dv[kAtOnce];                       // (d, n)
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i < kTiles) {
           load_tile<true>(token, offsets, first + i, strips[i]);
           if constexpr (kNarrow) {
-            v[i] = narrow.load_transposed(0, first + i);
+            v[i].high = narrow.load_transposed(0, first + i);
+          } else if constexpr (kSplit) {
+            v[i] = SplitStrip::of(strips[i][kQueryGroups], half_scales.of_pair(first + i));
           } else {
-            v[i] = strips[i][kQueryGroups];
+            v[i].high = strips[i][kQueryGroups];
           }
           dv[i] = p.accumulate ? gradient.load(first + i) : Accum::zero();
         }
@@ -454,7 +489,7 @@ struct AttendBackwardWarp {
   /// The products of tile j: into dv, and into the du of the warp.
   __device__ __forceinline__ void add_gradients(const Operands& operands, float factor, int j,
                                                 const Strip (&strips)[kGradientStrips],
-                                                const Strip& v, Accum& dv) {
+                                                const SplitStrip& v, Accum& dv) {
     Accum from_queries = Accum::zero();  // (d, n)
 #pragma unroll
     for (int g = 0; g + 1 < kQueryGroups; g += 2) {
@@ -472,10 +507,17 @@ struct AttendBackwardWarp {
     for (int g = 0; g < kQueryGroups; ++g) {
       mma_columns(dv, strips[g], strips[g], operands.prob[g].high, operands.prob[g].low);
     }
-    mma_columns(dv, v, v, operands.key.high, operands.key.low);
+    mma_columns(dv, v.high, v.high, operands.key.high, operands.key.low);
 #pragma unroll
     for (int g = 0; g < kQueryGroups; ++g) {
-      mma_columns(du[j][g], v, v, operands.dquery[g].high, operands.dquery[g].low);
+      mma_columns(du[j][g], v.high, v.high, operands.dquery[g].high, operands.dquery[g].low);
+    }
+    if constexpr (kSplit) {
+      mma_columns(dv, v.low, operands.key.high);
+#pragma unroll
+      for (int g = 0; g < kQueryGroups; ++g) {
+        mma_columns(du[j][g], v.low, operands.dquery[g].high);
+      }
     }
   }
 

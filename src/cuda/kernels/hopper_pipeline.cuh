@@ -6,7 +6,7 @@
 // giving each a range of its own costs 1 to 5 % of the speed, for DRAM pages are then reopened.
 //
 //   load warp     one bulk copy a row into the ring of inputs, ahead as far as the ring is deep;
-//                 with float8 sources their scales, too
+//                 and the scales of sources that have them
 //   compute       P1(i + 1): products of step i + 1 that the softmax needs, summed over the warp's
 //    warps        columns; then P2(i): the results of step i, with the weights of its softmax.
 //                 This order hides the softmax of a step behind the P2 of the one before.
@@ -21,6 +21,7 @@
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_PIPELINE_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/device/hopper_barrier.cuh"
 #include "cuda/device/hopper_copy.cuh"
@@ -138,9 +139,9 @@ __device__ __forceinline__ void post(int& place, int value) {
 
 // ---------------------------------------------------------------------------------- setting up
 
-/// Initialises barriers, and zeroes weights, partial sums and inputs: weights of rows that do not
-/// exist, sums of warps that do not, and columns of padding stay zero ever after. All threads call
-/// it; it ends with a barrier.
+/// Initialises barriers, and zeroes weights, partial sums, scales and inputs: weights of rows that
+/// do not exist, sums of warps that do not, and columns of padding stay zero ever after. All
+/// threads call it; it ends with a barrier.
 __device__ __forceinline__ void set_up(SharedHead& head, const SharedMap& map, const Plan& plan) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
@@ -163,7 +164,7 @@ __device__ __forceinline__ void set_up(SharedHead& head, const SharedMap& map, c
   for (int i = map.weights + thread * 16; i < map.totals; i += kThreads * 16) {
     *reinterpret_cast<uint4*>(base + i) = {0, 0, 0, 0};
   }
-  for (int i = map.inputs + thread * 16; i < map.results; i += kThreads * 16) {
+  for (int i = map.scales + thread * 16; i < map.results; i += kThreads * 16) {
     *reinterpret_cast<uint4*>(base + i) = {0, 0, 0, 0};
   }
   fence_before_bulk_copies();
@@ -179,8 +180,8 @@ __device__ __forceinline__ void wait_for_window(const SharedHead& head, int64_t 
   }
 }
 
-/// The load warp: the rows of every step into the ring of inputs. The first `num_sources` are
-/// float8 with scales where Source is Fp8.
+/// The load warp: the rows of every step into the ring of inputs. The first `num_sources` have
+/// elements of type Source, and scales if there are any.
 template <class Source, int kCapacity>
 __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& map, const Plan& plan,
                                            const Share& share, const RowTable<kCapacity>& table,
@@ -193,6 +194,8 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
   const int bytes = share.columns * 2;
   const CachePolicy policy(plan.load_hint);
   char* const inputs = reinterpret_cast<char*>(&head) + map.inputs;
+  const ScaleCopier scales(scale_table, num_sources, map.scale_groups, share.column, share.columns,
+                           lane);
   RingCursor cursor;
   for (int step = 0; step < share.steps; ++step) {
     if (step >= plan.stages) {
@@ -224,13 +227,11 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
         }
       }
     }
-    if constexpr (kNarrow) {
-      Bf16* scales = reinterpret_cast<Bf16*>(reinterpret_cast<char*>(&head) + map.scales) +
-                     cursor.slot * plan.batch * num_sources * map.scale_groups;
-      for (int b = 0; b < plan.batch; ++b, scales += num_sources * map.scale_groups) {
-        copy_scales(scales, map.scale_groups, scale_table, share.clamped(share.token(step, b)),
-                    share.column, share.columns, num_sources, lane);
-      }
+    if (!std::is_same_v<Source, Bf16> && map.scale_groups > 0) {
+      scales.copy(reinterpret_cast<Bf16*>(reinterpret_cast<char*>(&head) + map.scales) +
+                      cursor.slot * plan.batch * num_sources * map.scale_groups,
+                  scale_table, plan.batch,
+                  [&](int b) { return share.clamped(share.token(step, b)); });
       __syncwarp();
       if (lane == 0) {
         head.input_full[cursor.slot].arrive();
@@ -283,7 +284,7 @@ __device__ __forceinline__ void pace_steps(SharedHead& head, const Plan& plan, c
             prefetch_row(lane_rows.at(i, t), is_narrow ? share.columns : bytes, policy);
           }
         }
-        if (kNarrow && lane < num_sources) {
+        if (!std::is_same_v<Source, Bf16> && scale_table.stride > 0 && lane < num_sources) {
           prefetch_line(scale_table.data[lane] + t * scale_table.stride +
                         (share.column >> scale_table.shift));
         }

@@ -50,7 +50,7 @@ std::span<const int> tile_choices(int query_groups, int source_groups) {
 
 }  // namespace
 
-Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, int64_t scale_columns) {
+Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, SourceLayout layout) {
   if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
       too_narrow(num_sources, num_queries)) {
     return {};
@@ -58,10 +58,10 @@ Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, int64_
   AttendParams sizes = {};
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
-  set_narrow(sizes, scale_columns);
+  set_layout(sizes, layout);
   Plan plan =
       choose_plan(dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
-                  sizes.extents(), num_sources * source_bytes(scale_columns) + num_queries * 2,
+                  sizes.extents(), num_sources * layout.bytes() + num_queries * 2,
                   /*most_slots=*/3, {.stages = 3, .slots = 1});
   plan.store_hint = CacheHint::kEvictLast;  // 0.3 % at N, S, D of 4, 8, 2048 and 8, 24, 7168
   return plan;
@@ -69,11 +69,14 @@ Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, int64_
 
 bool serves(const AttendArgs& args, int major, int minor) {
   const int64_t dim = args.sources[0].cols;
+  const SourceLayout layout = layout_of(args.sources, args.source_scales);
   return major == 9 && minor == 0 && args.queries.cols == dim && !args.probs.present() &&
-         sources_can_be_copied(args.sources, args.source_scales) &&
-         rows_can_be_copied<Matrix>(args.out, DType::kBFloat16) &&
-         choose_attend(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim,
-                       scale_columns(args.source_scales, dim))
+         layout.kind != SourceKind::kNone &&
+         rows_can_be_copied<ConstMatrix>(args.sources, args.sources[0].dtype) &&
+         (rows_can_be_copied<Matrix>(args.out, DType::kBFloat16) ||
+          (layout.kind != SourceKind::kBFloat16 &&
+           rows_can_be_copied<Matrix>(args.out, DType::kFloat16))) &&
+         choose_attend(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim, layout)
                  .columns > 0;
 }
 
@@ -93,11 +96,9 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   for (int64_t n = 0; n < N; ++n) {
     params.sources.set(n, args.sources[n]);
   }
-  const int64_t columns_of_scale = scale_columns(args.source_scales, D);
-  set_narrow(params, columns_of_scale);
-  for (size_t n = 0; n < args.source_scales.size(); ++n) {
-    params.scales.set(static_cast<int64_t>(n), args.source_scales[n]);
-  }
+  const SourceLayout layout = layout_of(args.sources, args.source_scales);
+  set_layout(params, layout, args.source_scales);
+  params.half_out = args.out[0].dtype == DType::kFloat16;
   for (int64_t s = 0; s < S; ++s) {
     params.out.set(s, args.out[s]);
   }
@@ -116,10 +117,12 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   params.dim = static_cast<int>(D);
   params.scale = static_cast<float>(args.scale);
   params.eps = static_cast<float>(args.eps);
-  params.plan = other_plan != nullptr ? *other_plan : choose_attend(N, S, D, columns_of_scale);
+  params.plan = other_plan != nullptr ? *other_plan : choose_attend(N, S, D, layout);
   params.map = shared_map(params.plan, params.extents());
 
-  const auto find = params.narrow ? find_kernel<Fp8> : find_kernel<Bf16>;
+  const auto find = layout.kind == SourceKind::kFloat8    ? find_kernel<Fp8>
+                    : layout.kind == SourceKind::kFloat16 ? find_kernel<__half>
+                                                          : find_kernel<Bf16>;
   const void* const kernel = find(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
   share_out(call, kernel, params.map.bytes, T, params.plan);
   if (params.plan.window > 0) {

@@ -72,10 +72,7 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
     params.dsources[n] = static_cast<Gradient*>(args.dsources[n].data);
     params.dsources_stride[n] = args.dsources[n].stride;
   }
-  set_narrow(params, scale_columns(args.source_scales, D));
-  for (size_t n = 0; n < args.source_scales.size(); ++n) {
-    params.scales.set(static_cast<int64_t>(n), args.source_scales[n]);
-  }
+  set_layout(params, layout_of(args.sources, args.source_scales), args.source_scales);
   for (int64_t s = 0; s < S; ++s) {
     params.inputs.set(N + s, args.dout[s]);
   }
@@ -105,7 +102,9 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
   params.plan = plan;
   params.map = shared_map(params.plan, params.extents());
 
-  const auto find = params.narrow ? find_kernel<Fp8, Gradient> : find_kernel<Bf16, Gradient>;
+  const auto find = params.layout.kind == SourceKind::kFloat8    ? find_kernel<Fp8, Gradient>
+                    : params.layout.kind == SourceKind::kFloat16 ? find_kernel<__half, Gradient>
+                                                                 : find_kernel<Bf16, Gradient>;
   const void* const kernel = find(groups_of_eight(S), plan.tiles, groups_of_eight(N));
   share_out(call, kernel, params.map.bytes, T, params.plan);
   if (params.plan.window > 0) {
@@ -121,7 +120,7 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
 }  // namespace
 
 Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t dim,
-                            int64_t gradient_bytes, int64_t scale_columns) {
+                            int64_t gradient_bytes, SourceLayout layout) {
   if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
       too_narrow(num_sources, num_queries)) {
     return {};
@@ -129,13 +128,13 @@ Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t di
   AttendBackwardParams<Bf16> sizes = {};
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
-  set_narrow(sizes, scale_columns);
+  set_layout(sizes, layout);
   Extents extents = sizes.extents();
   extents.result_bytes = static_cast<int>(gradient_bytes);
   // One slot costs 5 to 20 %: the next step's gradients cannot come in while this one's go out.
   Plan plan =
       choose_plan(dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
-                  extents, num_sources * (source_bytes(scale_columns) + 4) + num_queries * 2,
+                  extents, num_sources * (layout.bytes() + 4) + num_queries * 2,
                   /*most_slots=*/2, {.stages = 3, .slots = 2});
   if (plan.cluster == 1 && plan.columns > 1024 && num_sources <= 3) {
     plan.window = 0;  // 2 to 3 % faster without at D = 2048, N = 2 and 3; N = 4 is 1 to 2 % slower
@@ -150,12 +149,14 @@ bool serves(const AttendBackwardArgs& args, int major, int minor) {
     return false;
   }
   const DType gradient = args.dsources[0].dtype;
+  const SourceLayout layout = layout_of(args.sources, args.source_scales);
   return (gradient == DType::kBFloat16 || gradient == DType::kFloat32) &&
-         sources_can_be_copied(args.sources, args.source_scales) &&
+         layout.kind != SourceKind::kNone &&
+         rows_can_be_copied<ConstMatrix>(args.sources, args.sources[0].dtype) &&
          rows_can_be_copied<ConstMatrix>(args.dout, DType::kBFloat16) &&
          rows_can_be_copied<Matrix>(args.dsources, gradient) &&
          choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows, dim,
-                                size_of(gradient), scale_columns(args.source_scales, dim))
+                                size_of(gradient), layout)
                  .columns > 0;
 }
 
@@ -166,7 +167,7 @@ int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args) {
   }
   const Plan plan = choose_attend_backward(
       static_cast<int64_t>(args.sources.size()), args.queries.rows, args.sources[0].cols,
-      size_of(args.dsources[0].dtype), scale_columns(args.source_scales, args.sources[0].cols));
+      size_of(args.dsources[0].dtype), layout_of(args.sources, args.source_scales));
   if (plan.columns == 0) {
     return 0;
   }
@@ -184,7 +185,7 @@ Status attend_backward(const AttendBackwardArgs& args, const Context& context,
           ? *other_plan
           : choose_attend_backward(static_cast<int64_t>(args.sources.size()), args.queries.rows,
                                    args.sources[0].cols, gradient_bytes,
-                                   scale_columns(args.source_scales, args.sources[0].cols));
+                                   layout_of(args.sources, args.source_scales));
   return gradient_bytes == 2 ? run<Bf16>(args, context, plan) : run<float>(args, context, plan);
 }
 

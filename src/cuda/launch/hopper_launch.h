@@ -63,16 +63,21 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rin
 /// and one slot will do.
 inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Extents& extents,
                         int64_t column_bytes, int most_slots, Rings wanted) {
-  // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us.
-  constexpr int64_t kStepBytes = 32 * 1024;
-  const int64_t columns_of_16_bytes = extents.narrow_rows > 0 ? 16 : 8;
+  // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us. A byte of
+  // float8 sources is twice the work.
+  const int64_t step_bytes = (extents.narrow_rows > 0 ? 48 : 32) * 1024;
+  // Slices of 8 or 16 tiles begin with a group of columns that share a scale.
+  const int64_t columns_at_once = extents.scaled_rows > 0 && extents.scale_columns == kScaleGroup
+                                      ? kScaleGroup
+                                  : extents.narrow_rows > 0 ? 16
+                                                            : 8;
   for (const Rings least : {wanted, Rings{2, 1}}) {
     for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
       std::optional<Plan> best;
       for (const int tiles : tile_choices) {
         Plan plan;
         plan.cluster = cluster;
-        plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), columns_of_16_bytes));
+        plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), columns_at_once));
         plan.tiles = tiles;
         plan.warps = static_cast<int>(ceil_div(plan.columns, 16 * tiles));
         const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
@@ -80,7 +85,7 @@ inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Ex
             !choose_rings(plan, extents, most_slots, least)) {
           continue;
         }
-        while (plan.batch < kBatchMax && column_bytes * plan.columns * plan.batch < kStepBytes) {
+        while (plan.batch < kBatchMax && column_bytes * plan.columns * plan.batch < step_bytes) {
           Plan larger = plan;
           larger.batch *= 2;
           if (!choose_rings(larger, extents, most_slots, wanted)) {
@@ -125,25 +130,31 @@ bool rows_can_be_copied(std::span<const MatrixType> rows, DType dtype) {
   });
 }
 
-/// Columns that share a scale of quantised sources; 0: none do.
-inline int64_t scale_columns(std::span<const ConstMatrix> scales, int64_t dim) {
-  return scales.empty() ? 0 : scales[0].cols == 1 && dim > kScaleGroup ? dim : kScaleGroup;
+/// How sources of phase 1 are stored, whatever their alignment.
+inline SourceLayout layout_of(std::span<const ConstMatrix> sources,
+                              std::span<const ConstMatrix> scales) {
+  SourceLayout layout;
+  if (!scales.empty()) {
+    const int64_t dim = sources[0].cols;
+    layout.scale_columns =
+        static_cast<int>(scales[0].cols == 1 && dim > kScaleGroup ? dim : kScaleGroup);
+  }
+  const DType dtype = sources[0].dtype;
+  layout.kind = dtype == DType::kBFloat16 && scales.empty()      ? SourceKind::kBFloat16
+                : dtype == DType::kFloat16                       ? SourceKind::kFloat16
+                : dtype == DType::kFloat8E4M3 && !scales.empty() ? SourceKind::kFloat8
+                                                                 : SourceKind::kNone;
+  return layout;
 }
 
-/// Bytes of an element of a source.
-inline int64_t source_bytes(int64_t columns_of_scale) { return columns_of_scale > 0 ? 1 : 2; }
-
-/// Tells parameters of phase 1 whether their sources are float8, and how they are scaled.
+/// Tells parameters of phase 1 how their sources are stored and scaled.
 template <class Params>
-void set_narrow(Params& params, int64_t columns_of_scale) {
-  params.narrow = columns_of_scale > 0;
-  params.scales.set_columns(columns_of_scale);
-}
-
-/// Whether every source is bfloat16, or float8 with scales, and may be copied in bulk.
-inline bool sources_can_be_copied(std::span<const ConstMatrix> sources,
-                                  std::span<const ConstMatrix> scales) {
-  return rows_can_be_copied(sources, scales.empty() ? DType::kBFloat16 : DType::kFloat8E4M3);
+void set_layout(Params& params, SourceLayout layout, std::span<const ConstMatrix> scales = {}) {
+  params.layout = layout;
+  params.scales.set_columns(layout.scale_columns);
+  for (size_t n = 0; n < scales.size(); ++n) {
+    params.scales.set(static_cast<int64_t>(n), scales[n]);
+  }
 }
 
 /// Launches `clusters` clusters of `plan.cluster` CTAs.
