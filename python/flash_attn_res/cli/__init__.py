@@ -217,7 +217,6 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     cases.add_argument(
         "--checkpointed",
         choices=["no", "yes", "both"],
-        default="both",
         help="step: sublayers that are recomputed in the backward (default both)",
     )
     cases.add_argument("--rounds", type=int, default=0, metavar="N", help="default: the suite's")

@@ -54,13 +54,16 @@ def run_bench(arguments: argparse.Namespace) -> int:
         if (request := _request(name, module, arguments, device, modules.values()))
     }
     folder = _folder(arguments)
+    for name, request in requests.items():
+        request.store = _store(name, folder, arguments, device)
     if device.type == "cpu":
         harness.keep_freed_memory()
+    else:  # events, streams and graphs are of the current device
+        torch.cuda.set_device(device.index or 0)
     failed = 0
     for name, request in requests.items():
         print(f"== {name}", flush=True)
         begin = time.monotonic()
-        request.store = _store(name, folder, arguments, device)
         rows = modules[name].run(request)
         failed += _conclude(name, request, rows, time.monotonic() - begin)
     return 1 if failed else 0
@@ -79,8 +82,6 @@ def _check(arguments: argparse.Namespace, suites: Sequence[str]) -> None:
     """Refuses options that no chosen suite has, and numbers out of range."""
     for option in dict.fromkeys(option for taken in SUITES.values() for option in taken):
         if getattr(arguments, option) and not any(option in SUITES[name] for name in suites):
-            if option == "checkpointed" and arguments.checkpointed == "both":
-                continue
             raise CliError(f"--{option} is no option of {', '.join(suites)}")
     if arguments.threads < 0:
         raise CliError(f"--threads must be at least 0, not {arguments.threads}")

@@ -192,12 +192,11 @@ def measure_copy(timer: Timer, copy: tuple[Run, int], rounds: int) -> float:
 
 def _smi(device: torch.device, *fields: str) -> list[str]:
     """What nvidia-smi says of the device, "unknown" where it says nothing."""
-    index = torch.cuda.get_device_properties(device).uuid
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    command += [] if uuid is None else [f"--id=GPU-{uuid}"]
     try:
-        answer = subprocess.run(
-            [*command, f"--id=GPU-{index}"], capture_output=True, text=True, check=True
-        ).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ["unknown"] * len(fields)
     values = [value.strip() for value in answer.partition("\n")[0].split(",")]

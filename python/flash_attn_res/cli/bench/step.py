@@ -551,7 +551,9 @@ def run(request: Request) -> list[Row]:
     del timer
     print(f"{device_name(request.device)}, copy {copy_rate / 1e12:.3f} TB/s")
     packages = request.packages
-    checkpoints = {"no": [False], "yes": [True], "both": [False, True]}[options.checkpointed]
+    checkpoints = {"no": [False], "yes": [True], "both": [False, True]}[
+        options.checkpointed or "both"
+    ]
     if options.scaling:
         packages = [name for name in packages if name not in SCALING_LEFT_OUT]
         checkpoints = [False]
