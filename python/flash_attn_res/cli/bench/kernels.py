@@ -74,15 +74,17 @@ Operation = tuple[Run, int]
 class Site:
     """The tensors of one shape, and the operations of the training path on them."""
 
-    def __init__(self, N: int, S: int, T: int, D: int, device: torch.device) -> None:
-        self.N, self.S, self.T, self.D, self.device = N, S, T, D, device
+    def __init__(
+        self, N: int, S: int, T: int, D: int, device: torch.device, dtype: torch.dtype = DTYPE
+    ) -> None:
+        self.N, self.S, self.T, self.D, self.device, self.dtype = N, S, T, D, device, dtype
         self.queries = self.floats(S, D).normal_() / D**0.5
         self.query = self.queries[0]
         self.weight = self.floats(D).normal_()
 
     def rows(self, count: int) -> Tensor:
         """Normal values [count, T, D]."""
-        return torch.empty(count, self.T, self.D, device=self.device, dtype=DTYPE).normal_()
+        return torch.empty(count, self.T, self.D, device=self.device, dtype=self.dtype).normal_()
 
     def row(self) -> Tensor:
         """Normal values [T, D]."""
