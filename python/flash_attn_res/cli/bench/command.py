@@ -166,7 +166,8 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 
 def _store(name: str, folder: Path, arguments: argparse.Namespace, device: torch.device) -> Store:
-    stem = name if name in ("cpu", "accuracy") else f"{harness.short_name(device)}-{name}"
+    plain = device.type == "cpu" and name in ("cpu", "accuracy")
+    stem = name if plain else f"{harness.short_name(device)}-{name}"
     part = bool(arguments.package or arguments.ours or arguments.scaling) or any(
         getattr(arguments, option) for option in SELECTING
     )

@@ -194,13 +194,17 @@ def _smi(device: torch.device, *fields: str) -> list[str]:
     """What nvidia-smi says of the device, "unknown" where it says nothing."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    command += [] if uuid is None else [f"--id=GPU-{uuid}"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ["unknown"] * len(fields)
-    values = [value.strip() for value in answer.partition("\n")[0].split(",")]
-    return values if len(values) == len(fields) else ["unknown"] * len(fields)
+    for which in ([f"--id=GPU-{uuid}"], []):  # without, it tells of the first GPU
+        try:
+            answer = subprocess.run(
+                [*command, *which], capture_output=True, text=True, check=True
+            ).stdout
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        values = [value.strip() for value in answer.partition("\n")[0].split(",")]
+        if len(values) == len(fields):
+            return values
+    return ["unknown"] * len(fields)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -318,7 +318,7 @@ def measure_case(
         units = UNITS[op][DIRECTIONS.index(direction)](shape["N"], shape["S"])
         if OURS in request.packages:
             try:
-                site = Site(**shape, device=request.device)
+                site = Site(**shape, device=request.device, dtype=DTYPE)
                 runs[OURS], own_units = getattr(site, f"{op}_{direction}")()
                 assert own_units == units
             except (RuntimeError, torch.OutOfMemoryError) as error:
