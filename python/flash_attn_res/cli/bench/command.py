@@ -7,6 +7,7 @@ import importlib
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -64,7 +65,14 @@ def run_bench(arguments: argparse.Namespace) -> int:
     for name, request in requests.items():
         print(f"== {name}", flush=True)
         begin = time.monotonic()
-        rows = modules[name].run(request)
+        try:
+            rows = modules[name].run(request)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            # Of this package or of the machine: another package's are rows. The next suite runs.
+            traceback.print_exc()
+            print(f"{name}: failed: {harness.describe(error)}", flush=True)
+            failed += 1
+            continue
         failed += _conclude(name, request, rows, time.monotonic() - begin)
     return 1 if failed else 0
 
@@ -73,7 +81,7 @@ def _conclude(name: str, request: Request, rows: Sequence[Row], seconds: float) 
     """Says what was not measured; the number of cases of ours among it."""
     harness.print_failures(rows)
     own = sum("error" in row and row["package"] == OURS for row in rows)
-    written = request.store.path if request.store.path.exists() else "nothing"
+    written = "nothing" if request.options.profile else request.store.path
     print(f"{name}: {seconds:.0f} s, wrote {written}", flush=True)
     return own
 

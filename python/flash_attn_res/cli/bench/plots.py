@@ -36,7 +36,7 @@ LABELS = {
     OURS: "this package",
     f"{OURS} (storage gradients)": "this package, grad_dtype=None",
     "plain": "plain residual",
-    "seed": "flash-attn-res 0.1.12 (Triton)",
+    "seed": "first Triton package",
     "eager": "eager PyTorch",
     "eager (float32 inside)": "eager PyTorch, float32 inside",
 }
