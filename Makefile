@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.12   interpreter to build the environment from (default: python3)
 #   JOBS=8              parallel jobs (default: one for each core)
-#   ARGS=--resume       more options for `make demo`: see `flash-attn-res train --help`
+#   ARGS=--resume       more options for `make demo` or `make bench`: see `flash-attn-res train
+#                       --help` and `flash-attn-res bench --help`
 #   SANITIZE=1          `make gpu-test` also runs compute-sanitizer
 #   ARCH="80 90a"       architectures of `make cuda-check` (default: 90a; all: every one)
 #   CUDA=ON|OFF         CUDA kernels in what `demo`, `test` and `bench` build (default: ON where
@@ -34,7 +35,7 @@ READY := $(VENV)/bootstrap.stamp
 PACKAGE := build/python/package-$(CUDA).stamp
 CPP_SOURCES := $(shell find include src bindings cmake -type f) CMakeLists.txt
 
-.PHONY: help demo test bench docs gpu-test lint format wheel install cuda-check clean
+.PHONY: help demo test bench report docs gpu-test lint format wheel install cuda-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | column -t -s@
@@ -82,11 +83,14 @@ test: install build-cpp build-asan ## run all tests: C++, C++ with sanitizers, P
 	$(VENV)/bin/python tools/summarize_tests.py "$${results[@]}" || status=1; \
 	exit $$status
 
-bench: install build-cpp ## measure the CPU kernels, alone and against PyTorch
+bench: install build-cpp ## measure every suite that this machine's device has
 	@mkdir -p benchmarks/results
 	@build/cpu/benchmarks/cpp/cpu_benchmark \
 	  --benchmark_out=benchmarks/results/cpu-cpp.json --benchmark_out_format=json
-	@$(VENV)/bin/python benchmarks/python/cpu.py
+	@$(VENV)/bin/flash-attn-res bench --out benchmarks/results $(ARGS)
+
+report: install ## make the tables and plots of README and docs from benchmarks/results
+	@$(VENV)/bin/flash-attn-res report
 
 docs: install ## build the documentation site in build/site
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet

@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import harness
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -38,9 +37,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.nn.functional import rms_norm, silu
 
 from flash_attn_res import BlockAttnRes
+from flash_attn_res.cli.bench import harness
 from flash_attn_res.distributed import PipelineLayout, StageAttnRes, TokenShards, make_stages
 
-RESULT = harness.ROOT / "benchmarks" / "results" / "h100-distributed.json"
+RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "h100-distributed.json"
 WORLD = 2
 EPS = 1e-6
 
@@ -299,8 +299,9 @@ def work(rank: int, port: int, options: argparse.Namespace, folder: str) -> None
         if cuda:
             torch.cuda.empty_cache()
     if rank == 0:
-        name = torch.cuda.get_device_name(device) if cuda else harness.cpu_name()
-        harness.write_results(options.out, f"{WORLD} x {name}", None, rows)
+        machine = harness.describe_machine(device)
+        machine["device"] = f"{WORLD} x {machine['device']}"
+        harness.write_results(options.out, "distributed", machine, None, rows)
     dist.barrier()
     dist.destroy_process_group()
 

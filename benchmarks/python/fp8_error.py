@@ -14,11 +14,11 @@ import argparse
 import pathlib
 import sys
 
-import harness
 import torch
 from torch import Tensor
 
 from flash_attn_res import inference, read
+from flash_attn_res.cli.bench import harness
 
 T, N, D = 512, 8, 7168
 FP8 = torch.float8_e4m3fn
@@ -26,7 +26,7 @@ FP8 = torch.float8_e4m3fn
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    results = harness.ROOT / "benchmarks" / "results" / "fp8-error.json"
+    results = pathlib.Path(__file__).resolve().parents[1] / "results" / "fp8-error.json"
     parser.add_argument("--out", type=pathlib.Path, default=results)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -76,7 +76,8 @@ def main() -> int:
                     ", powers of two" if power_of_two else ""
                 )
                 measure("e4m3", name, x.float() * scale.repeat_interleave(width, 1)[:, :D])
-    harness.write_results(options.out, harness.cpu_name(), None, rows)
+    machine = harness.describe_machine(torch.device("cpu"))
+    harness.write_results(options.out, "fp8-error", machine, None, rows)
     return 0
 
 

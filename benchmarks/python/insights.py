@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 
-import cuda_kernels
-import native
 import torch
 from torch import Tensor
 
-RESULT = cuda_kernels.ROOT / "benchmarks" / "results" / "h100-insights.json"
+from flash_attn_res.cli.bench import harness, kernels
+from flash_attn_res.cli.bench.harness import Run, Timer
+
+RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "h100-insights.json"
+DEVICE = torch.device("cuda")
 
 
 def normalise(device: str) -> list[dict[str, object]]:
@@ -75,48 +76,28 @@ def normalise(device: str) -> list[dict[str, object]]:
     return rows
 
 
-def both_paths(N: int, S: int, T: int, D: int) -> dict[str, dict[str, native.Call]]:
+def both_paths(N: int, S: int, T: int, D: int) -> dict[str, dict[str, Run]]:
     """Forward and backward on the Hopper path and, by a narrower key, on the general one."""
-    calls: dict[str, dict[str, native.Call]] = {"fwd": {}, "bwd": {}}
-    site = cuda_kernels.Site(N, S, T, D)
-    sources, out, dout = site.rows(N), site.rows(S), site.rows(S)
-    gate = torch.rand(S, T, device="cuda")
-    dlse = torch.randn(S, T, device="cuda")
-    dsources = site.rows(N)
+    calls: dict[str, dict[str, Run]] = {"fwd": {}, "bwd": {}}
+    site = kernels.Site(N, S, T, D, DEVICE)
+    sources, out, dout, dsources = site.sources(), site.rows(S), site.rows(S), site.sources()
     for variant, width in (("tensor cores", D), ("element-wise", D - 8)):
         queries = site.queries[:, :width].contiguous()
-        saved = {
-            "lse": cuda_kernels.floats(S, T),
-            "logits": cuda_kernels.floats(T, S * N),
-            "inv_rms": cuda_kernels.floats(T, N),
-        }
-        forward = native.Call("attend", sources=sources, queries=queries, out=out, **saved)
-        forward.run()
+        forward, saved = site.phase1(sources, queries, out)
+        forward()
         calls["fwd"][variant] = forward
-        calls["bwd"][variant] = native.Call(
-            "attend_backward",
-            sources=sources,
-            queries=queries,
-            dout=dout,
-            gate=gate,
-            dlse=dlse,
-            dsources=dsources,
-            accumulate_dsources=1,
-            dqueries=cuda_kernels.floats(S, width),
-            **saved,
-        )
+        calls["bwd"][variant] = site.phase1_backward(sources, queries, saved, dout, dsources)
     return calls
 
 
-def paths(timer: cuda_kernels.Timer, rounds: int) -> list[dict[str, object]]:
+def paths(timer: Timer, rounds: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for N, S in ((1, 1), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2), (4, 4), (4, 8), (8, 1), (8, 24)):
         shape = {"N": N, "S": S, "T": 32768, "D": 2048}
         for direction, calls in both_paths(**shape).items():
-            runs = {variant: call.run for variant, call in calls.items()}
-            times, failures = timer.interleaved(runs, rounds)
-            units = cuda_kernels.UNITS["phase1"][direction == "bwd"](N, S)
-            for variant in runs:
+            times, failures = timer.interleaved(calls, rounds)
+            units = kernels.UNITS["phase1"][direction == "bwd"](N, S)
+            for variant in calls:
                 row: dict[str, object] = {
                     "insight": "path",
                     "variant": variant,
@@ -133,14 +114,14 @@ def paths(timer: cuda_kernels.Timer, rounds: int) -> list[dict[str, object]]:
     return rows
 
 
-def eviction(timer: cuda_kernels.Timer, rounds: int) -> list[dict[str, object]]:
+def eviction(timer: Timer, rounds: int) -> list[dict[str, object]]:
     import eviction_kernel
 
     rows: list[dict[str, object]] = []
     for N, S in ((4, 8), (4, 16), (8, 8)):
         T, D = 32768, 2048
-        v = cuda_kernels.randn(N, T, D)
-        q = cuda_kernels.randn(S, D, dtype=torch.float32) / D**0.5
+        v = torch.empty(N, T, D, device=DEVICE, dtype=torch.bfloat16).normal_()
+        q = torch.randn(S, D, device=DEVICE) / D**0.5
         out = torch.empty(S, T, D, device="cuda", dtype=torch.bfloat16)
         launch = eviction_kernel.phase1[(T,)]
         runs = {
@@ -182,28 +163,18 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
-    timer = cuda_kernels.Timer()
-    copy, size = cuda_kernels.copy_runner()
-    medians = [
-        statistics.median(timer.interleaved({"copy": copy}, options.rounds)[0]["copy"])
-        for _ in range(3)
-    ]
-    rate = size / (min(medians) * 1e-6)
+    timer = Timer(DEVICE)
+    rate = harness.measure_copy(timer, harness.copy_runner(DEVICE), options.rounds)
     rows = normalise("cuda") + paths(timer, options.rounds)
     try:
         rows += eviction(timer, options.rounds)
     except Exception as error:  # no Triton, or one that does not compile it: that is the result
-        rows.append({"insight": "eviction", "error": cuda_kernels.describe(error)})
+        rows.append({"insight": "eviction", "error": harness.describe(error)})
     for row in rows:
         if "us" in row:
             row["percent_of_copy"] = round(100 * row["bytes"] / (row["us"] * 1e-6) / rate, 1)
         print(row)
-    document = {
-        **cuda_kernels.describe_machine(),
-        "copy_tb_s": round(rate / 1e12, 4),
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    harness.write_results(options.out, "insights", harness.describe_machine(DEVICE), rate, rows)
 
 
 if __name__ == "__main__":

@@ -199,10 +199,17 @@ def test_the_plan_in_the_page_on_training_is_the_plan() -> None:
     assert str(BlockAttnRes(32, 2048, 8).plan(tokens=8192)) in text
 
 
-@pytest.mark.parametrize("tool", ["api_doc.py", "report.py"])
-def test_generated_pages_are_up_to_date(tool: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        [ROOT / "tools" / "api_doc.py"],
+        ["-m", "flash_attn_res.cli", "report", "--results", ROOT / "benchmarks" / "results"],
+    ],
+    ids=["api", "report"],
+)
+def test_generated_pages_are_up_to_date(command: list[str | pathlib.Path]) -> None:
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), "--check"],
+        [sys.executable, *map(str, command), "--check"],
         capture_output=True,
         text=True,
         check=False,

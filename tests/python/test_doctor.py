@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from flash_attn_res import ReadResult, __version__, read
-from flash_attn_res.cli import doctor, main
+from flash_attn_res.cli import doctor, main, served
 
 
 def test_right_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,6 +31,42 @@ def test_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     text = capsys.readouterr().out
     assert f"flash-attn-res {__version__}, " in text
     assert "note: FLASH_ATTN_RES_CPU_ISA=portable chooses the CPU kernels" in text
+    assert f"every operation, shape and dtype: {torch.ops.flash_attn_res.cpu_kernels()}" in text
+
+
+@pytest.mark.parametrize("isa", ["portable", "nonsense"])
+def test_the_kernels_of_the_cpu(isa: str) -> None:
+    """In a process of its own: the choice is made once."""
+    command = [sys.executable, "-m", "flash_attn_res.cli", "doctor", "--json"]
+    environment = {**os.environ, "FLASH_ATTN_RES_CPU_ISA": isa}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    kernels = json.loads(done.stdout)["cpu"]["kernels"]
+    assert kernels in ("portable", "neon", "avx2", "avx512", "avx512_bf16")
+    assert isa == "nonsense" or kernels == isa
+
+
+def test_the_kernels_of_a_gpu() -> None:
+    """Names as the profiler gives them, and why no kernel of Hopper ran."""
+    hopper = "void flash_attn_res::cuda::hopper::attend_kernel<1, 8, 2>(AttendParams)"
+    general = "void flash_attn_res::cuda::attend_mix_kernel<__nv_bfloat16>(AttendMixParams)"
+    assert served.names_in([hopper, "Memset (Device)", general]) == ["hopper::attend", "attend_mix"]
+
+    def why(op: str, dtype: torch.dtype, minor: int, *kernels: str) -> str:
+        return served.note(op, dtype, (9, minor), list(kernels)) or ""
+
+    assert why("phase1_fwd", torch.bfloat16, 0, "hopper::attend") == ""
+    assert why("oneshot_norm_fwd", torch.bfloat16, 1, "read_rows") == ""
+    assert "this GPU has 9.1" in why("phase1_fwd", torch.bfloat16, 1, "attend_mix")
+    assert "take bfloat16" in why("phase1_fwd", torch.float16, 0, "attend_mix")
+    assert "16-bit" in why("advance_bwd", torch.float32, 0, "read_backward_staged")
+    assert "for this shape" in why("advance_bwd", torch.float16, 0, "read_backward_staged")
+    assert "saw no kernel" in why("advance_bwd", torch.float16, 0)
+    entries = [
+        {"op": "advance_fwd", "shape": shape, "dtype": "float16", "kernels": ["read_rows"]}
+        | {"note": None}
+        for shape in served.SHAPES
+    ]
+    assert served.lines(entries) == ["  advance_fwd       float16   all shapes: read_rows"]
 
 
 def test_wrong_result_is_found(

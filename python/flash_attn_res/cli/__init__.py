@@ -1,4 +1,4 @@
-"""The command `flash-attn-res`: train and sample small models, show what they read, measure errors.
+"""The command `flash-attn-res`: small models, what they read, errors, benchmarks and their report.
 
 Only argparse is imported here; what a command needs is imported when it runs.
 """
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="flash-attn-res",
         description="Train small byte-level language models with plain residuals, Block and Full "
         "Attention Residuals side by side, print text from them, show which depths a "
-        "model reads, and measure the errors of storage modes and of other packages.",
+        "model reads, and measure errors and times of this package and of others.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_train(commands.add_parser("train", help="train the variants and compare them"))
@@ -42,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         "and backward, on every device. Leaves with 1 where a check fails."
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_bench(commands.add_parser("bench", help="measure times and errors, others' beside ours"))
+    _add_report(commands.add_parser("report", help="tables and plots from the results of bench"))
     _add_plan(commands.add_parser("plan", help="count memory and traffic over many devices"))
     return parser
 
@@ -177,6 +179,69 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measures suites: kernels, step (whole networks), decode (small batches), cpu, accuracy. "
+        "Each writes one JSON file to OUT; report draws them. Other packages are measured where "
+        "they are installed; what cannot be measured is named with its reason. Leaves with 1 where "
+        "a case of this package failed."
+    )
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help="which (default: all that the device has)"
+    )
+    parser.add_argument("--quick", action="store_true", help="small cases and few rounds")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where results go (default benchmark-results, with --quick its folder quick)",
+    )
+    _add_machine(parser)
+    which = parser.add_argument_group("packages")
+
+    def add_names(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
+        group.add_argument(flag, action="extend", nargs="+", metavar="NAME", default=[], help=text)
+
+    add_names(which, "--package", "only these")
+    which.add_argument("--ours", action="store_true", help="this package, and plain residuals")
+    which.add_argument("--peers", action="store_true", help="with --quick too, torch.compile")
+    cases = parser.add_argument_group("cases")
+    add_names(cases, "--shape", "of kernels and step")
+    add_names(cases, "--op", "of kernels, decode and cpu")
+    cases.add_argument(
+        "--tokens", action="extend", nargs="+", type=int, metavar="T", default=[], help="of decode"
+    )
+    cases.add_argument(
+        "--neighbours", action="store_true", help="kernels: also the shapes around the main ones"
+    )
+    cases.add_argument("--scaling", action="store_true", help="step: series over L and T instead")
+    cases.add_argument(
+        "--checkpointed",
+        choices=["no", "yes", "both"],
+        help="step: sublayers that are recomputed in the backward (default both)",
+    )
+    cases.add_argument("--rounds", type=int, default=0, metavar="N", help="default: the suite's")
+    cases.add_argument(
+        "--warm", type=int, default=0, metavar="JOBS", help="kernels: compile beforehand, so many"
+    )
+    cases.add_argument(
+        "--profile", action="store_true", help="step: print where the time goes instead of timing"
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Makes tables and plots from result files. For the results of a checkout it fills the "
+        "generated tables of README.md and docs/ and draws docs/images; else it writes report.md "
+        "and plots beside the results."
+    )
+    parser.add_argument(
+        "--results", metavar="DIR", help="default: those of the checkout, or benchmark-results"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; leave with 1 where tables are stale"
+    )
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Prints what the blocks of Attention Residuals take up on each device and what travels "
@@ -209,7 +274,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs a command; returns 0, 1 for what it found, 2 for bad input, 130 after Ctrl-C."""
     try:
         arguments = build_parser().parse_args(argv)
         if arguments.command == "train":
@@ -228,6 +293,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.doctor import run_doctor
 
             return run_doctor(arguments)
+        if arguments.command == "bench":
+            from flash_attn_res.cli.bench.command import run_bench
+
+            return run_bench(arguments)
+        if arguments.command == "report":
+            from flash_attn_res.cli.bench.report import run_report
+
+            return run_report(arguments)
         if arguments.command == "plan":
             from flash_attn_res.cli.plan import run_plan
 

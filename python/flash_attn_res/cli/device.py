@@ -1,13 +1,16 @@
-"""Where a command runs, and what it costs there: device, threads, time and memory."""
+"""Where a command runs, and what it costs there: device, threads, commit, time and memory."""
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from flash_attn_res import __version__
 from flash_attn_res.cli.errors import CliError
 
 
@@ -51,6 +54,27 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     return "CPU"
+
+
+def checkout() -> Path | None:
+    """The repository that this package is run from, if it is run from one."""
+    root = Path(__file__).resolve().parents[3]
+    return root if (root / "src" / "reference").is_dir() else None
+
+
+def revision() -> str:
+    """The commit of the checkout, by FLASH_ATTN_RES_COMMIT where its history is not at hand."""
+    if given := os.environ.get("FLASH_ATTN_RES_COMMIT"):
+        return given
+    root = checkout()
+    if root is None:
+        return f"release {__version__}"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.strip()
 
 
 def resident_bytes() -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 
 from flash_attn_res import __version__, read
 from flash_attn_res._load import load_operators
+from flash_attn_res.cli import served
 from flash_attn_res.cli.device import device_name
 
 SCHEMA = 1
@@ -49,6 +50,7 @@ def examine() -> dict[str, Any]:
             "name": device_name(devices[0]),
             "threads": torch.get_num_threads(),
             "torch_isa": torch.backends.cpu.get_cpu_capability(),
+            "kernels": _cpu_kernels(),
             "FLASH_ATTN_RES_CPU_ISA": os.environ.get("FLASH_ATTN_RES_CPU_ISA"),
         },
         "gpus": [_gpu(device) for device in devices[1:]],
@@ -71,7 +73,18 @@ def _gpus() -> int:
 
 def _gpu(device: torch.device) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(device)
-    return {"name": device_name(device), "capability": f"{major}.{minor}"}
+    kernels = served.served(device) if (major, minor) >= _LEAST_CAPABILITY else []
+    return {
+        "name": device_name(device),
+        "capability": f"{major}.{minor}",
+        "kernels": kernels,
+    }
+
+
+def _cpu_kernels() -> str:
+    """The instruction set that every operation and dtype has its kernels in."""
+    query = getattr(torch.ops.flash_attn_res, "cpu_kernels", None)
+    return "unknown" if query is None else str(query())
 
 
 def _notes() -> list[str]:
@@ -135,8 +148,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"Python {found['python']}, PyTorch {found['torch']}, CUDA {found['torch_cuda'] or 'none'}",
         f"CPU: {found['cpu']['name']}, {found['cpu']['threads']} threads, "
         f"{found['cpu']['torch_isa']} by PyTorch",
+        f"kernels on the CPU, every operation, shape and dtype: {found['cpu']['kernels']}",
     ]
-    lines += [f"GPU {i}: {g['name']}, {g['capability']}" for i, g in enumerate(found["gpus"])]
+    for index, gpu in enumerate(found["gpus"]):
+        lines.append(f"GPU {index}: {gpu['name']}, {gpu['capability']}")
+        lines += [f"kernels on GPU {index}, as they ran:"] if gpu["kernels"] else []
+        lines += served.lines(gpu["kernels"])
     there = [f"{name} {version}" for name, version in found["packages"].items() if version]
     missing = [name for name, version in found["packages"].items() if not version]
     lines += [f"installed: {', '.join(there) or 'nothing'}", f"not installed: {', '.join(missing)}"]

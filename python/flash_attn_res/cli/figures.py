@@ -22,7 +22,7 @@ LABELS = {"plain": "plain", "block": "Block AttnRes", "full": "Full AttnRes"}
 
 _INK = "#22262b"
 _FAINT = "#c9ced6"
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 12,
     "axes.titlesize": 13,
@@ -63,7 +63,7 @@ def draw_all(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     if any(entry["depth"]["attention"] for entry in summary["variants"].values()):
         figures["depth_attention.png"] = depth_attention
     paths = []
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         for name, draw in figures.items():
             figure = draw(summary)
             path = folder / name

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +15,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from flash_attn_res import __version__
 from flash_attn_res.cli import checkpoint
 from flash_attn_res.cli.accuracy import families, peers, states, table
 from flash_attn_res.cli.accuracy.modes import MODES
-from flash_attn_res.cli.device import choose_device, device_name, set_threads
+from flash_attn_res.cli.bench.harness import SCHEMA, describe_machine
+from flash_attn_res.cli.device import choose_device, set_threads
 from flash_attn_res.cli.errors import CliError
 
 SOURCES = (2, 8, 33)
@@ -33,15 +30,21 @@ SLOW = ("torch.compile (sums)", "torch.compile (products)")  # minutes of compil
 
 def run_accuracy(arguments: argparse.Namespace) -> int:
     """The command: 0 when the table is complete, whatever it says."""
+    known = [*peers.EAGER, *peers.PEERS]
+    packages = chosen(
+        "--packages", arguments.packages, known, [name for name in known if name not in SLOW]
+    )
+    run_table(arguments, packages)
+    return 0
+
+
+def run_table(arguments: argparse.Namespace, packages: Sequence[str]) -> table.Table:
+    """Checks the other options, measures, prints, and stores under --out."""
     console = Console(stderr=True)
     device = choose_device(arguments.device)
     set_threads(arguments.threads)
     plan = _plan(arguments, device)
     modes = chosen("--modes", arguments.modes, MODES, list(MODES))
-    known = [*peers.EAGER, *peers.PEERS]
-    packages = chosen(
-        "--packages", arguments.packages, known, [name for name in known if name not in SLOW]
-    )
     if arguments.checkpoint is not None and families.DEPTH not in plan.families:
         raise CliError(
             f"--checkpoint is for the family {families.DEPTH!r}, which --families leaves out"
@@ -57,10 +60,10 @@ def run_accuracy(arguments: argparse.Namespace) -> int:
         out = Console(width=WIDTH)
     show(found, out, details=arguments.details)
     if arguments.out is not None:
-        document = document_of(plan, found, origin, device, seconds)
+        document = document_of(plan, found, origin, device, seconds, arguments.quick)
         checkpoint.write_atomically(arguments.out, text_of(document).encode())
         console.print(f"Wrote {arguments.out}", highlight=False, soft_wrap=True)
-    return 0
+    return found
 
 
 def measure(
@@ -154,39 +157,21 @@ def document_of(
     origin: dict[str, Any] | None,
     device: torch.device,
     seconds: float,
+    quick: bool,
 ) -> dict[str, Any]:
     """The result file, in the form of the other benchmarks."""
-    cuda = device.type == "cuda"
     return {
-        "device": device_name(device),
-        "driver": str(torch.version.cuda) if cuda else "none",
-        "versions": {
-            "flash_attn_res": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **peers.versions(),
-        },
-        "commit": revision(),
-        "date": datetime.date.today().isoformat(),
+        "schema": SCHEMA,
+        "suite": "accuracy",
+        **({"quick": True} if quick else {}),
+        **describe_machine(device),
+        "copy_tb_s": None,
         "seconds": round(seconds, 1),
         "seed": plan.seed,
         "hidden_states": origin,
         "failures": found.failures,
         "rows": found.rows,
     }
-
-
-def revision() -> str:
-    """The commit of the checkout that this package is run from, if it is run from one."""
-    root = Path(__file__).resolve().parents[4]
-    if not (root / "src" / "reference").is_dir():
-        return f"release {__version__}"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        described = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.strip()
 
 
 def text_of(document: dict[str, Any]) -> str:

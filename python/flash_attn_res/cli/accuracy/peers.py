@@ -7,13 +7,15 @@ turns an operation into a differentiable function of the case's leaves; where it
 the operation it raises :class:`UnsupportedError` with the reason. Nothing is timed before
 :func:`check` has held outputs and gradients against the formulas of docs/math.md on all tokens.
 
-The packages are installed at run time and never beside this one:
+The packages are installed with this one, or where PyTorch must stay as it is in a folder for
+PYTHONPATH; the seed always in a folder of its own:
 
+    pip install 'flash-attn-res[peers]'
     pip install --target SITE --no-deps flash-linear-attention fla-core liger-kernel \
         fast-attnres einops
     pip install --target SEED --no-deps flash-attn-res==0.1.12
 
-The second is the first Triton package, which has this one's names: it is loaded from SEED under
+The last is the first Triton package, which has this one's names: it is loaded from SEED under
 the name ``seed_attn_res`` and SEED is never on sys.path. Dialects:
 
   seed          phase 1 and merge; no key weight, no scale, D a power of two. Its backward

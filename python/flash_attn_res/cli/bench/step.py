@@ -1,10 +1,9 @@
 """Whole networks: what Attention Residuals cost in a training step, beside a plain residual.
 
-Usage: step.py [--out FILE] [--shape NAME]... [--package NAME]... [--device cuda|cpu] [--quick]
-
-A network is L sublayers SwiGLU (RMSNorm, D -> 2D gated -> D) in bfloat16, in eager PyTorch, forward
-alone and forward with backward to the input, all weights and all queries; and the same with
-checkpointed sublayers. Contenders share the layers and differ in what stands between them:
+A network is L sublayers SwiGLU (RMSNorm, D -> 2D gated -> D) in bfloat16 (float32 on a CPU), in
+eager PyTorch, forward alone and forward with backward to the input, all weights and all queries;
+and the same with checkpointed sublayers. Contenders share the layers and differ in what stands
+between them:
 
   plain            x + layer(norm(x))
   flash_attn_res   this package: BlockAttnRes; (storage gradients): with grad_dtype=None
@@ -13,36 +12,38 @@ checkpointed sublayers. Contenders share the layers and differ in what stands be
   fla              one-shot reads with the output norm of flash-linear-attention
   liger            one-shot reads of liger-kernel
 
-The others' packages are imported when asked for; what cannot be had is listed with its reason. Each
-contender is held to the formulas in float32 before it is timed. Times are medians over interleaved
-rounds; ratios are medians of the rounds' ratios to plain, so that drift of the machine hits both.
-Peak memory is that of one step, weights and input included.
+Each contender is held to the formulas in float32 before it is timed. Times are medians over
+interleaved rounds; ratios are medians of the rounds' ratios to plain, so that drift of the machine
+hits both. Bytes are those that the planner counts for a step of the stream, the same for every
+contender; percent of copy is their share of what a copy moves in the time of the whole step. Peak
+memory is that of one step, weights and input included.
+
+`--scaling` measures series instead: over L with eight blocks, and over T.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import datetime
 import functools
-import json
 import os
 import pathlib
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import harness
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from flash_attn_res import BlockAttnRes
+from flash_attn_res.cli.accuracy import peers
+from flash_attn_res.cli.accuracy.peers import UnsupportedError
+from flash_attn_res.cli.bench import harness
+from flash_attn_res.cli.bench.harness import COMPILED, OURS, Request, Row, describe
+from flash_attn_res.cli.device import device_name
 
-RESULT = harness.ROOT / "benchmarks" / "results" / "h100-step.json"
 EPS = 1e-6
 LIMIT = 3e-2
 """Largest relative L2 error of an output: bfloat16 rounds at every sublayer."""
@@ -69,13 +70,25 @@ SMALL = {
     "full": Shape(8, 1, 128, 128),
 }
 
-
-class UnsupportedError(Exception):
-    """The package is not there, or cannot serve the shape."""
+# Eight blocks over L, so that what is read grows as the network does.
+SCALING = {
+    "L": [Shape(layers, layers // 8, 4096, 2048) for layers in (16, 32, 64, 128)],
+    "T": [Shape(32, 4, tokens, 2048) for tokens in (1024, 2048, 4096, 8192, 16384, 32768)],
+}
+SMALL_SCALING = {
+    "L": [Shape(layers, layers // 8, 128, 64) for layers in (8, 16, 32)],
+    "T": [Shape(8, 1, tokens, 64) for tokens in (64, 128, 256)],
+}
+SCALING_LEFT_OUT = ("flash_attn_res (storage gradients)", COMPILED)
+"""The former is near ours; the latter compiles anew for every length."""
 
 
 class Sublayer(nn.Module):
     """RMSNorm weight, D -> 2D gated -> D."""
+
+    norm: nn.Parameter
+    up: nn.Linear
+    down: nn.Linear
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -86,10 +99,11 @@ class Sublayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer without its norm."""
         a, b = self.up(x).chunk(2, -1)
-        return self.down(silu(b) * a)
+        out: Tensor = self.down(silu(b) * a)
+        return out
 
     def normed(self, h: Tensor) -> Tensor:
-        return self(rms_norm(h, self.norm.shape, self.norm, EPS))
+        return self.forward(rms_norm(h, self.norm.shape, self.norm, EPS))
 
 
 class Network(nn.Module):
@@ -103,6 +117,10 @@ class Network(nn.Module):
             # No key weights: the seed's dialect has none.
             self.queries = nn.Parameter(torch.randn(shape.layers + 1, shape.dim).to(dtype) * 0.02)
         self.shape = shape
+
+    def sublayers(self) -> list[Sublayer]:
+        """The layers, as what they are."""
+        return [layer for layer in self.layers if isinstance(layer, Sublayer)]
 
     def blocks(self) -> list[list[int]]:
         sites = range(self.shape.layers)
@@ -124,7 +142,7 @@ def maybe_checkpoint(checkpointed: bool, function: Callable[..., Tensor], *given
 
 def plain(network: Network) -> Forward:
     def run(x: Tensor, checkpointed: bool) -> Tensor:
-        for layer in network.layers:
+        for layer in network.sublayers():
             x = x + maybe_checkpoint(checkpointed, layer.normed, x)
         return x
 
@@ -146,7 +164,7 @@ def ours(network: Network, grad_dtype: torch.dtype | None = torch.float32) -> Fo
 
     def run(x: Tensor, checkpointed: bool) -> Tensor:
         stream = attn_res.start(x)
-        for layer in network.layers:
+        for layer in network.sublayers():
             stream.sublayer(
                 layer, layer.norm, EPS, checkpoint=checkpointed, preserve_rng_state=False
             )
@@ -155,13 +173,14 @@ def ours(network: Network, grad_dtype: torch.dtype | None = torch.float32) -> Fo
     return run
 
 
-Phase1 = Callable[[list[Tensor], Tensor], tuple[list[Tensor], list[Tensor]]]
+Phase1 = Callable[[list[Tensor], Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
 Merge = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 OneShot = Callable[[list[Tensor], Tensor, "Tensor | None"], Tensor]
 
 
 def two_phase(network: Network, phase1: Phase1, merge: Merge, one_shot: OneShot) -> Forward:
     """Algorithm 1 of the paper over the operators of a package, merges outside of checkpoints."""
+    layers = network.sublayers()
 
     def run(x: Tensor, checkpointed: bool) -> Tensor:
         queries = network.queries.float()
@@ -170,10 +189,14 @@ def two_phase(network: Network, phase1: Phase1, merge: Merge, one_shot: OneShot)
             outs, lses = phase1(sources, queries[block[0] : block[-1] + 1])
             partial: Tensor | None = None
             for i, site in enumerate(block):
-                layer = network.layers[site]
+                layer = layers[site]
 
                 def read_and_apply(
-                    o: Tensor, lse: Tensor, b: Tensor | None, layer=layer, query=queries[site]
+                    o: Tensor,
+                    lse: Tensor,
+                    b: Tensor | None,
+                    layer: Sublayer = layer,
+                    query: Tensor = queries[site],
                 ) -> Tensor:
                     return layer.normed(o if b is None else merge(o, lse, b, query))
 
@@ -188,6 +211,7 @@ def two_phase(network: Network, phase1: Phase1, merge: Merge, one_shot: OneShot)
 
 def one_shot_network(network: Network, one_shot: OneShot) -> Forward:
     """Every site reads all sources; with its norm, where the package has one."""
+    layers = network.sublayers()
 
     def run(x: Tensor, checkpointed: bool) -> Tensor:
         queries = network.queries.float()
@@ -195,9 +219,11 @@ def one_shot_network(network: Network, one_shot: OneShot) -> Forward:
         for block in network.blocks():
             partial: Tensor | None = None
             for site in block:
-                layer = network.layers[site]
+                layer = layers[site]
 
-                def read_and_apply(*given: Tensor, layer=layer, query=queries[site]) -> Tensor:
+                def read_and_apply(
+                    *given: Tensor, layer: Sublayer = layer, query: Tensor = queries[site]
+                ) -> Tensor:
                     return layer(one_shot(list(given), query, layer.norm))
 
                 given = sources if partial is None else [*sources, partial]
@@ -256,8 +282,6 @@ def seed(network: Network) -> Forward:
     folder = os.environ.get("SEED_ATTN_RES")
     if not folder:
         raise UnsupportedError("SEED_ATTN_RES does not name the folder it is installed in")
-    from flash_attn_res.cli.accuracy import peers
-
     package = peers.load_seed(pathlib.Path(folder))
 
     def phase1(sources: list[Tensor], queries: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -310,9 +334,9 @@ def liger(network: Network) -> Forward:
 
 PACKAGES: dict[str, Callable[[Network], Forward]] = {
     "plain": plain,
-    "flash_attn_res": ours,
+    OURS: ours,
     "flash_attn_res (storage gradients)": functools.partial(ours, grad_dtype=None),
-    "torch.compile": compiled,
+    COMPILED: compiled,
     "seed": seed,
     "fla (Triton)": functools.partial(fla, gluon=False),
     "fla (Gluon)": functools.partial(fla, gluon=True),
@@ -406,8 +430,15 @@ def prepare(
             torch.cuda.synchronize()
             contender.peak = torch.cuda.max_memory_allocated()
     except Exception as error:  # whatever another package raises is its result
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return describe(error)
     return contender
+
+
+def residual_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """What the planner counts for one step of the stream."""
+    with torch.device("meta"):
+        attn_res = BlockAttnRes(shape.layers, shape.dim, shape.block_size)
+    return attn_res.plan(dtype=dtype).bytes * shape.tokens * shape.dim
 
 
 def measure(
@@ -415,32 +446,32 @@ def measure(
     packages: list[str],
     checkpointed: bool,
     rounds: int,
-    device: str,
-    failed: list[dict],
-) -> list[dict]:
+    copy_rate: float,
+    series: str = "",
+) -> list[Row]:
+    """Every package on one network: rows in the order of the packages, then what failed."""
     shape = network.shape
-    dtype = network.queries.dtype
+    device, dtype = network.queries.device, network.queries.dtype
     x = torch.randn(1, shape.tokens, shape.dim, device=device).to(dtype).requires_grad_()
     cotangent = torch.randn(1, shape.tokens, shape.dim, device=device).to(dtype)
-    clock = Clock(device)
+    clock = Clock(device.type)
+    where = {
+        **dataclasses.asdict(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "checkpointed": checkpointed,
+        **({"series": series} if series else {}),
+    }
     contenders: list[Contender] = []
+    failures: list[Row] = []
     for package in packages:
         prepared = prepare(network, package, x, cotangent, checkpointed)
         if isinstance(prepared, Contender):
             contenders.append(prepared)
             continue
-        print(f"  {package}: {prepared}", file=sys.stderr, flush=True)
-        failed.append(
-            {
-                "package": package,
-                **dataclasses.asdict(shape),
-                "checkpointed": checkpointed,
-                "reason": prepared,
-            }
-        )
-        if device.startswith("cuda"):
+        harness.failed(failures, package, where, prepared)
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-    for index in range(rounds):
+    for index in range(rounds if contenders else 0):
         shift = index % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
             clock(contender.forward, 1)
@@ -449,19 +480,20 @@ def measure(
             contender.both.append(clock(contender.step, 3))
             contender.host_ms = clock.host_ms
     base = next((c for c in contenders if c.package == "plain"), None)
+    counted = residual_bytes(shape, dtype)
     rows = []
     for contender in contenders:
-        row = {
+        row: Row = {
             "package": contender.package,
-            "layers": shape.layers,
-            "block_size": shape.block_size,
-            "tokens": shape.tokens,
-            "dim": shape.dim,
-            "checkpointed": checkpointed,
-            "fwd_ms": round(statistics.median(contender.fwd), 3),
-            "step_ms": round(statistics.median(contender.both), 3),
+            **where,
+            **harness.spread("fwd_ms", contender.fwd, 3),
+            **harness.spread("step_ms", contender.both, 3),
             "peak_gib": None if contender.peak is None else round(contender.peak / 2**30, 3),
         }
+        if contender.package != "plain":
+            seconds = statistics.median(contender.both) * 1e-3
+            row["bytes"] = counted
+            row["percent_of_copy"] = round(100 * counted / seconds / copy_rate, 1)
         if base is not None:
             for name, own, plain_times in (
                 ("fwd", contender.fwd, base.fwd),
@@ -473,15 +505,18 @@ def measure(
             if contender.peak is not None and base.peak is not None:
                 row["peak_over_plain"] = round(contender.peak / base.peak, 4)
         rows.append(row)
+        peak = ""
+        if row["peak_gib"] is not None:
+            peak = f"peak {row['peak_gib']:6.2f} GiB ({row.get('peak_over_plain', 0):.3f}x)  "
         print(
             f"{contender.package:36} {'ck' if checkpointed else '':3}"
             f"fwd {row['fwd_ms']:8.2f} ms ({row.get('fwd_over_plain', 0):.3f}x)  "
             f"step {row['step_ms']:8.2f} ms ({row.get('step_over_plain', 0):.3f}x)  "
-            f"peak {row['peak_gib'] or 0:6.2f} GiB ({row.get('peak_over_plain', 0):.3f}x)  "
-            f"host {contender.host_ms:7.2f} ms",
+            f"{peak}"
+            f"host {contender.host_ms:7.2f} ms  {row.get('percent_of_copy', 0):4.1f} % of copy",
             flush=True,
         )
-    return rows
+    return rows + failures
 
 
 def profile(network: Network, packages: list[str], checkpointed: bool, device: str) -> None:
@@ -505,92 +540,40 @@ def profile(network: Network, packages: list[str], checkpointed: bool, device: s
         print(profiled.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
 
 
-def describe_machine(device: str) -> dict[str, object]:
-    if device.startswith("cuda"):
-        import cuda_kernels
-
-        return cuda_kernels.describe_machine()
-    return {
-        "device": harness.cpu_name(),
-        "driver": "none",
-        "versions": {"torch": torch.__version__},
-        "commit": harness.commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def write(
-    path: pathlib.Path, device: str, copy: float, rows: list[dict], failed: list[dict]
-) -> None:
-    """Rows of this run take the place of older ones of the same network and package."""
-
-    def key(row: dict) -> tuple:
-        names = ("package", "layers", "block_size", "tokens", "dim", "checkpointed")
-        return tuple(row[name] for name in names)
-
-    done = {key(row) for row in [*rows, *failed]}
-    before = json.loads(path.read_text()) if path.exists() else {}
-    machine = describe_machine(device)
-    for row in rows:  # those that stay may be of another
-        row["commit"] = str(machine["commit"])[:7]
-    document = {
-        **machine,
-        "copy_tb_s": round(copy / 1e12, 4),
-        "rows": [row for row in before.get("rows", []) if key(row) not in done] + rows,
-        "failed": [row for row in before.get("failed", []) if key(row) not in done] + failed,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def measure_copy(device: str) -> float:
-    """Bytes per second of a copy, read + written."""
-    source = torch.empty(2**30 if device.startswith("cuda") else 2**26, dtype=torch.uint8)
-    source = source.to(device).fill_(1)
-    target = torch.empty_like(source)
-    clock = Clock(device)
-    clock(lambda: target.copy_(source), 3)
-    best = min(clock(lambda: target.copy_(source), 5) for _ in range(3))
-    return 2 * source.numel() / (best * 1e-3)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, help="add the rows to this result file")
-    parser.add_argument("--shape", action="append", choices=SHAPES)
-    parser.add_argument("--package", action="append", choices=PACKAGES)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--checkpointed", choices=["no", "yes", "both"], default="both")
-    parser.add_argument("--quick", action="store_true", help="small networks, two rounds")
-    parser.add_argument("--profile", action="store_true", help="print kernels instead of timing")
-    options = parser.parse_args()
-    shapes = SMALL if options.quick else SHAPES
-    packages = options.package or list(PACKAGES)
-    rounds = 2 if options.quick else options.rounds
-    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    copy = measure_copy(options.device)
-    rows: list[dict] = []
-    failed: list[dict] = []
-    modes = {"no": [False], "yes": [True], "both": [False, True]}[options.checkpointed]
-    for name in options.shape or shapes:
-        shape = shapes[name]
+def run(request: Request) -> list[Row]:
+    """Measures and writes after each network."""
+    options = request.options
+    small = request.quick or not request.cuda
+    rounds = options.rounds or (2 if request.quick else 6)
+    dtype = torch.bfloat16 if request.cuda else torch.float32
+    timer = harness.Timer(request.device)
+    copy_rate = harness.measure_copy(timer, harness.copy_runner(request.device), 5)
+    del timer
+    print(f"{device_name(request.device)}, copy {copy_rate / 1e12:.3f} TB/s")
+    packages = request.packages
+    checkpoints = {"no": [False], "yes": [True], "both": [False, True]}[
+        options.checkpointed or "both"
+    ]
+    if options.scaling:
+        packages = [name for name in packages if name not in SCALING_LEFT_OUT]
+        checkpoints = [False]
+        series = SMALL_SCALING if small else SCALING
+        networks = [(f"over {axis}", shape, axis) for axis in series for shape in series[axis]]
+    else:
+        shapes = SMALL if small else SHAPES
+        networks = [(name, shapes[name], "") for name in request.shapes or shapes]
+    rows: list[Row] = []
+    for name, shape, axis in networks:
         print(f"{name}: {shape}", flush=True)
         torch.manual_seed(0)
-        network = Network(shape, options.device, dtype)
-        for checkpointed in modes:
+        network = Network(shape, str(request.device), dtype)
+        for checkpointed in checkpoints:
             if options.profile:
-                profile(network, packages, checkpointed, options.device)
+                profile(network, packages, checkpointed, str(request.device))
                 continue
-            rows += measure(network, packages, checkpointed, rounds, options.device, failed)
-            if options.out:
-                write(options.out, options.device, copy, rows, failed)
+            rows += measure(network, packages, checkpointed, rounds, copy_rate, axis)
+            request.store.write(rows, copy_rate)
         del network
-        if options.device.startswith("cuda"):
+        if request.cuda:
             torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
+    return rows

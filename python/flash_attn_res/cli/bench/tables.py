@@ -1,36 +1,26 @@
-"""Writes the tables of README and docs from benchmarks/results/*.json.
-
-Usage: report.py [--check] [--plots]
-  --check: say whether the tables are up to date, change nothing
-  --plots: also draw docs/images/kernels.png (needs matplotlib)
-
-A table stands between "<!-- generated: NAME -->" and "<!-- end of generated: NAME -->"; NAME is a
-function below.
-"""
+"""The tables of README and docs, each from one result file."""
 
 from __future__ import annotations
 
-import json
-import pathlib
-import re
-import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [
-    "README.md",
-    *(f"docs/{name}.md" for name in ("cpu", "inference", "kernels", "numerics", "training")),
-]
+from flash_attn_res.cli.bench.harness import COMPILED, OURS, Row
+
+Document = Mapping[str, Any]
 
 
-def load(name: str) -> dict:
-    path = RESULTS / name
-    if not path.exists():
-        raise SystemExit(f"report: {path.relative_to(ROOT)} is missing; run make bench")
-    return json.loads(path.read_text())
+def measured(document: Document) -> list[Row]:
+    """The rows with a result; the others say why they have none."""
+    return [row for row in document["rows"] if "error" not in row]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
+def missing(command: str) -> str:
+    """What stands where a table has no data yet."""
+    return f"Not measured yet: `{command}` measures it."
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     align = [":---" if index == 0 else "---:" for index in range(len(header))]
     lines = [header, align, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -44,38 +34,42 @@ CPU_OPS = {
 }
 
 
-def cpu_table(with_eager: bool) -> str:
-    """Ours against the better of torch.compile's forms, case by case."""
-    document = load("cpu.json")
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in document["rows"]:
+def cpu(document: Document) -> str:
+    """Ours against the better of torch.compile's forms and eager PyTorch, case by case."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in measured(document):
         key = (row["op"], row["dtype"], tuple(row["shape"].items()))
         cases.setdefault(key, {})[row["package"]] = row
     rows = []
     for (op, dtype, shape_items), packages in cases.items():
         name, direction = op.rsplit("_", 1)
         shape = dict(shape_items)
-        ours = packages["flash_attn_res"]
-        compiled = min(
-            (row for package, row in packages.items() if package.startswith("torch.compile")),
-            key=lambda row: row["us"],
-        )
+        if OURS not in packages:
+            continue
+        ours = packages[OURS]
+        forms = [row for package, row in packages.items() if package.startswith(COMPILED)]
+        compiled = min(forms, key=lambda row: float(row["us"]), default=None)
+        eager = packages.get("eager")
         size = f"N={shape['N']} S={shape['S']}" if shape["N"] else ""
         line = [
             f"{CPU_OPS[name]} {'forward' if direction == 'fwd' else 'backward'} {size}".strip(),
             dtype,
             f"{ours['us'] / 1e3:.1f}",
             f"{ours['percent_of_copy']:.0f} %",
-            f"{compiled['us'] / 1e3:.1f}",
-            f"{compiled['us'] / ours['us']:.1f}x",
-            f"{2 * compiled['percent_of_copy']:.0f} %",
+            *(
+                ["-"] * 3
+                if compiled is None
+                else [
+                    f"{compiled['us'] / 1e3:.1f}",
+                    f"{compiled['us'] / ours['us']:.1f}x",
+                    f"{2 * compiled['percent_of_copy']:.0f} %",
+                ]
+            ),
+            "-" if eager is None else f"{eager['us'] / ours['us']:.1f}x",
         ]
-        if with_eager:
-            line.append(f"{packages['eager']['us'] / ours['us']:.1f}x")
         rows.append(line)
-    header = ["operation", "dtype", "ms", "of copy", "torch.compile ms", "faster", "2x is, of copy"]
-    if with_eager:
-        header.append("than eager")
+    header = ["operation", "dtype", "ms", "of copy", "torch.compile ms", "faster"]
+    header += ["2x is, of copy", "than eager"]
     threads = document["rows"][0]["threads"]
     caption = (
         f"{document['device']}, {threads} threads, torch {document['versions']['torch']}, "
@@ -84,17 +78,11 @@ def cpu_table(with_eager: bool) -> str:
     return caption + "\n\n" + markdown(header, rows)
 
 
-def cpu() -> str:
-    """The full CPU table."""
-    return cpu_table(with_eager=True)
-
-
 VARIANTS = {"plain": "plain", "block": "Block AttnRes", "full": "Full AttnRes"}
 
 
-def demo() -> str:
+def demo(document: Document) -> str:
     """The demo's comparison of the three residual connections."""
-    document = load("demo.json")
     rows = []
     for variant, entry in document["variants"].items():
         ratio = entry["timing"]["ratio_to_plain"]
@@ -132,17 +120,16 @@ KERNEL_OPS = {
 }
 
 
-OURS = "flash_attn_res"
-MAIN_SHAPES = 3  # A, B and C come first in a result file
+MAIN_SHAPES = ("A", "B", "C")
 
 
-def main_shapes(document: dict) -> list[tuple]:
-    """The shapes that tables and plot show, in the order of the file."""
-    shapes = dict.fromkeys(tuple(row["shape"].items()) for row in document["rows"])
-    return list(shapes)[:MAIN_SHAPES]
+def main_shapes(document: Document) -> list[tuple[tuple[str, int], ...]]:
+    """The shapes that table and plot show, in the order of the file."""
+    rows = [row for row in document["rows"] if row["case"] in MAIN_SHAPES]
+    return list(dict.fromkeys(tuple(row["shape"].items()) for row in rows))
 
 
-def kernels_caption(document: dict) -> str:
+def kernels_caption(document: Document) -> str:
     return (
         f"{document['device']}, driver {document['driver']}, "
         f"torch {document['versions']['torch']}, "
@@ -151,10 +138,9 @@ def kernels_caption(document: dict) -> str:
     )
 
 
-def kernels() -> str:
+def kernels(document: Document) -> str:
     """Percent of a device copy, operation by shape."""
-    document = load("h100-kernels.json")
-    rows = [row for row in document["rows"] if row["package"] == OURS and "us" in row]
+    rows = [row for row in measured(document) if row["package"] == OURS]
     shapes = main_shapes(document)
     by_case = {(row["op"], tuple(row["shape"].items())): row for row in rows}
     header = ["operation"] + [
@@ -172,12 +158,11 @@ def kernels() -> str:
     return kernels_caption(document) + "\n\n" + markdown(header, lines)
 
 
-def peers() -> str:
+def peers(document: Document) -> str:
     """The same operations in other packages: percent of copy, or why there is none."""
-    document = load("h100-kernels.json")
     packages = [p for p in dict.fromkeys(row["package"] for row in document["rows"]) if p != OURS]
     if not packages:
-        return "Not measured yet: `cuda_kernels.py --peers` measures it."
+        return missing("flash-attn-res bench kernels --peers")
     by_case = {
         (row["package"], row["op"], tuple(row["shape"].items())): row for row in document["rows"]
     }
@@ -219,38 +204,35 @@ DECODE_OPS = {
 DECODE_TOKENS = (1, 16, 128, 1024, 8192)
 
 
-def decode() -> str:
+def decode(document: Document) -> str:
     """Small batches: microseconds in CUDA graphs, cold L2, package by package."""
-    if not (RESULTS / "h100-decode.json").exists():
-        return "Not measured yet: `python benchmarks/python/decode.py` writes the result file."
-    document = load("h100-decode.json")
-    cases: dict[tuple, dict[int, dict]] = {}
-    for row in document["rows"]:
+    cases: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for row in measured(document):
         shape = row["shape"]
         case = cases.setdefault((row["op"], shape["N"], shape["S"], row["package"]), {})
         case[shape["T"]] = row
+    there = dict.fromkeys(row["shape"]["T"] for row in measured(document))
+    columns = [tokens for tokens in DECODE_TOKENS if tokens in there] or list(there)
     lines = []
     for (op, N, S, package), by_tokens in cases.items():
         sizes = [f"{axis}={size}" for axis, size in (("N", N), ("S", S)) if size > 1]
         line = [" ".join([DECODE_OPS[op], *sizes]), package]
-        for tokens in DECODE_TOKENS:
-            row = by_tokens.get(tokens)
-            line.append("" if row is None else f"{row['us_cold']:.1f} ({row['us_warm']:.1f})")
+        for tokens in columns:
+            cell = by_tokens.get(tokens)
+            line.append("" if cell is None else f"{cell['us_cold']:.1f} ({cell['us_warm']:.1f})")
         lines.append(line)
-    header = ["operation", "package", *(f"T={tokens}" for tokens in DECODE_TOKENS)]
+    header = ["operation", "package", *(f"T={tokens}" for tokens in columns)]
     caption = (
-        f"{document['device']}, torch {document['versions']['torch']}, bfloat16, D=7168, CUDA "
-        "graph replays: microseconds a call with a cold L2 cache (with a warm one)."
+        f"{document['device']}, torch {document['versions']['torch']}, bfloat16, "
+        f"D={document['rows'][0]['shape']['D']}, "
+        f"{'single calls' if document['driver'] == 'none' else 'CUDA graph replays'}: "
+        "microseconds a call with a cold L2 cache (with a warm one)."
     )
-    plot = ""
-    if (ROOT / "docs" / "images" / "decode.svg").exists():
-        plot = "![Time of a call over the number of tokens](images/decode.svg)\n\n"
-    return caption + "\n\n" + plot + markdown(header, lines)
+    return caption + "\n\n" + markdown(header, lines)
 
 
-def fp8() -> str:
+def fp8(document: Document) -> str:
     """The error of a quantised x."""
-    document = load("fp8-error.json")
     lines = []
     for row in document["rows"]:
         scale = f", one scale {row['scales']}" if row["scales"] else ""
@@ -265,11 +247,8 @@ def fp8() -> str:
     return markdown(["x stored as", "inputs", "error / norm", "largest error / RMS"], lines)
 
 
-def accuracy() -> str:
+def accuracy(document: Document) -> str:
     """Errors of every tensor, the worst of the families."""
-    if not (RESULTS / "accuracy.json").exists():
-        return "Not measured yet: `flash-attn-res accuracy --out FILE` writes the result file."
-    document = load("accuracy.json")
     columns = [
         ("flash_attn_res", "bf16", "ours, bf16"),
         ("eager (float32 inside)", "bf16", "eager with float32 inside, bf16"),
@@ -296,17 +275,16 @@ def accuracy() -> str:
     return caption + "\n\n" + markdown(["", *(title for *_, title in columns)], lines)
 
 
-def neighbours() -> str:
+def neighbours(document: Document) -> str:
     """Ours at the shapes around A, B and C."""
-    document = load("h100-kernels.json")
     main = main_shapes(document)
-    cases: dict[tuple, dict[str, dict]] = {}
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in document["rows"]:
         shape = tuple(row["shape"].items())
         if row["package"] == OURS and "us" in row and shape not in main:
             cases.setdefault(shape, {})[row["op"]] = row
     if not cases:
-        return "Not measured yet: `cuda_kernels.py --neighbours` measures it."
+        return missing("flash-attn-res bench kernels --neighbours")
     header = ["shape", *KERNEL_OPS.values()]
     lines = [
         [
@@ -318,15 +296,14 @@ def neighbours() -> str:
     return kernels_caption(document) + "\n\n" + markdown(header, lines)
 
 
-def insights() -> str:
-    """The three of the five insights that benchmarks/python/insights.py measures."""
-    if not (RESULTS / "h100-insights.json").exists():
-        return "Not measured yet: `benchmarks/python/insights.py` measures it."
-    rows = load("h100-insights.json")["rows"]
-    errors: dict[tuple, dict[str, dict]] = {}
-    timed: dict[tuple, dict[str, dict]] = {}
+def insights(document: Document) -> str:
+    """Three of the five insights of docs/kernels.md."""
+    rows = document["rows"]
+    errors: dict[tuple[Any, ...], dict[str, Row]] = {}
+    timed: dict[tuple[Any, ...], dict[str, Row]] = {}
     failed = []
     for row in rows:
+        key: tuple[Any, ...]
         if row["insight"] == "normalise":
             key = (row["dtype"], row["logit_spread"])
             errors.setdefault(key, {})[row["variant"]] = row
@@ -371,70 +348,6 @@ def insights() -> str:
     )
 
 
-PLOT_OPS = {
-    "phase1_fwd": "phase 1\nforward",
-    "phase1_bwd": "phase 1\nbackward",
-    "oneshot_fwd": "one-shot\nforward",
-    "oneshot_bwd": "one-shot\nbackward",
-    "oneshot_norm_fwd": "one-shot + norm\nforward",
-    "oneshot_norm_bwd": "one-shot + norm\nbackward",
-    "merge_fwd": "merge\nforward",
-    "merge_bwd": "merge\nbackward",
-    "advance_fwd": "advance\nforward",
-    "advance_bwd": "advance\nbackward",
-}
-
-
-def plot_kernels(path: pathlib.Path) -> None:
-    """Bars of percent of copy by operation and package, one row of bars a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    document = load("h100-kernels.json")
-    shapes = main_shapes(document)
-    by_case = {
-        (row["package"], row["op"], tuple(row["shape"].items())): row["percent_of_copy"]
-        for row in document["rows"]
-        if "us" in row
-    }
-    packages = [p for p in dict.fromkeys(row["package"] for row in document["rows"]) if p != OURS]
-    packages = [OURS, *[p for p in packages if any(key[0] == p for key in by_case)]]
-    others = ["#9ecae1", "#a1d99b", "#fdae6b", "#bcbddc", "#d9d9d9", "#969696", "#c7a76c"]
-    colours = dict(zip(packages, ["#c0392b", *others], strict=False))
-    figure, rows = pyplot.subplots(
-        len(shapes), 1, figsize=(13, 2.6 * len(shapes) + 1), sharex=True, squeeze=False
-    )
-    for axes, shape in zip(rows[:, 0], shapes, strict=True):
-        for i, op in enumerate(PLOT_OPS):
-            there = [p for p in packages if (p, op, shape) in by_case]
-            width = 0.84 / max(len(there), 3)
-            for j, package in enumerate(there):
-                value = by_case[package, op, shape]
-                x = i + (j - (len(there) - 1) / 2) * width
-                axes.bar(x, value, width * 0.94, color=colours[package])
-                weight = "bold" if package == OURS else "normal"
-                label = axes.text(x, value + 1.5, f"{value:.0f}", ha="center", fontsize=7)
-                label.set_weight(weight)
-                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-        axes.axhline(100, color="black", linewidth=0.8, linestyle="--", zorder=0)
-        axes.set_ylim(0, 115)
-        axes.set_ylabel("% of a copy")
-        axes.set_title("  ".join(f"{k}={v}" for k, v in shape), fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-    rows[-1, 0].set_xticks(range(len(PLOT_OPS)), PLOT_OPS.values(), fontsize=8)
-    bars = [pyplot.Rectangle((0, 0), 1, 1, color=colours[p]) for p in packages]
-    figure.suptitle(
-        f"Attention Residuals, percent of a device copy: {document['device']}, bfloat16, "
-        f"100 % = {document['copy_tb_s']:.2f} TB/s"
-    )
-    figure.legend(bars, packages, loc="lower center", ncols=len(packages), frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
 STEP_PACKAGES = {
     "plain": "plain residual",
     "flash_attn_res": "this package",
@@ -442,75 +355,45 @@ STEP_PACKAGES = {
 }
 
 
-def step() -> str:
+def step(document: Document) -> str:
     """Whole networks: a training step and its peak memory beside a plain residual."""
-    if not (RESULTS / "h100-step.json").exists():
-        return "Not measured yet: `python benchmarks/python/step.py` writes the result file."
-    document = load("h100-step.json")
     lines = []
-    for row in document["rows"]:
+    rows = [row for row in measured(document) if "series" not in row]
+    if not rows:
+        return missing("flash-attn-res bench step")
+    for row in rows:
         shape = f"L={row['layers']} S={row['block_size']} T={row['tokens']} D={row['dim']}" + (
             ", checkpointed" if row["checkpointed"] else ""
         )
         cells = [
-            f"{row[value]:.1f} ({row[over]:.3f}x)"
+            "" if row[value] is None else f"{row[value]:.1f} ({row.get(over, 1):.3f}x)"
             for value, over in (
                 ("fwd_ms", "fwd_over_plain"),
                 ("step_ms", "step_over_plain"),
                 ("peak_gib", "peak_over_plain"),
             )
         ]
-        lines.append([shape, STEP_PACKAGES.get(row["package"], row["package"]), *cells])
+        lines.append([shape, str(STEP_PACKAGES.get(row["package"], row["package"])), *cells])
     caption = (
-        f"{document['device']}, torch {document['versions']['torch']}, bfloat16, eager; SwiGLU "
-        "sublayers. Medians over interleaved rounds, and of the rounds' ratios to plain. Measured "
-        "at " + ", ".join(sorted({f"`{row['commit']}`" for row in document["rows"]})) + "."
+        f"{document['device']}, torch {document['versions']['torch']}, "
+        f"{rows[0].get('dtype', 'bfloat16')}, eager; SwiGLU sublayers. Medians over "
+        "interleaved rounds, and of the rounds' ratios to plain. Measured at "
+        + ", ".join(sorted({f"`{row['commit']}`" for row in rows}))
+        + "."
     )
     header = ["network", "residual", "forward ms", "step ms", "peak GiB"]
     return caption + "\n\n" + markdown(header, lines)
 
 
-TABLES = {
-    "accuracy": accuracy,
-    "decode": decode,
-    "fp8": fp8,
-    "cpu": cpu,
-    "demo": demo,
-    "insights": insights,
-    "kernels": kernels,
-    "neighbours": neighbours,
-    "peers": peers,
-    "step": step,
+TABLES: dict[str, tuple[str, Callable[[Document], str], str]] = {
+    "accuracy": ("accuracy", accuracy, "flash-attn-res bench accuracy"),
+    "decode": ("decode", decode, "flash-attn-res bench decode"),
+    "fp8": ("fp8-error", fp8, "benchmarks/python/fp8_error.py"),
+    "cpu": ("cpu", cpu, "flash-attn-res bench cpu"),
+    "insights": ("insights", insights, "benchmarks/python/insights.py"),
+    "kernels": ("kernels", kernels, "flash-attn-res bench kernels"),
+    "neighbours": ("kernels", neighbours, "flash-attn-res bench kernels --neighbours"),
+    "peers": ("kernels", peers, "flash-attn-res bench kernels --peers"),
+    "step": ("step", step, "flash-attn-res bench step"),
 }
-
-
-def fill(text: str) -> str:
-    def replace(match: re.Match[str]) -> str:
-        name = match[1]
-        return f"<!-- generated: {name} -->\n{TABLES[name]()}\n<!-- end of generated: {name} -->"
-
-    return re.sub(
-        r"<!-- generated: (\w+) -->\n.*?<!-- end of generated: \1 -->", replace, text, flags=re.S
-    )
-
-
-def main() -> int:
-    if "--plots" in sys.argv[1:]:
-        plot_kernels(ROOT / "docs" / "images" / "kernels.png")
-    stale = []
-    for name in PAGES:
-        path = ROOT / name
-        text = path.read_text()
-        filled = fill(text)
-        if filled != text:
-            stale.append(name)
-            if "--check" not in sys.argv[1:]:
-                path.write_text(filled)
-    if stale and "--check" in sys.argv[1:]:
-        print(f"report: {', '.join(stale)} differ from the results: run python tools/report.py")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+"""By the name of its place in a page: the suite that a table is made from, and what measures it."""

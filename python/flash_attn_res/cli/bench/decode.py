@@ -1,8 +1,5 @@
 """Small batches: one reading site at T = 1 .. 16384 tokens, in CUDA graphs, cold and warm.
 
-Usage: decode.py [--out FILE] [--tokens T ...] [--op NAME ...] [--package NAME ...] [--quick]
-                 [--device cuda|cpu]
-
   advance       phase-1 result, partial sum, update, norm: 5 units of T * D elements
   oneshot       N sources: N + 1 units
   k3_site       N - 1 rows of a token-major bank, prefix, update, norm: N + 4 units
@@ -11,33 +8,32 @@ Usage: decode.py [--out FILE] [--tokens T ...] [--op NAME ...] [--package NAME .
 A time is that of a replay of a graph of many calls, divided by the calls: the gap between two
 kernels of a graph is in it, the launch from the host is not. Warm: every call works on the same
 tensors. Cold: the calls go round a set of tensors that is at least three times the L2 cache.
-Medians over replays; in a round every contender runs once.
+In a round every contender runs once.
 
-Other packages come through peers.py, which says how they are installed, vLLM and FlashInfer where
-they can be imported; each is held to our result before it is timed. What cannot run here is left
-out and named at the end. The forms of torch.compile are measured on request: they compile anew for
-every T.
-On the CPU the same calls are timed one by one, to see that the program works.
+Other packages come through accuracy/peers.py, vLLM and FlashInfer where they can be imported; each
+is held to our result before it is timed. The forms of torch.compile are measured on request: they
+compile anew for every T. On a CPU the same calls are timed one by one.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
-import harness
 import torch
 from torch import Tensor
 
 from flash_attn_res import inference
+from flash_attn_res.cli.accuracy import peers
+from flash_attn_res.cli.accuracy.peers import UnsupportedError
+from flash_attn_res.cli.bench import harness
+from flash_attn_res.cli.bench.harness import OURS, Request, Row, describe
+from flash_attn_res.cli.device import device_name
 
-D = 7168
+D, CPU_D = 7168, 256
 DTYPE = torch.bfloat16
 EPS = 1e-6
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
@@ -48,6 +44,7 @@ CASES = [  # operation, N, S
     ("k3_site", 9, 1),
     ("phase1", 8, 24),
 ]
+OPS = list(dict.fromkeys(case[0] for case in CASES))
 MOST_SETS = 4096
 WARM_CALLS = 64
 
@@ -79,23 +76,7 @@ class Weights:
 Call = Callable[[Inputs], Tensor]
 
 
-@dataclasses.dataclass
-class Shape:
-    """What an adapter of peers.py asks of its case."""
-
-    op: str
-    N: int
-    S: int
-    T: int
-    D: int
-    device: str
-
-
-class UnsupportedError(Exception):
-    """The package has no such operation, or not at this shape."""
-
-
-def make_inputs(shape: Shape) -> Inputs:
+def make_inputs(shape: peers.Case) -> Inputs:
     T, N, S, dim = shape.T, shape.N, shape.S, shape.D
 
     def values(*sizes: int) -> Tensor:
@@ -114,7 +95,7 @@ def make_inputs(shape: Shape) -> Inputs:
     )
 
 
-def bytes_moved(shape: Shape) -> int:
+def bytes_moved(shape: peers.Case) -> int:
     N, S = shape.N, shape.S
     units = {"advance": 5, "oneshot": N + 1, "k3_site": N + 4, "phase1": N + S}[shape.op]
     return units * shape.T * shape.D * DTYPE.itemsize
@@ -124,10 +105,10 @@ def bytes_moved(shape: Shape) -> int:
 # A contender is made for a shape and gives a call: inputs to the result, x or phase 1's mixtures.
 
 
-def ours(shape: Shape, weights: Weights, example: Inputs) -> Call:
+def ours(shape: peers.Case, weights: Weights, example: Inputs) -> Call:
     op, query, queries = shape.op, weights.queries[0], weights.queries
 
-    def arguments(i: Inputs) -> dict:
+    def arguments(i: Inputs) -> dict[str, Any]:
         if op == "oneshot":
             return {"x": i.x, "sources": i.sources}
         summed = {"x": i.x, "partial": i.partial, "update": i.update, "partial_out": i.partial}
@@ -158,16 +139,15 @@ def ours(shape: Shape, weights: Weights, example: Inputs) -> Call:
     return read
 
 
-def peer(name: str, shape: Shape, weights: Weights) -> Call:
+def peer(name: str, shape: peers.Case, weights: Weights) -> Call:
     """An adapter of peers.py, which says what is to be installed."""
-    from flash_attn_res.cli.accuracy import peers
-
     if shape.op not in peers.OPS:
         raise UnsupportedError("has no such operation")
     function = peers.PEERS[name](shape)
     key_values = {"queries": weights.queries}
 
     def call(i: Inputs) -> Tensor:
+        values: dict[str, Any]
         if shape.op == "advance":
             values = {
                 "o": i.out[0],
@@ -184,7 +164,7 @@ def peer(name: str, shape: Shape, weights: Weights) -> Call:
     return call
 
 
-def vllm(shape: Shape, weights: Weights) -> Call:
+def vllm(shape: peers.Case, weights: Weights) -> Call:
     if shape.op != "k3_site":
         raise UnsupportedError("has the Kimi K3 site only")
     from vllm.models.kimi_k3.nvidia.ops.attn_res import attn_res
@@ -193,7 +173,7 @@ def vllm(shape: Shape, weights: Weights) -> Call:
     return lambda i: attn_res(i.partial, i.update, i.bank, *site, i.bank.shape[1], -1, EPS, EPS)
 
 
-def flashinfer(shape: Shape, weights: Weights) -> Call:
+def flashinfer(shape: peers.Case, weights: Weights) -> Call:
     if shape.op != "k3_site":
         raise UnsupportedError("has the Kimi K3 site only")
     from flashinfer.kimi_k3_attn_res import kimi_k3_attn_res
@@ -207,19 +187,17 @@ def flashinfer(shape: Shape, weights: Weights) -> Call:
     )
 
 
-PACKAGES = [
-    "flash_attn_res",
-    *("seed", "fla (Triton)", "fla (Gluon)", "liger", "fast_attnres", "vllm", "flashinfer"),
-]
-COMPILED = ["torch.compile (sums)", "torch.compile (products)"]
+PACKAGES = [OURS, *peers.PEERS, "vllm", "flashinfer"]
+ON_REQUEST = [name for name in peers.PEERS if name.startswith(harness.COMPILED)]
+"""Measured where they are named alone."""
 LIMIT = 1.5e-2
 """Largest relative L2 distance of another package's result from ours."""
 
 
-def contender(package: str, shape: Shape, weights: Weights, example: Inputs) -> Call:
+def contender(package: str, shape: peers.Case, weights: Weights, example: Inputs) -> Call:
     """The call of a package, held to our result on the same inputs before it is timed."""
     reference = ours(shape, weights, example)
-    if package == "flash_attn_res":
+    if package == OURS:
         return reference
     own = {"vllm": vllm, "flashinfer": flashinfer}
     call = own[package](shape, weights) if package in own else peer(package, shape, weights)
@@ -267,16 +245,17 @@ def capture(call: Call, sets: list[Inputs], calls: int) -> Callable[[], float]:
     return replay
 
 
-def cold_sets(shape: Shape) -> list[Inputs]:
+def cold_sets(shape: peers.Case) -> list[Inputs]:
     """As many sets of tensors as are three times the L2 cache, at least two."""
     count = 2
-    if shape.device == "cuda":
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    if shape.device.startswith("cuda"):
+        l2 = torch.cuda.get_device_properties(shape.device).L2_cache_size
         count = max(2, min(3 * l2 // bytes_moved(shape) + 1, MOST_SETS))
     return [make_inputs(shape) for _ in range(count)]
 
 
-def measure_case(shape: Shape, options: argparse.Namespace, missing: dict[str, str]) -> list[dict]:
+def measure_case(shape: peers.Case, request: Request, copy: float) -> list[Row]:
+    """Every package at one operation and number of tokens."""
     device, dim = shape.device, shape.D
     key, query = (torch.randn(dim, device=device).to(DTYPE) for _ in range(2))
     query = query / dim**0.5
@@ -286,10 +265,13 @@ def measure_case(shape: Shape, options: argparse.Namespace, missing: dict[str, s
         queries[0] = key.float() * query.float()
     weights = Weights(queries, query, key, torch.rand(dim, device=device) + 0.5)
     sets = cold_sets(shape)
-    rounds = 3 if options.quick else 15
-    warm_calls = 4 if options.quick else WARM_CALLS
+    rounds = request.options.rounds or (3 if request.quick else 15)
+    warm_calls = 4 if request.quick else WARM_CALLS
+    sizes = {"N": shape.N, "S": shape.S, "T": shape.T, "D": dim}
+    where = {"op": shape.op, "shape": sizes, "dtype": str(DTYPE).removeprefix("torch.")}
+    rows: list[Row] = []
     timers: dict[str, list[Callable[[], float]]] = {}
-    for package in options.package:
+    for package in request.packages:
         try:
             with torch.no_grad():
                 call = contender(package, shape, weights, sets[0])
@@ -297,97 +279,53 @@ def measure_case(shape: Shape, options: argparse.Namespace, missing: dict[str, s
                     capture(call, sets, max(len(sets), warm_calls)),
                     capture(call, sets[:1], warm_calls),
                 ]
-        except Exception as error:  # noqa: PERF203
-            if package == "flash_attn_res":
-                raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            missing[f"{package}, {shape.op}"] = reason
+        except Exception as error:  # noqa: PERF203 - whatever a package raises is its result
+            harness.failed(rows, package, where, describe(error))
     times: dict[str, list[list[float]]] = {package: [[], []] for package in timers}
     with torch.no_grad():
         for _ in range(rounds + 2):
             for package, pair in timers.items():
                 for kept, timer in zip(times[package], pair, strict=True):
                     kept.append(timer())
-    return [
-        {
+    size = bytes_moved(shape)
+    for package, (cold, warm) in times.items():
+        rate = size / (statistics.median(cold[2:]) * 1e-6)
+        row = {
             "package": package,
-            "op": shape.op,
-            "shape": {"N": shape.N, "S": shape.S, "T": shape.T, "D": dim},
-            "us_cold": round(statistics.median(cold[2:]), 3),
-            "us_warm": round(statistics.median(warm[2:]), 3),
-            "bytes": bytes_moved(shape),
+            **where,
+            **harness.spread("us_cold", cold[2:], 3),
+            **harness.spread("us_warm", warm[2:], 3),
+            "bytes": size,
+            "percent_of_copy": round(100 * rate / copy, 1),
         }
-        for package, (cold, warm) in times.items()
-    ]
+        rows.append(row)
+        print(
+            f"{shape.op:8} N={shape.N} S={shape.S} T={shape.T:<6} {package:24} "
+            f"cold {row['us_cold']:9.2f} us ({row['us_cold_p10']:.2f} to {row['us_cold_p90']:.2f}) "
+            f" warm {row['us_warm']:9.2f} us  {row['percent_of_copy']:5.1f} % of copy",
+            flush=True,
+        )
+    return rows
 
 
-def measure_copy(device: str) -> float:
-    """Bytes per second, read and written, of a copy."""
-    count = (1 << 30) if device == "cuda" else harness.COPY_BYTES // 2
-    source = torch.ones(count, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3)
-        else:
-            start = time.perf_counter()
-            target.copy_(source)
-            times.append(time.perf_counter() - start)
-    return 2 * count / statistics.median(times[2:])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--tokens", type=int, nargs="+")
-    parser.add_argument("--op", nargs="+", choices=sorted({case[0] for case in CASES}))
-    parser.add_argument("--package", nargs="+", choices=[*PACKAGES, *COMPILED], default=PACKAGES)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="few rounds and sizes")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("decode: there is no GPU here that PyTorch can use; --device cpu tries the program")
-        return 1
-    options.dim = D if options.device == "cuda" else 256
-    tokens = options.tokens or ([1, 64] if options.quick else TOKENS)
-    missing: dict[str, str] = {}
-    rows: list[dict] = []
-    copy = measure_copy(options.device)
+def run(request: Request) -> list[Row]:
+    """Measures and writes after each case."""
+    tokens = request.options.tokens or ([1, 64] if request.quick else TOKENS)
+    timer = harness.Timer(request.device)
+    copy = harness.measure_copy(timer, harness.copy_runner(request.device), 3)
+    print(f"{device_name(request.device)}, copy {copy / 1e12:.3f} TB/s")
+    rows: list[Row] = []
     for op, N, S in CASES:
-        if options.op and op not in options.op:
+        if request.ops and op not in request.ops:
             continue
         for T in tokens:
-            shape = Shape(op, N, S, T, options.dim, options.device)
-            measured = measure_case(shape, options, missing)
-            rows += measured
-            for row in measured:
-                print(
-                    f"{op:8} N={N} S={S} T={T:<6} {row['package']:24} "
-                    f"cold {row['us_cold']:9.2f} us  warm {row['us_warm']:9.2f} us  "
-                    f"{100 * row['bytes'] / (row['us_cold'] * 1e-6) / copy:5.1f} % of copy",
-                    flush=True,
-                )
-            if options.device == "cuda":
+            dim = D if request.cuda else CPU_D
+            # Each call has inputs of its own; an adapter asks the case for their names alone.
+            name = "sources" if op in ("oneshot", "phase1") else "partial"
+            given = {name: torch.empty(0)}
+            shape = peers.Case(op, N, S, T, dim, str(request.device), inputs=given)
+            rows += measure_case(shape, request, copy)
+            request.store.write(rows, copy)
+            if request.cuda:
                 torch.cuda.empty_cache()
-    for package, reason in missing.items():
-        print(f"left out: {package}: {reason}")
-    name = torch.cuda.get_device_name() if options.device == "cuda" else harness.cpu_name()
-    out = options.out
-    if out is None and options.device == "cuda" and not options.quick:
-        out = harness.ROOT / "benchmarks" / "results" / "h100-decode.json"
-    if out is not None:
-        harness.write_results(out, name, copy, rows)
-        print(f"wrote {out}")
-    else:
-        print(json.dumps(rows[:1]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return rows

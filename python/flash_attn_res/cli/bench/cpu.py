@@ -1,7 +1,5 @@
 """CPU: the library against torch.compile and eager PyTorch on the same threads.
 
-    python benchmarks/python/cpu.py [--quick] [--threads N] [--out FILE]
-
 Cases: one-shot (S = 1) and phase 1 (S = 8) at D = 2048, N = 4 and 8, bfloat16 and float32, forward
 and backward; merge and advance for the whole stream. torch.compile gets two ways of writing the
 formulas, over a list and over a stack of sources; both are reported. The working set of every case
@@ -12,28 +10,27 @@ Backward times are of the backward alone: its forward runs before, untimed.
 
 from __future__ import annotations
 
-import argparse
-import pathlib
+import functools
+import operator
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from harness import (
-    COPY_BYTES,
-    ROOT,
-    Contender,
-    copy_contender,
-    cpu_name,
-    interleave,
-    keep_freed_memory,
-    write_results,
-)
 from torch import Tensor
 
 from flash_attn_res import attend, read
+from flash_attn_res.cli.bench import harness
+from flash_attn_res.cli.bench.harness import COMPILED, OURS, Request, Row, Run, Staged, Timer
+from flash_attn_res.cli.device import device_name
 
 EPS = 1e-6
 DIM = 2048
+OPS = ["oneshot", "phase1", "merge", "advance"]
+PACKAGES = [
+    OURS,
+    *(f"{COMPILED} (list)", f"{COMPILED} (stack)", COMPILED),  # the last is of the stream's
+    "eager",
+]
 
 
 # ------------------------------------------------------------------ the formulas in plain PyTorch
@@ -43,12 +40,18 @@ def inverse_rms(v: Tensor) -> Tensor:
     return torch.rsqrt(v.square().mean(-1) + EPS)
 
 
+def total(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, terms)
+
+
 def attend_list(sources: list[Tensor], queries: Tensor) -> Tensor:
     """Source by source; [S, T, D]."""
     values = [v.float() for v in sources]
     logits = torch.stack([(v @ queries.t()) * inverse_rms(v)[:, None] for v in values])  # (N,T,S)
     p = logits.softmax(0)
-    out = [sum(p[n, :, s, None] * v for n, v in enumerate(values)) for s in range(queries.shape[0])]
+    out = [
+        total(p[n, :, s, None] * v for n, v in enumerate(values)) for s in range(queries.shape[0])
+    ]
     return torch.stack(out).to(sources[0].dtype)
 
 
@@ -64,7 +67,7 @@ def one_shot_list(sources: list[Tensor], query: Tensor) -> Tensor:
     values = [v.float() for v in sources]
     logits = torch.stack([(v * query).sum(-1) * inverse_rms(v) for v in values])  # (N,T)
     p = logits.softmax(0)
-    return sum(p[n, :, None] * v for n, v in enumerate(values)).to(sources[0].dtype)
+    return total(p[n, :, None] * v for n, v in enumerate(values)).to(sources[0].dtype)
 
 
 def one_shot_stack(sources: list[Tensor], query: Tensor) -> Tensor:
@@ -105,35 +108,39 @@ class Case:
         self.forward_bytes, self.backward_bytes = units[0] * unit, units[1] * unit
         self.functions = functions
 
-    def forward_contenders(self) -> list[Contender]:
+    def forward_runs(self, packages: list[str]) -> dict[str, Run | Staged]:
+        """The forward of every package that has one."""
         inputs = [t.detach() for t in self.inputs]
 
-        def run(function: Callable[..., object]) -> Callable[[], object]:
+        def run(function: Callable[..., object]) -> Run:
             def call() -> object:
                 with torch.no_grad():
                     return function(*inputs)
 
             return call
 
-        return [Contender(package, run(f)) for package, f in self.functions.items()]
+        return {name: run(f) for name, f in self.functions.items() if name in packages}
 
-    def backward_contenders(self) -> list[Contender]:
+    def backward_runs(self, packages: list[str]) -> dict[str, Run | Staged]:
+        """The backward, each after an untimed forward."""
         inputs = [t.detach().requires_grad_() for t in self.inputs]
 
-        def contender(package: str, function: Callable[..., object]) -> Contender:
+        def staged(function: Callable[..., object]) -> Staged:
+            cotangents: list[Tensor] = []
+
             def prepare() -> tuple[Tensor, ...]:
                 out = function(*inputs)
-                return out if isinstance(out, tuple) else (out,)
-
-            probe = prepare()
-            cotangents = [torch.randn_like(out) for out in probe]
+                outputs = out if isinstance(out, tuple) else (out,)
+                if not cotangents:
+                    cotangents.extend(torch.randn_like(out) for out in outputs)
+                return outputs
 
             def run(outputs: tuple[Tensor, ...]) -> object:
                 return torch.autograd.grad(outputs, inputs, cotangents)
 
-            return Contender(package, run, prepare)
+            return Staged(prepare, run)
 
-        return [contender(package, f) for package, f in self.functions.items()]
+        return {name: staged(f) for name, f in self.functions.items() if name in packages}
 
 
 def compiled(function: Callable[..., object]) -> Callable[..., object]:
@@ -146,17 +153,17 @@ def cases(quick: bool) -> Iterator[Case]:
         for num_sources in (4,) if quick else (4, 8):
             for num_queries in (1, 8):
                 torch.compiler.reset()
-                yield mixing_case(num_sources, num_queries, dtype)
-        for case in stream_cases(dtype):
+                yield mixing_case(num_sources, num_queries, dtype, 512 if quick else 4096)
+        for case in stream_cases(dtype, 1024 if quick else 8192):
             torch.compiler.reset()
             yield case
 
 
-def mixing_case(num_sources: int, num_queries: int, dtype: torch.dtype) -> Case:
+def mixing_case(num_sources: int, num_queries: int, dtype: torch.dtype, tokens: int) -> Case:
     n, s = num_sources, num_queries
-    tokens = 4096
     sources = [torch.randn(tokens, DIM).to(dtype) for _ in range(n)]
     shape = {"N": n, "S": s, "T": tokens, "D": DIM}
+    forms: dict[str, Callable[[list[Tensor], Tensor], Tensor]]
     if s == 1:
         forms = {"list": one_shot_list, "stack": one_shot_stack}
         query = torch.randn(DIM) / DIM**0.5
@@ -172,20 +179,19 @@ def mixing_case(num_sources: int, num_queries: int, dtype: torch.dtype) -> Case:
         def ours(*inputs: Tensor) -> Tensor:
             return attend(inputs[:-1], inputs[-1], eps=EPS).out
 
-    functions: dict[str, Callable[..., object]] = {"flash_attn_res": ours}
+    functions: dict[str, Callable[..., object]] = {OURS: ours}
     for name, form in forms.items():
 
-        def plain(*inputs: Tensor, form: Callable = form) -> Tensor:
+        def plain(*inputs: Tensor, form: Callable[..., Tensor] = form) -> Tensor:
             return form(list(inputs[:-1]), inputs[-1])
 
-        functions[f"torch.compile ({name})"] = compiled(plain)
+        functions[f"{COMPILED} ({name})"] = compiled(plain)
         if name == "stack":
             functions["eager"] = plain
     return Case(op, shape, dtype, (n + s, 2 * n + s), [*sources, query], functions)
 
 
-def stream_cases(dtype: torch.dtype) -> list[Case]:
-    tokens = 8192
+def stream_cases(dtype: torch.dtype, tokens: int) -> list[Case]:
     out, partial, update = (torch.randn(tokens, DIM).to(dtype) for _ in range(3))
     lse = torch.randn(tokens)
     query = torch.randn(DIM) / DIM**0.5
@@ -201,6 +207,7 @@ def stream_cases(dtype: torch.dtype) -> list[Case]:
         result = read(
             query, phase1=(out, lse), partial=partial, update=update, norm_weight=weight, eps=EPS
         )
+        assert result.partial is not None
         return result.x, result.partial
 
     return [
@@ -211,8 +218,8 @@ def stream_cases(dtype: torch.dtype) -> list[Case]:
             (3, 5),
             [out, lse, partial, query],
             {
-                "flash_attn_res": merge,
-                "torch.compile": compiled(merge_plain),
+                OURS: merge,
+                COMPILED: compiled(merge_plain),
                 "eager": merge_plain,
             },
         ),
@@ -223,75 +230,65 @@ def stream_cases(dtype: torch.dtype) -> list[Case]:
             (5, 6),
             [out, lse, partial, update, query, weight],
             {
-                "flash_attn_res": advance,
-                "torch.compile": compiled(advance_plain),
+                OURS: advance,
+                COMPILED: compiled(advance_plain),
                 "eager": advance_plain,
             },
         ),
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "cpu.json"
-    )
-    options = parser.parse_args()
-    keep_freed_memory()
-    torch.set_num_threads(options.threads)
+def run(request: Request) -> list[Row]:
+    """Measures and writes after each case."""
+    threads = torch.get_num_threads()
+    rounds = request.options.rounds or (3 if request.quick else 11)
     torch.manual_seed(0)
-    rounds = 5 if options.quick else 11
-    copy = copy_contender()
+    timer = Timer(request.device)
+    run_copy, copy_bytes = harness.copy_runner(request.device)
 
-    print(f"{cpu_name()}, {options.threads} threads")
-    print(f"{'op':14} {'shape':22} {'dtype':9} {'package':24} {'ms':>8} {'GB/s':>7} {'% copy':>7}")
-    rows = []
+    print(f"{device_name(request.device)}, {threads} threads")
+    print(
+        f"{'op':14} {'shape':22} {'dtype':9} {'package':24} {'ms':>8} {'p10':>8} {'p90':>8} "
+        f"{'GB/s':>7} {'% copy':>7}"
+    )
+    rows: list[Row] = []
     copies = []
-    for case in cases(options.quick):
-        for direction, contenders, moved in (
-            ("fwd", case.forward_contenders(), case.forward_bytes),
-            ("bwd", case.backward_contenders(), case.backward_bytes),
+    for case in cases(request.quick):
+        if request.ops and case.op not in request.ops:
+            continue
+        for direction, runs, moved in (
+            ("fwd", case.forward_runs(request.packages), case.forward_bytes),
+            ("bwd", case.backward_runs(request.packages), case.backward_bytes),
         ):
+            key = {
+                "op": f"{case.op}_{direction}",
+                "shape": case.shape,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "threads": threads,
+            }
             # The bandwidth of a shared machine comes and goes: a copy runs in the same rounds.
-            copy.times.clear()
-            interleave([copy, *contenders], rounds)
-            rate = COPY_BYTES / copy.percentile(50)
+            times, failures = timer.interleaved({"copy": run_copy, **runs}, rounds, warmup=2)
+            rate = copy_bytes / (statistics.median(times.pop("copy")) * 1e-6)
             copies.append(rate)
-            for contender in contenders:
-                seconds = contender.percentile(50)
+            for package, measured in times.items():
                 row = {
-                    "package": contender.package,
-                    "op": f"{case.op}_{direction}",
-                    "shape": case.shape,
-                    "dtype": str(case.dtype).removeprefix("torch."),
-                    "threads": options.threads,
-                    "us": seconds * 1e6,
-                    "us_p10": contender.percentile(10) * 1e6,
-                    "us_p90": contender.percentile(90) * 1e6,
+                    "package": package,
+                    **key,
+                    **harness.spread("us", measured),
                     "bytes": moved,
-                    "percent_of_copy": 100 * moved / seconds / rate,
+                    "percent_of_copy": round(
+                        100 * moved / (statistics.median(measured) * 1e-6) / rate, 1
+                    ),
                 }
                 rows.append(row)
                 shape = " ".join(f"{axis}{size}" for axis, size in case.shape.items())
                 print(
-                    f"{row['op']:14} {shape:22} {row['dtype']:9} {contender.package:24} "
-                    f"{seconds * 1e3:8.2f} {moved / seconds / 1e9:7.1f} "
-                    f"{row['percent_of_copy']:7.1f}",
+                    f"{row['op']:14} {shape:22} {row['dtype']:9} {package:24} "
+                    f"{row['us'] / 1e3:8.2f} {row['us_p10'] / 1e3:8.2f} {row['us_p90'] / 1e3:8.2f} "
+                    f"{moved / row['us'] / 1e3:7.1f} {row['percent_of_copy']:7.1f}",
                     flush=True,
                 )
-            best = min(
-                contender.percentile(50)
-                for contender in contenders
-                if contender.package.startswith("torch.compile")
-            )
-            print(
-                f"{'':14} twice as fast as torch.compile: {200 * moved / best / rate:.0f} % of copy"
-            )
-    write_results(options.out, cpu_name(), statistics.median(copies), rows)
-    print(f"wrote {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+            for package, why in failures.items():
+                harness.failed(rows, package, key, why)
+        request.store.write(rows, statistics.median(copies))
+    return rows

@@ -1,0 +1,1 @@
+"""`flash-attn-res bench`: one module for each suite, and what they share in `harness`."""
