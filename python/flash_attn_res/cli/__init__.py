@@ -181,7 +181,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measures suites: kernels, step (whole networks), decode (small batches), cpu, accuracy. "
+        "Measures suites: kernels, step (whole networks), decode (small batches), storage, cpu, accuracy. "
         "Each writes one JSON file to OUT; report draws them. Other packages are measured where "
         "they are installed; what cannot be measured is named with its reason. Leaves with 1 where "
         "a case of this package failed."
@@ -205,8 +205,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--ours", action="store_true", help="this package, and plain residuals")
     which.add_argument("--peers", action="store_true", help="with --quick too, torch.compile")
     cases = parser.add_argument_group("cases")
-    add_names(cases, "--shape", "of kernels and step")
-    add_names(cases, "--op", "of kernels, decode and cpu")
+    add_names(cases, "--shape", "of kernels, step and storage")
+    add_names(cases, "--op", "of kernels, decode, storage and cpu")
     cases.add_argument(
         "--tokens", action="extend", nargs="+", type=int, metavar="T", default=[], help="of decode"
     )

@@ -23,13 +23,14 @@ SUITES = {
     "kernels": ("shape", "neighbours", "op", "rounds", "warm"),
     "step": ("shape", "rounds", "checkpointed", "scaling", "profile"),
     "decode": ("op", "tokens", "rounds"),
+    "storage": ("shape", "op", "rounds"),
     "cpu": ("op", "rounds"),
     "accuracy": (),
 }
 """The suites, and of the options that not every suite has, those that each takes."""
 
 BY_DEFAULT = {
-    "cuda": ("kernels", "step", "decode", "accuracy"),
+    "cuda": ("kernels", "step", "decode", "storage", "accuracy"),
     "cpu": ("cpu", "step", "decode", "accuracy"),
 }
 SELECTING = ("shape", "op", "tokens")

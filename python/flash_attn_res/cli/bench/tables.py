@@ -231,6 +231,33 @@ def decode(document: Document) -> str:
     return caption + "\n\n" + markdown(header, lines)
 
 
+def storage(document: Document) -> str:
+    """Phase 1 over stored blocks: percent of a copy of its own bytes, and against bfloat16."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in measured(document):
+        key = (row["op"], tuple(row["shape"].items()))
+        cases.setdefault(key, {})[row["dtype"]] = row
+    lines = []
+    for (op, shape), rows in cases.items():
+        line = [KERNEL_OPS[op], *(str(size) for _, size in shape)]
+        for dtype in ("bfloat16", "float16", "float8"):
+            row = rows.get(dtype)
+            line.append(
+                "" if row is None else f"{row['us']:.0f} us, {row['percent_of_copy']:.0f} %"
+            )
+        line += [f"{rows[d]['speedup']:.2f}x" if d in rows else "" for d in ("float16", "float8")]
+        lines.append(line)
+    header = ["", "N", "S", "T", "D", "bfloat16", "float16 with scales", "float8 with scales"]
+    header += ["float16 is faster", "float8 is faster"]
+    caption = (
+        f"{document['device']}, driver {document['driver']}, torch "
+        f"{document['versions']['torch']}: time and percent of a device copy "
+        f"({document['copy_tb_s']:.2f} TB/s) of the storage's own bytes. Mixtures and gradients "
+        "are bfloat16."
+    )
+    return caption + "\n\n" + markdown(header, lines)
+
+
 def fp8(document: Document) -> str:
     """The error of a quantised x."""
     lines = []
@@ -395,5 +422,6 @@ TABLES: dict[str, tuple[str, Callable[[Document], str], str]] = {
     "neighbours": ("kernels", neighbours, "flash-attn-res bench kernels --neighbours"),
     "peers": ("kernels", peers, "flash-attn-res bench kernels --peers"),
     "step": ("step", step, "flash-attn-res bench step"),
+    "storage": ("storage", storage, "flash-attn-res bench storage"),
 }
 """By the name of its place in a page: the suite that a table is made from, and what measures it."""
