@@ -133,7 +133,7 @@ class BlockAttnRes(nn.Module):
         self.group_blocks = group_blocks
         # Made here: torch.compile then finds them ready.
         self._inference_plan = self._make_plan(
-            Costs(training=False, source_bytes=self._source_bytes(torch.bfloat16))
+            Costs(training=False, source_bytes=self._source_bytes)
         )
         self._training_plans = {dtype: self._make_plan(self._costs(dtype)) for dtype in _STREAM}
         shape = (len(self._sites()), self.query_dim)
@@ -181,14 +181,15 @@ class BlockAttnRes(nn.Module):
         grad_dtype = self.grad_dtype or dtype
         return Costs(
             storage_bytes=dtype.itemsize,
-            source_bytes=self._source_bytes(dtype),
+            source_bytes=self._source_bytes,
             grad_bytes=max(grad_dtype.itemsize, 8 if dtype == torch.float64 else 0),
             recompute=self.keep_phase1 != "all",
         )
 
-    def _source_bytes(self, dtype: torch.dtype) -> int:
-        """Of an element of a completed block."""
-        return {None: dtype.itemsize, "float16": 2, "float8": 1}[self.block_storage]
+    @property
+    def _source_bytes(self) -> int | None:
+        """Of an element of a stored block."""
+        return {None: None, "float16": 2, "float8": 1}[self.block_storage]
 
     def _make_plan(self, costs: Costs) -> Plan:
         return Plan.choose(
@@ -219,7 +220,7 @@ class BlockAttnRes(nn.Module):
             costs = Costs(
                 training=False,
                 storage_bytes=dtype.itemsize,
-                source_bytes=self._source_bytes(dtype),
+                source_bytes=self._source_bytes,
             )
             plan = self._make_plan(costs)
         if tokens is None:
