@@ -103,7 +103,7 @@ def test_storage_modes_are_held_to_the_packages_of_their_bytes(
     own = table.comparisons(documents[0]["rows"])
     assert {row["storage"] for row, _ in own} == {"bf16", "fp16", "fp32", *held}
     assert worst[OURS, "bf16 stochastic", "advance", "partial sum"] <= 2 * 2.0**-8
-    assert 1e-2 < worst[OURS, "bf16 + fp8 blocks", "phase1", "output"]
+    assert worst[OURS, "bf16 + fp8 blocks", "phase1", "output"] > 1e-2
 
 
 def test_errors_of_stored_blocks(document: dict[str, Any]) -> None:
