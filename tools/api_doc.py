@@ -24,7 +24,7 @@ COMPAT = {
     "vllm": ["attn_res"],
     "flashinfer": ["kimi_k3_attn_res", "prepare_kimi_k3_attn_res"],
 }
-HEADERS = ["types.h", "status.h", "attend.h", "read.h", "stochastic.h", "fold.h"]
+HEADERS = ["types.h", "status.h", "attend.h", "read.h", "quantize.h", "stochastic.h", "fold.h"]
 
 
 def header_section(path: pathlib.Path) -> str:
