@@ -57,13 +57,12 @@ class BlockAttnRes(nn.Module):
             :func:`stochastic_add` instead of to nearest, and so are the buffers of ``grad_dtype``
             None. Each ``start`` is a step of its own. A sum is then written before its site reads
             it, which costs that site two more passes over a value.
-
         block_storage: keep the completed blocks as :func:`quantize` makes them, ``"float16"`` or
-            ``"float8"``, instead of in the dtype of the stream. A block that is completed is
-            rounded once more; the stream's own values, its running sums and all gradients stay
-            what they were, and the gradient of a block passes the rounding unchanged. Reads of
-            several blocks then go through phase 1, unless ``forms`` says otherwise. Eager mode
-            alone.
+            ``"float8"``, instead of in the dtype of the stream. A block is rounded once more when
+            it is complete, and the embedding for the blocks behind the first; running sums and
+            gradients keep their dtypes, and the gradient of a block passes the rounding unchanged.
+            Reads of several blocks then go through phase 1, unless ``forms`` says otherwise. Eager
+            mode alone.
 
     Attributes:
         queries: [L + 1, R] pseudo-queries, zero at initialisation; the last is the output's.
