@@ -319,9 +319,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         left.set_title("Validation loss, mean over seeds")
         left.set_ylabel("nats per byte")
         low, high = right.get_ylim()
-        right.set_ylim(low, high + 0.5 * (high - low))  # room for the legend
+        right.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))  # room for text
         spread = next((f.spread for f in findings(document) if f.mode == BASE), 0.0)
-        right.set_title("Difference from float32 of the same seed: mean (dots), each seed (thin)")
+        right.set_title("From float32 of the same seed: mean (dots), seeds (thin)")
         right.text(
             0.02,
             0.02,
