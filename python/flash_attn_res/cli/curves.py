@@ -3,8 +3,7 @@
 Matrix products, weights and optimizer are float32 in all of them: what differs is how the residual
 stream keeps its values. Runs of one seed begin with the same weights and see the same batches, so
 that they are compared pair by pair; what a difference means is seen beside two others: the spread
-between seeds, and the control, a float32 run whose first weights differ in the last bits. Runs that
-begin so close go apart as any two do whose arithmetic differs.
+between seeds, and the control, a float32 run whose first weights differ in the last bits.
 """
 
 from __future__ import annotations
