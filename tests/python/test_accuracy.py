@@ -25,10 +25,14 @@ FLOOR = 8 * 2.0**-23
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The result files of three draws."""
+    """The result files of six draws: the error of a gradient that cancels varies between draws.
+
+    (Of twelve draws, at N = 8 with a large common part, ours had 1.2 times eager's on average, and
+    1.5 times that in one.)
+    """
     folder = tmp_path_factory.mktemp("accuracy")
     loaded = []
-    for seed in range(3):
+    for seed in range(6):
         file = folder / f"{seed}.json"
         given = ["--families", FAMILIES, "--seed", str(seed), "--out", str(file)]
         assert main(["accuracy", *SMALL, *given]) == 0
