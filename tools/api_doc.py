@@ -24,7 +24,7 @@ COMPAT = {
     "vllm": ["attn_res"],
     "flashinfer": ["kimi_k3_attn_res", "prepare_kimi_k3_attn_res"],
 }
-HEADERS = ["types.h", "status.h", "attend.h", "read.h", "stochastic.h", "fold.h"]
+HEADERS = ["types.h", "status.h", "attend.h", "read.h", "quantize.h", "stochastic.h", "fold.h"]
 
 
 def header_section(path: pathlib.Path) -> str:
@@ -91,6 +91,13 @@ def python_section() -> str:
     for result in (flash_attn_res.AttendResult, flash_attn_res.ReadResult):
         parts.append(f"### `flash_attn_res.{result.__name__}`")
         parts.append(f"```python\n{inspect.getsource(result).rstrip()}\n```")
+    for name in ("quantize", "stochastic_add", "check_finite"):
+        parts += entry(f"flash_attn_res.{name}", getattr(flash_attn_res, name))
+    parts.append("### `flash_attn_res.QuantizedSource`")
+    source = inspect.getsource(flash_attn_res.QuantizedSource).split("\n    def ")[0].rstrip()
+    parts.append(f"```python\n{source}\n```")
+    dequantize = flash_attn_res.QuantizedSource.dequantize
+    parts += entry("flash_attn_res.QuantizedSource.dequantize", dequantize, "####")
     parts += class_entries("flash_attn_res.BlockAttnRes", flash_attn_res.BlockAttnRes)
     parts += class_entries("flash_attn_res.Stream", stream.Stream)
     parts += class_entries("flash_attn_res.Plan", plan.Plan)

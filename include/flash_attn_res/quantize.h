@@ -11,12 +11,14 @@
 //   q[t, d]      = v[t, d] / scale, rounded to nearest even (the division is exact)
 //
 // float16 keeps 11 bits of a value, bfloat16 8: eight times finer in the same bytes, for all values
-// down to 2^-29 of the largest. No float16 overflows, and neither does any mixture of sources that
-// have one scale: it is a convex combination, bounded by the largest of them. float8_e4m3 keeps
-// 4 bits, of values down to 2^-15 of the largest.
+// of a group down to 2^-28 of its largest. float8_e4m3 keeps 4 bits, down to 2^-13 of the largest.
+// No number overflows. A mixture of sources, with one scale or several, is a convex combination,
+// bounded by the largest of them: written as float16 without a scale it overflows only where one of
+// its sources is larger than 65504.
 //
 // Exponents of scales stay within [-126, 127]; a group of zeros takes 2^-126. A NaN or an Inf in a
 // group makes its scale NaN, and with it every value that the group stands for: nothing is hidden.
+// Values next to the largest float32 may round up to 2^128, which is infinite there.
 
 #ifndef FLASH_ATTN_RES_QUANTIZE_H_
 #define FLASH_ATTN_RES_QUANTIZE_H_

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flash_attn_res import _check, finite
 from flash_attn_res.ops import statistics_dtype
+from flash_attn_res.storage import QuantizedSource
 
 
 class AttendResult(NamedTuple):
@@ -44,6 +45,18 @@ def _flatten(value: Tensor) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
+def _refuse_quantized(op: str, sources: object) -> None:
+    held = isinstance(sources, (list, tuple)) and any(
+        isinstance(item, QuantizedSource) for item in (sources, *sources)
+    )
+    if held:
+        raise TypeError(
+            f"{op}: sources is quantised, expected values of one dtype: flash_attn_res.inference "
+            "reads quantised sources without gradients, BlockAttnRes(block_storage=...) trains "
+            "with them"
+        )
+
+
 def _list_sources(
     op: str, sources: Sequence[Tensor] | Tensor, empty_ok: bool = False
 ) -> tuple[list[Tensor], Tensor | None, str, int]:
@@ -52,6 +65,7 @@ def _list_sources(
     Returns the items for the operator ([T, D] each, or one packed [N, T, D]), a value [..., D] to
     hold other arguments against, its name, and N.
     """
+    _refuse_quantized(op, sources)
     if isinstance(sources, Tensor):
         packed = _check.leading(op, "sources", sources)
         if packed.dim() < 2:

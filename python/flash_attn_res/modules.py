@@ -57,13 +57,12 @@ class BlockAttnRes(nn.Module):
             :func:`stochastic_add` instead of to nearest, and so are the buffers of ``grad_dtype``
             None. Each ``start`` is a step of its own. A sum is then written before its site reads
             it, which costs that site two more passes over a value.
-
         block_storage: keep the completed blocks as :func:`quantize` makes them, ``"float16"`` or
-            ``"float8"``, instead of in the dtype of the stream. A block that is completed is
-            rounded once more; the stream's own values, its running sums and all gradients stay
-            what they were, and the gradient of a block passes the rounding unchanged. Reads of
-            several blocks then go through phase 1, unless ``forms`` says otherwise. Eager mode
-            alone.
+            ``"float8"``, instead of in the dtype of the stream. A block is rounded once more when
+            it is complete, and the embedding for the blocks behind the first; running sums and
+            gradients keep their dtypes, and the gradient of a block passes the rounding unchanged.
+            Reads of several blocks then go through phase 1, unless ``forms`` says otherwise. Eager
+            mode alone.
 
     Attributes:
         queries: [L + 1, R] pseudo-queries, zero at initialisation; the last is the output's.
@@ -133,7 +132,7 @@ class BlockAttnRes(nn.Module):
         self.group_blocks = group_blocks
         # Made here: torch.compile then finds them ready.
         self._inference_plan = self._make_plan(
-            Costs(training=False, source_bytes=self._source_bytes(torch.bfloat16))
+            Costs(training=False, source_bytes=self._source_bytes)
         )
         self._training_plans = {dtype: self._make_plan(self._costs(dtype)) for dtype in _STREAM}
         shape = (len(self._sites()), self.query_dim)
@@ -181,14 +180,15 @@ class BlockAttnRes(nn.Module):
         grad_dtype = self.grad_dtype or dtype
         return Costs(
             storage_bytes=dtype.itemsize,
-            source_bytes=self._source_bytes(dtype),
+            source_bytes=self._source_bytes,
             grad_bytes=max(grad_dtype.itemsize, 8 if dtype == torch.float64 else 0),
             recompute=self.keep_phase1 != "all",
         )
 
-    def _source_bytes(self, dtype: torch.dtype) -> int:
-        """Of an element of a completed block."""
-        return {None: dtype.itemsize, "float16": 2, "float8": 1}[self.block_storage]
+    @property
+    def _source_bytes(self) -> int | None:
+        """Of an element of a stored block."""
+        return {None: None, "float16": 2, "float8": 1}[self.block_storage]
 
     def _make_plan(self, costs: Costs) -> Plan:
         return Plan.choose(
@@ -219,7 +219,7 @@ class BlockAttnRes(nn.Module):
             costs = Costs(
                 training=False,
                 storage_bytes=dtype.itemsize,
-                source_bytes=self._source_bytes(dtype),
+                source_bytes=self._source_bytes,
             )
             plan = self._make_plan(costs)
         if tokens is None:

@@ -20,6 +20,8 @@ read, backward        e (dx + phase 1 + sources + sum + its incoming gradient + 
                       + 2 a (sources)
 closing a block       3 e for the last addition, e + a for the gradient that it hands on
                       (a read that ends a block, and so needs no closing, costs a for it)
+storing a source      where sources have a storage of their own, of s bytes an element: e (pending
+                      tensors) + s, in place of the last addition
 ====================  =========================================================================
 
 and dynamic programming over the block boundaries finds the cheapest sequence of groups. Groups of
@@ -94,7 +96,7 @@ class Costs:
 
     training: bool = True  #: forward, recomputed phase 1 and backward; else forward alone
     storage_bytes: int = 2  #: of an element of the stream
-    source_bytes: int | None = None  #: of an element of a completed source; by default as above
+    source_bytes: int | None = None  #: of an element of a stored source; None: kept as they come
     grad_bytes: int = 4  #: of an element of the buffers that sum the gradients of the sources
     recompute: bool = True  #: the backward computes phase 1 again
 
@@ -111,12 +113,16 @@ class Costs:
         again = once if self.recompute else 0
         return once + again + once + 2 * self.grad_bytes * sources
 
-    def read(self, phase1: bool, direct: int, pending: int, sum_grad: int) -> int:
+    def read(
+        self, phase1: bool, direct: int, pending: int, sum_grad: int, as_it_came: bool = False
+    ) -> int:
         """Bytes of a read with ``pending`` tensors to sum, and of its backward.
 
-        ``sum_grad`` are the bytes of an element of the gradient that comes in for the sum.
+        ``sum_grad`` are the bytes of an element of the gradient that comes in for the sum;
+        ``as_it_came``: what is read directly is no stored source.
         """
-        e, terms = self.storage_bytes, self.storage_bytes * int(phase1) + self.source * direct
+        e = self.storage_bytes
+        terms = e * int(phase1) + (e if as_it_came else self.source) * direct
         total = terms + e * (pending + int(pending == 2) + 1)
         if self.training:
             # dx, the terms and the sum; dh; the sum's gradient, in and out; the sources', both ways
@@ -124,9 +130,18 @@ class Costs:
             total += 2 * self.grad_bytes * direct
         return total
 
+    def store(self, pending: int) -> int:
+        """Bytes of quantising the sum of ``pending`` tensors; 0 where sources stay as they come."""
+        if self.source_bytes is None:
+            return 0
+        return self.storage_bytes * pending + self.source_bytes
+
     def close(self, pending: int) -> int:
         """Bytes of making a source of what is pending, before a phase 1 that reads it."""
-        total = 3 * self.storage_bytes if pending == 2 else 0
+        if self.source_bytes is not None:
+            total = self.store(pending)
+        else:
+            total = 3 * self.storage_bytes if pending == 2 else 0
         if self.training and self.grad_bytes != self.storage_bytes:
             total += self.grad_bytes + self.storage_bytes
         return total
@@ -376,6 +391,8 @@ class Plan:
             f"{self.num_sublayers} sublayers in {len(self.blocks)} blocks of {self.block_size}; "
             f"{unit} read and written for {shape}, {work}, {self.costs.storage_bytes}-byte values"
         )
+        if self.costs.source_bytes is not None:
+            title += f", {self.costs.source_bytes}-byte blocks"
         if self.costs.training:
             title += f" and {self.costs.grad_bytes}-byte gradient buffers"
         return "\n".join([title, *lines])
@@ -498,7 +515,11 @@ class _Counted:
         sum_grad = self.costs.grad_bytes if boundary else self.costs.storage_bytes
         if pending == 0 or site == self.L:
             sum_grad = 0
-        return self.costs.read(phase1_sources > 0, direct, pending, sum_grad)
+        # The embedding alone is read as it came.
+        alone = phase1_sources == 0 and completed == 1
+        total = self.costs.read(phase1_sources > 0, direct, pending, sum_grad, alone)
+        # The embedding, and a block whose sum a read completes, are stored beside their reads.
+        return total + (self.costs.store(1) if site == 0 or (boundary and not opens) else 0)
 
     def group_bytes(self, first: int, end: int, two_phase: bool) -> int:
         """Bytes of the sites first..end - 1 as one group."""

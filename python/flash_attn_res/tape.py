@@ -429,9 +429,11 @@ class _Close(Function):
         needs = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.tape, ctx.source = tape, tape.add_source(terms, needs)
         if finite.enabled():
+            # A stored sum may be larger than what the dtype of the stream holds.
+            total = tape.stored[-1].dequantize() if tape.storage is not None else tape.sources[-1]
             finite.check(
                 f"end of block {ctx.source}",
-                [("the block's sum", tape.widened(ctx.source)[0])],
+                [("the block's sum", total)],
                 [("the partial sum", partial), ("the sublayer's output", update)],
             )
         ctx.update_dtype = update.dtype
@@ -727,7 +729,8 @@ def run_site(
 def named_sources(sources: Sources) -> finite.Named:
     """For messages. Of quantised ones the scales say whether the values are finite."""
     if sources.scales:
-        return finite.numbered("the scales of sources", [scale.float() for scale in sources.scales])
+        scales = [scale.view(torch.float8_e8m0fnu).float() for scale in sources.scales]
+        return finite.numbered("the scales of sources", scales)
     return finite.numbered("sources", sources.values)
 
 

@@ -11,7 +11,11 @@
  * read: phase 1 gives o = (2, 0) with lse = ln 3; partial (0, 1) + update (1, 0) = (1, 1) with the
  * query 0, hence logit 0 and p = (3/4, 1/4): h = (1.75, 0.25), whose RMS is 1.25. With the weight
  * (1, 5) x = (1.4, 1). Without the norm and with dx = (1, 0): dp = (2, 1), delta = 1.75,
- * dlogit = (0.1875, -0.1875), do = (0.75, 0), dpartial = (0.25, 0), du = -0.1875 (1, 1). */
+ * dlogit = (0.1875, -0.1875), do = (0.75, 0), dpartial = (0.25, 0), du = -0.1875 (1, 1).
+ *
+ * quantize: (1, 0) + (0, 3) = (1, 3). 3 is 2^14 1.5 times 2^-13, and 384 times 2^-7 where 768 is
+ * above 448. The sources of attend in float8 are +-256 times 2^-8: the same values, the same
+ * results. */
 
 #include "c_api_test.h"
 
@@ -356,6 +360,168 @@ const char* c_api_stochastic_add(void) {
   args.seed = NULL;
   CHECK(flash_attn_res_stochastic_add(&args, NULL) == FLASH_ATTN_RES_INVALID_ARGUMENT);
   CHECK(last_error_has("seed"));
+  return NULL;
+}
+
+const char* c_api_quantize(void) {
+  const float one[2] = {1, 0};
+  const float other[2] = {0, 3};
+  const flash_attn_res_const_matrix terms[2] = {input(one, 1, 2), input(other, 1, 2)};
+  flash_attn_res_quantize_args args = flash_attn_res_default_quantize_args();
+  args.terms = terms;
+  args.num_terms = 2;
+  uint16_t halves[2] = {0xffff, 0xffff};
+  uint8_t bytes[2] = {0xff, 0xff}, scale[1] = {0xff};
+  const flash_attn_res_matrix as_half = {halves, 1, 2, 2, FLASH_ATTN_RES_FLOAT16};
+  const flash_attn_res_matrix as_byte = {bytes, 1, 2, 2, FLASH_ATTN_RES_FLOAT8_E4M3};
+  const flash_attn_res_matrix scales = {scale, 1, 1, 1, FLASH_ATTN_RES_FLOAT8_E8M0};
+  args.out = as_half;
+  args.scale = scales;
+  CHECK(flash_attn_res_quantize(&args, NULL) == FLASH_ATTN_RES_OK);
+  CHECK(scale[0] == 127 - 13);
+  CHECK(halves[0] == 0x7000 && halves[1] == 0x7600); /* 2^13, 1.5 2^14 */
+  args.out = as_byte;
+  CHECK(flash_attn_res_quantize(&args, NULL) == FLASH_ATTN_RES_OK);
+  CHECK(scale[0] == 127 - 7);
+  CHECK(bytes[0] == 0x70 && bytes[1] == 0x7c); /* 128, 384 */
+
+  args.num_terms = 5;
+  CHECK(flash_attn_res_quantize(&args, NULL) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("quantize: num_terms is 5, expected at most 4"));
+  args.num_terms = 2;
+  args.scale.dtype = FLASH_ATTN_RES_FLOAT32;
+  CHECK(flash_attn_res_quantize(&args, NULL) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("quantize: scale is float32, expected float8_e8m0"));
+  args.scale = scales;
+  args.out.dtype = FLASH_ATTN_RES_BFLOAT16;
+  CHECK(flash_attn_res_quantize(&args, NULL) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("quantize: out is bfloat16, expected float16 or float8_e4m3"));
+  CHECK(flash_attn_res_quantize(NULL, NULL) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("quantize: args is null"));
+  return NULL;
+}
+
+/* The sources of attend_example in float8. */
+typedef struct stored_sources {
+  uint8_t v1[2], v2[2], scale1[1], scale2[1];
+  flash_attn_res_const_matrix values[2], scales[2];
+} stored_sources;
+
+static void make_stored_sources(stored_sources* s) {
+  s->v1[0] = 0x78, s->v1[1] = 0x78;
+  s->v2[0] = 0x78, s->v2[1] = 0xf8;
+  s->scale1[0] = s->scale2[0] = 127 - 8;
+  const flash_attn_res_const_matrix values[2] = {{s->v1, 1, 2, 2, FLASH_ATTN_RES_FLOAT8_E4M3},
+                                                 {s->v2, 1, 2, 2, FLASH_ATTN_RES_FLOAT8_E4M3}};
+  const flash_attn_res_const_matrix scales[2] = {{s->scale1, 1, 1, 1, FLASH_ATTN_RES_FLOAT8_E8M0},
+                                                 {s->scale2, 1, 1, 1, FLASH_ATTN_RES_FLOAT8_E8M0}};
+  memcpy(s->values, values, sizeof(values));
+  memcpy(s->scales, scales, sizeof(scales));
+}
+
+const char* c_api_attend_stored(void) {
+  attend_example e;
+  stored_sources s;
+  make_attend_example(&e);
+  make_stored_sources(&s);
+  e.args.sources = s.values;
+  e.args.source_scales = s.scales;
+  e.args.num_source_scales = 2;
+  CHECK(run_attend(&e.args) == FLASH_ATTN_RES_OK);
+  CHECK(near(e.out_data[0], 1.0) && near(e.out_data[1], 0.5));
+  CHECK(near(e.lse_data[0], log(4.0 / sqrt(3.0))));
+  CHECK(near(e.probs_data[0], 0.75) && near(e.probs_data[1], 0.25));
+
+  const float dout_data[2] = {0, 1};
+  float dv1[2], dv2[2], du[2];
+  const flash_attn_res_const_matrix dout[1] = {input(dout_data, 1, 2)};
+  flash_attn_res_matrix dsources[2] = {output(dv1, 1, 2), output(dv2, 1, 2)};
+  flash_attn_res_attend_backward_args args = flash_attn_res_default_attend_backward_args();
+  args.sources = s.values;
+  args.num_sources = 2;
+  args.source_scales = s.scales;
+  args.num_source_scales = 2;
+  args.queries = e.args.queries;
+  args.lse = input(e.lse_data, 1, 1);
+  args.logits = input(e.logits_data, 1, 2);
+  args.inv_rms = input(e.inv_rms_data, 1, 2);
+  args.dout = dout;
+  args.num_dout = 1;
+  args.dsources = dsources;
+  args.num_dsources = 2;
+  args.dqueries = output(du, 1, 2);
+  scratch memory = make_scratch(flash_attn_res_attend_backward_workspace_bytes(&args, cpu()));
+  const flash_attn_res_status status = flash_attn_res_attend_backward(&args, &memory.context);
+  free(memory.memory);
+  CHECK(status == FLASH_ATTN_RES_OK);
+  CHECK(near(dv1[0], -3 * kA / 16) && near(dv1[1], 0.75 + 3 * kA / 16));
+  CHECK(near(dv2[0], -3 * kA / 16) && near(dv2[1], 0.25 - 3 * kA / 16));
+  CHECK(near(du[0], 0.0) && near(du[1], 0.75));
+
+  e.args.num_source_scales = 1;
+  CHECK(run_attend(&e.args) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("attend: source_scales has 1 items, expected 2, one for each source"));
+  e.args.source_scales = NULL;
+  CHECK(run_attend(&e.args) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("source_scales is null, but num_source_scales is 1"));
+  e.args.num_source_scales = 0;
+  CHECK(run_attend(&e.args) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("sources[0] is float8_e4m3 but source_scales is empty"));
+
+  /* A program built before these members existed does not set them, whatever lies there. */
+  make_attend_example(&e);
+  e.args.struct_size = offsetof(flash_attn_res_attend_args, source_scales);
+  memset((char*)&e.args + e.args.struct_size, 0x5a, sizeof(e.args) - e.args.struct_size);
+  CHECK(run_attend(&e.args) == FLASH_ATTN_RES_OK);
+  CHECK(near(e.out_data[0], 1.0) && near(e.out_data[1], 0.5));
+  return NULL;
+}
+
+const char* c_api_read_stored(void) {
+  /* One-shot over the sources of attend: its result is that of attend. */
+  attend_example e;
+  stored_sources s;
+  make_attend_example(&e);
+  make_stored_sources(&s);
+  float x[2], logits[2], inv_rms[2], dv1[2], dv2[2], du[2];
+  flash_attn_res_read_args args = flash_attn_res_default_read_args();
+  args.sources = s.values;
+  args.num_sources = 2;
+  args.source_scales = s.scales;
+  args.num_source_scales = 2;
+  args.query = e.args.queries;
+  args.x = output(x, 1, 2);
+  args.logits = output(logits, 1, 2);
+  args.inv_rms = output(inv_rms, 1, 2);
+  CHECK(run_read(&args) == FLASH_ATTN_RES_OK);
+  CHECK(near(x[0], 1.0) && near(x[1], 0.5));
+  CHECK(near(logits[0], kA) && near(logits[1], -kA));
+
+  const float dx[2] = {0, 1};
+  flash_attn_res_matrix dsources[2] = {output(dv1, 1, 2), output(dv2, 1, 2)};
+  flash_attn_res_read_backward_args back = flash_attn_res_default_read_backward_args();
+  back.sources = s.values;
+  back.num_sources = 2;
+  back.source_scales = s.scales;
+  back.num_source_scales = 2;
+  back.query = e.args.queries;
+  back.logits = input(logits, 1, 2);
+  back.inv_rms = input(inv_rms, 1, 2);
+  back.dx = input(dx, 1, 2);
+  back.dsources = dsources;
+  back.num_dsources = 2;
+  back.dquery = output(du, 1, 2);
+  scratch memory = make_scratch(flash_attn_res_read_backward_workspace_bytes(&back, cpu()));
+  const flash_attn_res_status status = flash_attn_res_read_backward(&back, &memory.context);
+  free(memory.memory);
+  CHECK(status == FLASH_ATTN_RES_OK);
+  CHECK(near(dv1[0], -3 * kA / 16) && near(dv1[1], 0.75 + 3 * kA / 16));
+  CHECK(near(dv2[0], -3 * kA / 16) && near(dv2[1], 0.25 - 3 * kA / 16));
+  CHECK(near(du[0], 0.0) && near(du[1], 0.75));
+
+  s.scales[1].dtype = FLASH_ATTN_RES_FLOAT8_E4M3;
+  CHECK(run_read(&args) == FLASH_ATTN_RES_INVALID_ARGUMENT);
+  CHECK(last_error_has("read: source_scales[1] is float8_e4m3, expected float8_e8m0"));
   return NULL;
 }
 

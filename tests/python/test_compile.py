@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from flash_attn_res import BlockAttnRes, attend, read
+from flash_attn_res import BlockAttnRes, attend, quantize, read
 
 OPS = torch.ops.flash_attn_res
 
@@ -76,12 +76,18 @@ def test_opcheck_backward_operators() -> None:
     )
 
 
-def test_opcheck_operators_that_write_into_what_is_given() -> None:
+@pytest.mark.parametrize("storage", [None, "float16"])  # opcheck itself compares no float8
+def test_opcheck_operators_that_write_into_what_is_given(storage: str | None) -> None:
     sources = [torch.randn(2, 3, 8), torch.randn(2, 3, 8)]  # tokens in two dimensions
+    scales: list[Tensor] = []
+    if storage is not None:
+        stored = [quantize(source, storage) for source in sources]
+        opcheck(torch.ops.flash_attn_res.quantize_into, (sources, *quantize(sources, storage)))
+        sources, scales = [s.values for s in stored], [s.scale for s in stored]
     queries = torch.randn(4, 8)
     out, lse = torch.empty(4, 2, 3, 8), torch.empty(4, 6)
     logits, inv_rms = torch.empty(6, 4, 2), torch.empty(6, 2)
-    phase1 = (sources, queries, 1.0, 1e-6, out, lse, logits, inv_rms)
+    phase1 = (sources, queries, 1.0, 1e-6, out, lse, logits, inv_rms, scales)
     opcheck(OPS.attend_into, phase1)
     OPS.attend_into(*phase1)
     dsources = [torch.randn(2, 3, 8) for _ in sources]
@@ -89,14 +95,14 @@ def test_opcheck_operators_that_write_into_what_is_given() -> None:
         OPS.attend_backward_into,
         (
             *(torch.randn_like(out), torch.randn_like(lse), torch.rand_like(lse), sources, queries),
-            *(lse, logits, inv_rms, 1.0, dsources, True, torch.randn(4, 8), True),
+            *(lse, logits, inv_rms, 1.0, dsources, True, torch.randn(4, 8), True, scales),
         ),
     )
     value, query, weight = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
     x, total = torch.empty(2, 3, 8), torch.empty(2, 3, 8)
     saved = torch.empty(6, 4), torch.empty(6, 4), torch.empty(6)
     given = (out[0], lse[0], sources, value, torch.randn(2, 3, 8), query, weight)
-    site = (*given, 1.0, 1e-6, True, 1e-6, x, total, *saved)
+    site = (*given, 1.0, 1e-6, True, 1e-6, x, total, *saved, scales)
     opcheck(OPS.read_into, site)
     OPS.read_into(*site)
     opcheck(
@@ -104,7 +110,7 @@ def test_opcheck_operators_that_write_into_what_is_given() -> None:
         (
             *(torch.randn(2, 3, 8), torch.randn(2, 3, 8), out[0], sources, total, query, weight),
             *(*saved, 1.0, True, torch.empty(2, 3, 8), torch.empty(6), torch.empty(6)),
-            *(dsources, True, torch.empty(2, 3, 8), torch.randn(8), True, torch.empty(8)),
+            *(dsources, True, torch.empty(2, 3, 8), torch.randn(8), True, torch.empty(8), scales),
         ),
     )
 
@@ -122,7 +128,8 @@ def test_into_operators_equal_the_functional_ones(dtype: torch.dtype) -> None:
     x, total = torch.full_like(v[0], torch.nan), torch.full_like(v[0], torch.nan)
     saved = [torch.full(s, torch.nan, dtype=floats) for s in ((6, 4), (6, 4), (6,))]
     OPS.read_into(
-        v[0], lse, v[1:3], v[3], v[4], query, weight, 1.0, 1e-6, True, 1e-6, x, total, *saved
+        *(v[0], lse, v[1:3], v[3], v[4], query, weight, 1.0, 1e-6, True, 1e-6, x, total, *saved),
+        [],
     )
     for ours, other in zip((x, total, *saved), (*expected[:2], *expected[3:]), strict=True):
         assert torch.equal(ours, other)
@@ -140,7 +147,7 @@ def test_into_operators_equal_the_functional_ones(dtype: torch.dtype) -> None:
     db, dg = torch.empty_like(dtotal), torch.empty_like(dweight)
     OPS.read_backward_into(
         *(dx, later, slot, v[1:3], total, query, weight, *saved, 1.0, True),
-        *(slot, gate, dl, sums, True, db, du, True, dg),
+        *(slot, gate, dl, sums, True, db, du, True, dg, []),
     )
     tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
     # Other kernels may serve other dtypes of the gradients of the sources.

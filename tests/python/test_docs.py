@@ -194,6 +194,28 @@ def test_the_kimi_k3_example_runs(tmp_path: pathlib.Path) -> None:
     )
 
 
+def test_the_example_of_quantised_snapshots_runs() -> None:
+    text = (ROOT / "docs" / "inference.md").read_text()
+    found = re.findall(r"<!-- test: quantized_snapshots -->\n```python\n(.*?)```", text, re.S)
+    (example,) = found
+    T, D = 5, 200
+    values = [torch.randn(T, D).bfloat16() for _ in range(7)]
+    x = torch.full((T, D), torch.nan)
+    namespace: dict = {
+        "blocks": list(zip(values[:3], values[3:6], strict=True)),
+        "query": torch.zeros(D),
+        "norm_weight": torch.ones(D),
+        "prefix": values[6],
+        "x": x,
+    }
+    # The names of the loop are those of a comprehension: `prefix` behind it is the running one.
+    exec(compile(example, "inference.md", "exec"), namespace)
+    sums = [a.float() + b.float() for a, b in namespace["blocks"]]
+    mean = torch.stack([*sums, values[6].float()]).mean(0)
+    exact = torch.nn.functional.rms_norm(mean, (D,), eps=1e-6)
+    assert (x - exact).norm() <= 2.0**-4 * exact.norm()
+
+
 def test_the_plan_in_the_page_on_training_is_the_plan() -> None:
     text = (ROOT / "docs" / "training.md").read_text()
     assert str(BlockAttnRes(32, 2048, 8).plan(tokens=8192)) in text

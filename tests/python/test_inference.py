@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eager
-from flash_attn_res import BlockAttnRes, attend, inference, read
+from flash_attn_res import BlockAttnRes, attend, inference, quantize, read
 from flash_attn_res.inference import BlockBank, Quantized, Runner, SiteWeights
 
 FP8 = torch.float8_e4m3fn
@@ -255,9 +255,16 @@ class Toy:
 
 
 def kimi_k3(
-    toy: Toy, embedding: Tensor, layers_per_block: int, eps: float
+    toy: Toy,
+    embedding: Tensor,
+    layers_per_block: int,
+    eps: float,
+    stored: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Kimi K3 layer by layer as its engines run it: snapshots, prefix, reset at a boundary."""
+    """Kimi K3 layer by layer as its engines run it: snapshots, prefix, reset at a boundary.
+
+    ``stored`` are the snapshots as a bank holds them, in place of the ones computed here.
+    """
     num_layers = len(toy.matrices) // 2
     snapshots: list[Tensor] = []
     prefix: Tensor = embedding
@@ -278,7 +285,7 @@ def kimi_k3(
         inputs.append(mix(2 * layer, [*snapshots, prefix]))
         attention = toy.sublayer(2 * layer, inputs[-1])
         if layer % layers_per_block == 0:
-            snapshots.append(prefix)
+            snapshots.append(prefix if stored is None else stored[len(snapshots)])
             prefix = attention
         else:
             prefix = prefix + attention
@@ -310,6 +317,110 @@ def test_runner_is_kimi_k3(layers: int, mode: str, layout: str) -> None:
             eager.assert_close_enough(f"site {index}", ours, exact, in_eager, ulps=8)
     # Site 0 has one source: its mixture is the embedding itself.
     assert torch.equal(runner.bank.row(0, T), embedding)
+
+
+@pytest.mark.parametrize("storage", ["float16", "float8"])
+@pytest.mark.parametrize("layout", ["tnd", "ntd"])
+@pytest.mark.parametrize("mode", ["one_shot", "two_phase", "auto"])
+def test_runner_with_a_stored_bank(mode: str, layout: str, storage: str) -> None:
+    """Exactly over what the bank holds, and within the storage's error of a plain bank."""
+    T, D, eps = 5, 136, 1e-5
+    toy = Toy(20, D)
+    embedding = torch.randn(T, D)
+    runner = Runner(
+        toy.weights,
+        block_size=4,
+        max_tokens=8,
+        dtype=torch.float32,
+        mode=mode,
+        layout=layout,
+        storage=storage,
+    )
+    bank = runner.bank
+    size = 1 if storage == "float8" else 2
+    assert bank.data.nbytes == bank.num_rows * 8 * D * size
+    assert bank.scale is not None
+    assert bank.scale.nbytes == bank.num_rows * 8 * (2 if storage == "float8" else 1)
+    for _ in range(2):
+        bank.data.view(torch.uint8).fill_(0x7F)  # NaN in float8, huge in float16
+        bank.scale.fill_(0xFF)
+        inputs, y = toy.run(runner, embedding)
+        held = [bank.stored_row(row, T).dequantize(torch.float64) for row in range(bank.num_rows)]
+        single = [value.float() for value in held]
+        want_inputs, want = kimi_k3(toy, embedding.double(), 2, eps, held)
+        plain_inputs, plain = kimi_k3(toy, embedding, 2, eps, single)
+        pairs = zip([*inputs, y], [*want_inputs, want], [*plain_inputs, plain], strict=True)
+        for index, (ours, exact, in_eager) in enumerate(pairs):
+            eager.assert_close_enough(f"site {index}", ours, exact, in_eager, ulps=8)
+    first = quantize(embedding, storage)
+    assert torch.equal(bank.stored_row(0, T).values.float(), first.values.float())
+    assert torch.equal(bank.stored_row(0, T).scale, first.scale)
+    plain_runner = Runner(toy.weights, block_size=4, max_tokens=8, dtype=torch.float32, mode=mode)
+    unstored = toy.run(plain_runner, embedding)[1]
+    rows = [plain_runner.bank.row(row, T).double() for row in range(bank.num_rows)]
+    bound = 2.0**-4 if storage == "float8" else 2.0**-11
+    for n, (row, value) in enumerate(zip(rows, held, strict=True)):
+        # Row 0 is rounded once, the others follow sites that read rounded rows.
+        assert (row - value).norm() <= (1 if n == 0 else 4) * bound * row.norm(), n
+    assert (y - unstored).norm() <= 4 * bound * unstored.norm()
+    assert not torch.equal(y, unstored)
+
+
+@pytest.mark.parametrize("storage", ["float16", "float8"])
+def test_a_stored_bank_is_the_stream_that_stores(storage: str) -> None:
+    """In one-shot form both read the sum of a boundary as it is, and store it then."""
+    L, D, T = 12, 136, 3
+    toy = Toy(L, D)
+    module = BlockAttnRes(L, D, 4, eps=1e-5, block_storage=storage, forms="one_shot")
+    module.queries.copy_(toy.queries)
+    assert module.key_weight is not None
+    module.key_weight.copy_(toy.keys)
+    embedding = torch.randn(T, D)
+    stream = module.start(embedding)
+    for index in range(L):
+        stream.write(toy.sublayer(index, stream.read(toy.norms[index])))
+    want = stream.finish(toy.norms[L])
+    weights = SiteWeights.from_module(module, toy.norms)
+    runner = Runner(
+        weights, block_size=4, max_tokens=T, dtype=torch.float32, mode="one_shot", storage=storage
+    )
+    y = toy.run(runner, embedding)[1]
+    # But for the embedding, which the first block of a stream reads as it came.
+    bound = 2.0**-4 if storage == "float8" else 2.0**-11
+    assert (y - want).norm() <= 2 * bound * want.norm()
+
+
+def test_a_step_with_a_stored_bank_allocates_nothing() -> None:
+    toy = Toy(8, 32, torch.bfloat16)
+    runner = Runner(toy.weights, block_size=2, max_tokens=4, mode="two_phase", storage="float8")
+    embedding, output = (torch.randn(3, 32).bfloat16() for _ in range(2))
+    toy.run(runner, embedding)
+    with Operators() as ran:
+        step = runner.start(embedding)
+        for _ in range(8):
+            step.read()
+            step.write(output)
+        step.finish()
+    names = [name.removeprefix("flash_attn_res::") for name in ran.names]
+    assert set(names) == {"read_out", "attend_out", "quantize_into"}
+    assert [names.count(name) for name in ("read_out", "attend_out", "quantize_into")] == [9, 4, 4]
+
+
+def test_bank_with_storage() -> None:
+    bank = BlockBank(3, 4, 200, storage="float8")
+    assert (bank.data.dtype, bank.data.shape) == (torch.float8_e4m3fn, (4, 3, 200))
+    value = torch.randn(2, 200).bfloat16()
+    bank.write(1, value)
+    expected = quantize(value, "float8")
+    assert torch.equal(bank.stored_row(1, 2).values.float(), expected.values.float())
+    assert torch.equal(bank.stored_row(1, 2).scale, expected.scale)
+    packed = bank.stored(2, 2)
+    assert (packed.values.shape, packed.scale.shape) == ((2, 2, 200), (2, 2, 2))
+    assert torch.equal(packed.dequantize()[1], expected.dequantize())
+    with pytest.raises(ValueError, match="row 1 is in use"):
+        bank.write(1, value)
+    bank.reset()
+    bank.write(1, value)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 7, 12, 20])
@@ -683,6 +794,36 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: runner().start(v(3, 8).bfloat16()),
         TypeError,
         "embedding is torch.bfloat16, expected torch.float32",
+    ),
+    "bank storage": (
+        lambda: BlockBank(2, 4, 8, storage="int8"),
+        ValueError,
+        "BlockBank: storage is 'int8', expected one of ('float16', 'float8')",
+    ),
+    "values of a stored bank": (
+        lambda: BlockBank(2, 4, 8, storage="float8").sources(2),
+        ValueError,
+        "BlockBank.sources: this bank stores float8 with scales, which stored() and stored_row()",
+    ),
+    "claim of a stored bank": (
+        lambda: BlockBank(2, 4, 8, storage="float8").claim(0),
+        ValueError,
+        "BlockBank.claim: this bank stores float8 with scales",
+    ),
+    "stored rows of values": (
+        lambda: BlockBank(2, 4, 8).stored(1),
+        ValueError,
+        "BlockBank.stored: this bank holds values of torch.bfloat16, expected one with storage",
+    ),
+    "runner storage": (
+        lambda: runner(storage="fp8"),
+        ValueError,
+        "BlockBank: storage is 'fp8', expected one of ('float16', 'float8')",
+    ),
+    "two storages": (
+        lambda: runner(storage="float16", bank=BlockBank(2, 4, 8, storage="float8")),
+        ValueError,
+        "Runner: storage is 'float16' but that of bank is 'float8'",
     ),
     "two reads": (read_twice, RuntimeError, "Step.read: site 1 of 4: expected write()"),
     "write first": (

@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_accuracy(
         commands.add_parser("accuracy", help="errors of storage modes and of other packages")
     )
+    _add_curves(commands.add_parser("curves", help="training curves of the storage modes"))
     _add_inspect(commands.add_parser("inspect", help="show which depths a model reads"))
     doctor = commands.add_parser("doctor", help="say what is installed and whether it computes")
     doctor.description = (
@@ -158,6 +159,41 @@ def _add_accuracy(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
 
 
+def _add_curves(parser: argparse.ArgumentParser) -> None:
+    from pathlib import Path
+
+    parser.description = (
+        "Trains one small model with Block AttnRes in every storage mode of its residual stream, "
+        "with the same first weights and batches for each seed, and compares the losses with the "
+        "spread between seeds. A call that was interrupted continues with FILE."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="write the curves to this JSON file"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them to this PNG file")
+    parser.add_argument("--modes", metavar="NAMES", help="storage modes (default: all)")
+    for flag, kind, default, text in (
+        ("--seeds", int, 4, "seeds of weights and batches: 0, 1, ..."),
+        ("--steps", int, 800, "optimizer steps"),
+        ("--val-every", int, 50, "steps between two validations"),
+        ("--batch", int, 8, "sequences to a step"),
+        ("--seq-len", int, 64, "bytes to a sequence"),
+        ("--layers", int, 8, "Transformer layers"),
+        ("--dim", int, 64, "width of the residual stream"),
+        ("--heads", int, 2, "attention heads"),
+        ("--block-size", int, 4, "sublayers to a block"),
+        ("--lr", float, 3e-3, "peak learning rate"),
+    ):
+        parser.add_argument(
+            flag,
+            type=kind,
+            default=default,
+            metavar=kind.__name__.upper(),
+            help=f"{text} (default {default})",
+        )
+    _add_machine(parser)
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Runs a model and writes which sources every site reads to OUT: depth.json, depth.png and "
@@ -181,10 +217,10 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measures suites: kernels, step (whole networks), decode (small batches), storage, cpu, accuracy. "
-        "Each writes one JSON file to OUT; report draws them. Other packages are measured where "
-        "they are installed; what cannot be measured is named with its reason. Leaves with 1 where "
-        "a case of this package failed."
+        "Measures suites: kernels, step (whole networks), decode (small batches), storage, cpu, "
+        "accuracy. Each writes one JSON file to OUT; report draws them. Other packages are "
+        "measured where they are installed; what cannot be measured is named with its reason. "
+        "Leaves with 1 where a case of this package failed."
     )
     parser.add_argument(
         "suites", nargs="*", metavar="SUITE", help="which (default: all that the device has)"
@@ -285,6 +321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from flash_attn_res.cli.accuracy.command import run_accuracy
 
             return run_accuracy(arguments)
+        if arguments.command == "curves":
+            from flash_attn_res.cli.curves import run_curves
+
+            return run_curves(arguments)
         if arguments.command == "inspect":
             from flash_attn_res.cli.inspect import run_inspect
 

@@ -7,7 +7,8 @@
     logits = head(stream.finish(final_norm_weight))
 
 The three variants differ in `residual` alone. Parameters and the optimizer are float32; matrix
-products and the residual stream run in `compute_dtype`; the loss is computed in float32.
+products run in `compute_dtype` and the residual stream, unless it has a dtype of its own, too; the
+loss is computed in float32.
 
 Shapes: B sequences of T bytes, width D, H heads of E = D / H, L = 2 * layers sublayers.
 """
@@ -45,6 +46,9 @@ class ModelConfig:
     block_size: int  # sublayers to a block; the full variant always has 1
     seq_len: int
     dtype: str = "float32"
+    stream_dtype: str | None = None  # of the residual stream, if another than that of products
+    block_storage: str | None = None  # as of BlockAttnRes
+    stochastic_rounding: int | None = None  # as of BlockAttnRes
 
     @property
     def sublayers(self) -> int:
@@ -183,6 +187,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = DTYPES[config.dtype]
+        self.stream_dtype = DTYPES[config.stream_dtype or config.dtype]
         self.embedding = nn.Parameter(torch.empty(VOCABULARY, config.dim))
         self.layers = nn.ModuleList(
             Layer(config.dim, config.heads, index) for index in range(config.layers)
@@ -211,18 +216,19 @@ class LanguageModel(nn.Module):
             start, tokens.shape[1], self.config.dim // self.config.heads, tokens.device
         )
         embedding = nn.functional.embedding(tokens, self.embedding).to(
-            self.compute_dtype
+            self.stream_dtype
         )  # [B, T, D]
         stream = self.residual.start(embedding, return_probs=probe is not None)
         outputs = []  # L x [B, T, D]
         for layer in cast("Iterable[Layer]", self.layers):
-            x = stream.read(layer.attention_norm, NORM_EPS)
+            x = stream.read(layer.attention_norm, NORM_EPS).to(self.compute_dtype)
             outputs.append(layer.attention(x, rotation, cache))
             stream.write(outputs[-1])
-            x = stream.read(layer.mlp_norm, NORM_EPS)
+            x = stream.read(layer.mlp_norm, NORM_EPS).to(self.compute_dtype)
             outputs.append(layer.mlp(x))
             stream.write(outputs[-1])
-        logits: Tensor = self.head(stream.finish(self.final_norm, NORM_EPS))
+        y = stream.finish(self.final_norm, NORM_EPS).to(self.compute_dtype)
+        logits: Tensor = self.head(y)
         if cache is not None:
             cache.position += tokens.shape[1]
         if probe is not None:
@@ -237,7 +243,14 @@ def make_residual(config: ModelConfig) -> PlainResidual | BlockAttnRes:
         return PlainResidual()
     block_size = 1 if config.variant == "full" else config.block_size
     try:
-        return BlockAttnRes(config.sublayers, config.dim, block_size=block_size, eps=NORM_EPS)
+        return BlockAttnRes(
+            config.sublayers,
+            config.dim,
+            block_size=block_size,
+            eps=NORM_EPS,
+            block_storage=config.block_storage,
+            stochastic_rounding=config.stochastic_rounding,
+        )
     except ValueError as error:
         raise CliError(
             f"--layers {config.layers} and --block-size {block_size} ({config.variant}): {error}"

@@ -240,7 +240,7 @@ def attend_out(
 
     Args:
         sources: N values [T, D] of one dtype, or packed [n, T, D] (any strides but in the last
-            dimension).
+            dimension); or as many :class:`flash_attn_res.QuantizedSource` of one storage mode.
         queries: [S, R] pseudo-queries, R <= D.
         key_weight: RMSNorm weight of the keys, [S, R] or [R]; None for ones.
         out: [S, T, D], written.
@@ -404,7 +404,8 @@ def read_out(
     Args:
         query, key_weight, phase1, sources, partial, update, scale, eps, norm, norm_weight,
             norm_eps, round_mix: as for :func:`flash_attn_res.read`, tokens flattened: values are
-            [T, D], the lse of phase 1 is [T].
+            [T, D], the lse of phase 1 is [T]. Sources may be quantised, as for
+            :func:`attend_out`.
         x: [T, D], written.
         power_of_two_scale: round the scales up to powers of two.
         x_scale: [T, 1] or [T, ceil(D / 128)] float32, written; with a quantised x only.

@@ -29,13 +29,15 @@ from flash_attn_res import _check
 from flash_attn_res.inference.bank import BlockBank
 from flash_attn_res.inference.operators import FP8, scale_columns
 from flash_attn_res.inference.weights import SiteWeights
+from flash_attn_res.storage import QuantizedSource
 
 MODES = ("auto", "one_shot", "two_phase")
 QUANTISATIONS = ("token", "group")
 
-TWO_PHASE_FROM = 3
+TWO_PHASE_FROM = {None: 3, "float16": 3, "float8": 5}
 """Rows from which "auto" takes two phases: a site then reads o in place of them all. Phase 1 moves
-(n + S) / S units of T * D elements a site and the merge reads one more; one-shot reads n."""
+(n + S) / S units of T * D elements a site and the merge reads one more; one-shot reads n. A row in
+float8 is half a unit."""
 
 
 class Quantized(NamedTuple):
@@ -50,6 +52,7 @@ class _Site:
     """One call of read_out, ready but for the tensors that a step brings."""
 
     sources: list[Tensor]  # [n, T, D], or nothing
+    scales: list[Tensor]  # [n, T, groups] of a bank with storage
     phase1: tuple[Tensor | None, Tensor | None]  # ([T, D], [T])
     query: Tensor | None  # [R]
     norm_weight: Tensor  # [D]
@@ -57,6 +60,7 @@ class _Site:
     partial_out: Tensor | None  # [T, D]
     snapshot: Tensor | None  # [T, D]
     claims: int | None  # row of the bank that the site writes
+    stored: QuantizedSource | None  # that row of a bank with storage, written behind the read
     x: Tensor
     x_scale: Tensor | None
 
@@ -66,6 +70,7 @@ class _Phase1:
     """One call of attend_out, for the sites behind a boundary."""
 
     sources: list[Tensor]  # [n, T, D]
+    scales: list[Tensor]  # [n, T, groups] of a bank with storage
     queries: Tensor  # [S, R]
     out: Tensor  # [S, T, D]
     lse: Tensor  # [S, T]
@@ -116,6 +121,10 @@ class Runner:
             :class:`Quantized`, with one scale a token or a group of 128 columns.
         power_of_two_scale: its scales are powers of two.
         round_mix: round the mixture to its storage dtype before the norm, as some engines do.
+        storage: of the bank: ``"float16"`` or ``"float8"`` with scales, see :class:`BlockBank`. A
+            snapshot is rounded once more and read so from then on; that takes one more launch a
+            block. The site at a boundary reads the sum as it is.
+        bank: to use in place of one of its own.
 
     Raises:
         ValueError, TypeError: naming the argument and what was expected.
@@ -136,6 +145,7 @@ class Runner:
         fp8: str | None = None,
         power_of_two_scale: bool = False,
         round_mix: bool = False,
+        storage: str | None = None,
         bank: BlockBank | None = None,
     ) -> None:
         op = type(self).__name__
@@ -162,8 +172,14 @@ class Runner:
         dim = weights.dim
         if bank is None:
             bank = BlockBank(
-                self.num_blocks, max_tokens, dim, layout=layout, dtype=dtype, device=device
+                *(self.num_blocks, max_tokens, dim),
+                layout=layout,
+                dtype=dtype,
+                device=device,
+                storage=storage,
             )
+        elif storage not in (None, bank.storage):
+            raise ValueError(f"{op}: storage is {storage!r} but that of bank is {bank.storage!r}")
         self._check_bank(op, bank, dim, dtype, device)
         self.bank = bank
         self._prefix = torch.empty(max_tokens, dim, dtype=dtype, device=device)  # [T, D]
@@ -239,7 +255,7 @@ class Runner:
                 f"{op}: bank holds {bank.max_tokens} tokens of width {bank.dim}, expected at least "
                 f"{self.max_tokens} of width {dim}"
             )
-        if bank.data.dtype != dtype:
+        if bank.storage is None and bank.data.dtype != dtype:
             raise TypeError(f"{op}: bank is {bank.data.dtype}, expected {dtype}")
         if bank.data.device != device:
             raise ValueError(f"{op}: bank is on {bank.data.device}, the weights on {device}")
@@ -247,7 +263,7 @@ class Runner:
     def _two_phase(self, block: int) -> bool:
         """Whether the sites that read rows 0..block take two phases."""
         if self.mode == "auto":
-            return block + 1 >= TWO_PHASE_FROM
+            return block + 1 >= TWO_PHASE_FROM[self.bank.storage]
         return self.mode == "two_phase"
 
     def _schedule(self, tokens: int) -> _Schedule:
@@ -265,8 +281,10 @@ class Runner:
             if self._two_phase(block) and self._out is not None and self._lse is not None:
                 first, last = block * S + 1, min((block + 1) * S, L)  # sites, inclusive
                 count = last - first + 1
+                sources, scales = self._rows(block + 1, tokens)
                 phase1[block * S] = _Phase1(
-                    sources=[bank.sources(block + 1, tokens)],
+                    sources=sources,
+                    scales=scales,
                     queries=weights.queries[first : last + 1],
                     out=self._out[:count, :tokens],
                     lse=self._lse[:count, :tokens],
@@ -287,12 +305,18 @@ class Runner:
             reads_rows = newest >= 0 and previous is None
             # Behind a boundary the sum begins with the one output that is pending.
             begins = index > 0 and (index - 1) % S == 0
-            row = bank.row(block, tokens) if boundary else None
+            row = stored = None
+            if boundary and bank.storage is None:
+                row = bank.row(block, tokens)
+            elif boundary:
+                stored = bank.stored_row(block, tokens)
+            sources, scales = self._rows(newest + 1, tokens) if reads_rows else ([], [])
             quantized = self._x_fp8 is not None and index < L
             x = self._x_fp8 if quantized else self._x
             assert x is not None
             return _Site(
-                sources=[bank.sources(newest + 1, tokens)] if reads_rows else [],
+                sources=sources,
+                scales=scales,
                 phase1=merged,
                 query=None if index == 0 else weights.queries[index],
                 norm_weight=weights.norm_weights[index],
@@ -300,6 +324,7 @@ class Runner:
                 partial_out=None if index == 0 else (prefix if row is None else row),
                 snapshot=row if index == 0 else None,
                 claims=block if boundary else None,
+                stored=stored,
                 x=x[:tokens],
                 x_scale=self._x_scale[:tokens] if quantized and self._x_scale is not None else None,
             )
@@ -325,19 +350,35 @@ class Runner:
             phase1_workspace=self._bytes(max(phase1_needs, default=0)),
         )
 
+    def _rows(self, count: int, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The first rows of the bank and, if they are stored with any, their scales."""
+        if self.bank.storage is None:
+            return [self.bank.sources(count, tokens)], []
+        stored = self.bank.stored(count, tokens)
+        return [stored.values], [stored.scale]
+
     def _bytes(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device=self._prefix.device)
 
     def _attend_arguments(self, call: _Phase1) -> tuple[Any, ...]:
-        return call.sources, [], call.queries, 1.0, self.eps, call.out, call.lse
+        return call.sources, call.scales, call.queries, 1.0, self.eps, call.out, call.lse
 
     def _read_arguments(
         self, site: _Site, embedding: Tensor, updates: tuple[Tensor, ...], mix: Tensor | None
     ) -> tuple[Any, ...]:
-        partial = embedding if site.snapshot is not None else site.partial
+        # Site 0, the one without a query, reads the embedding.
+        partial = embedding if site.query is None else site.partial
         return (
-            *(*site.phase1, site.sources, [], partial, updates, site.query, site.norm_weight, 1.0),
-            *(self.eps, True, self.norm_eps, self.round_mix, self.power_of_two_scale),
+            *(*site.phase1, site.sources, site.scales, partial, updates, site.query),
+            *(
+                site.norm_weight,
+                1.0,
+                self.eps,
+                True,
+                self.norm_eps,
+                self.round_mix,
+                self.power_of_two_scale,
+            ),
             *(site.x, site.x_scale, site.partial_out, site.snapshot, mix, None),
         )
 
@@ -425,7 +466,7 @@ class Step:
             runner._check_value(
                 "Step.read", "mix", _check.tensor("Step.read", "mix", mix), self._schedule.tokens
             )
-        if site.claims is not None:
+        if site.claims is not None and site.stored is None:
             runner.bank.claim(site.claims, self._schedule.tokens)
         if site.phase1[0] is not None:
             runner._join()
@@ -433,6 +474,9 @@ class Step:
             *runner._read_arguments(site, self._embedding, self._pending, mix),
             self._schedule.workspace,
         )
+        if site.claims is not None and site.stored is not None:
+            total = self._embedding if site.partial_out is None else site.partial_out
+            runner.bank.quantize_row(site.claims, total, site.stored)
         self._pending = ()
         self._next += 1
         phase1 = self._schedule.phase1.get(index)

@@ -268,7 +268,7 @@ def _print_comparison(rows: Sequence[dict[str, Any]], console: Console) -> None:
         if own["rel_l2"] is None or other["rel_l2"] < own["rel_l2"]
     ]
     console.print(
-        f"{len(pairs)} rows of ours beside other packages' in the same storage; another one is "
+        f"{len(pairs)} rows of ours beside other packages' of 16 or 32 bits alike; another one is "
         f"more accurate in {len(better)} comparisons, the largest of them:",
         highlight=False,
         soft_wrap=True,
@@ -279,7 +279,7 @@ def _print_comparison(rows: Sequence[dict[str, Any]], console: Console) -> None:
         own, other = pair
         if own["rel_l2"] is None:
             return float("inf")
-        return float((own["rel_l2"] - other["rel_l2"]) / scale[own["storage"]])
+        return float((own["rel_l2"] - other["rel_l2"]) / scale[other["storage"]])
 
     for own, other in sorted(better, key=excess, reverse=True)[:8]:
         console.print(

@@ -7,13 +7,20 @@ command's options and the tests follow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_attn_res import attend, read
+from flash_attn_res import QuantizedSource, attend, quantize, read, stochastic_add
 from flash_attn_res.cli.accuracy.peers import EPS
+from flash_attn_res.functional import fold_query
+
+ALL = ("phase1", "oneshot_norm", "advance", "network")
+READS_BLOCKS = ("phase1", "oneshot_norm", "network")
+SUMS = ("advance", "network")
+SEED = 1  # of stochastic rounding
 
 
 @dataclass(frozen=True)
@@ -24,16 +31,30 @@ class Mode:
     value: torch.dtype  # of sources, phase-1 results, updates and x
     partial: torch.dtype  # of the running sum
     # Operations in which it differs from the mode that keeps everything in `value`.
-    ops: tuple[str, ...] = ("phase1", "oneshot_norm", "advance", "network")
+    ops: tuple[str, ...] = ALL
+    # Storage of the packages whose errors it may not exceed; None for a mode that rounds more
+    # coarsely than any of them, by its nature.
+    bar: str | None = None
+    # Arguments of `BlockAttnRes`.
+    options: dict[str, Any] = field(default_factory=dict)
 
     def store(self, name: str, value: Tensor) -> Tensor:
         """An input of an operation, drawn in float32, as this mode keeps it."""
         if name in ("queries", "key_weight", "weight", "lse"):
             return value.float()
+        if name == "sources" and "block_storage" in self.options:
+            return value.float()  # `run` quantises it
         return value.to(self.partial if name == "partial" else self.value)
 
     def run(self, op: str, x: dict[str, Tensor]) -> list[Tensor]:
         """An operation of `peers.OPS` on leaves named as in `peers.Case`."""
+        storage = self.options.get("block_storage")
+        if storage is not None and op in ("phase1", "oneshot_norm"):
+            return run_stored(op, x, storage, self.value)
+        if "stochastic_rounding" in self.options and op == "advance":
+            total = stochastic_add([x["partial"], x["update"]], SEED)
+            rest = {name: value for name, value in x.items() if name != "update"}
+            return [*run("merge", rest | {"partial": total}), total]
         return run(op, x)
 
 
@@ -60,12 +81,102 @@ def run(op: str, x: dict[str, Tensor]) -> list[Tensor]:
     return [result.x, result.partial]
 
 
+# ------------------------------------------------------------------------- over stored sources
+
+
+class _Attend(torch.autograd.Function):
+    """Phase 1 as a stream with `block_storage` runs it: gradients pass the rounding unchanged."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, storage: str, dtype: torch.dtype, queries: Tensor, *sources: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        values, scales = _stored(sources, storage)
+        (T, D), S, N = sources[0].shape, len(queries), len(sources)
+        out, lse = queries.new_empty(S, T, D, dtype=dtype), queries.new_empty(S, T)
+        logits, inv_rms = queries.new_empty(T, S, N), queries.new_empty(T, N)
+        torch.ops.flash_attn_res.attend_into(
+            values, queries, 1.0, EPS, out, lse, logits, inv_rms, scales
+        )
+        ctx.save_for_backward(queries, lse, logits, inv_rms, *values, *scales)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        queries, lse, logits, inv_rms, *stored = ctx.saved_tensors
+        values, scales = stored[: len(stored) // 2], stored[len(stored) // 2 :]
+        dsources = [torch.empty_like(value, dtype=torch.float32) for value in values]
+        dqueries = torch.empty_like(queries)
+        torch.ops.flash_attn_res.attend_backward_into(
+            *(dout, dlse, None, values, queries, lse, logits, inv_rms, 1.0, dsources, False),
+            *(dqueries, False, scales),
+        )
+        return None, None, dqueries, *dsources
+
+
+class _Read(torch.autograd.Function):
+    """A one-shot read with output norm of the same kind."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, storage: str, dtype: torch.dtype, query: Tensor, weight: Tensor, *sources: Tensor
+    ) -> Tensor:
+        values, scales = _stored(sources, storage)
+        T, N = sources[0].shape[0], len(sources)
+        x = torch.empty_like(sources[0], dtype=dtype)
+        logits, inv_rms, mix_inv_rms = (query.new_empty(*shape) for shape in ((T, N), (T, N), (T,)))
+        torch.ops.flash_attn_res.read_into(
+            *(None, None, values, None, None, query, weight, 1.0, EPS, True, EPS, x, None),
+            *(logits, inv_rms, mix_inv_rms, scales),
+        )
+        ctx.save_for_backward(query, weight, logits, inv_rms, mix_inv_rms, *values, *scales)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        query, weight, logits, inv_rms, mix_inv_rms, *stored = ctx.saved_tensors
+        values, scales = stored[: len(stored) // 2], stored[len(stored) // 2 :]
+        dsources = [torch.empty_like(value, dtype=torch.float32) for value in values]
+        dquery, dweight = torch.empty_like(query), torch.empty_like(weight)
+        torch.ops.flash_attn_res.read_backward_into(
+            *(dx, None, None, values, None, query, weight, logits, inv_rms, mix_inv_rms, 1.0),
+            *(True, None, None, None, dsources, False, None, dquery, False, dweight, scales),
+        )
+        return None, None, dquery, dweight, *dsources
+
+
+def _stored(sources: tuple[Tensor, ...], storage: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Numbers and scales."""
+    held: list[QuantizedSource] = [quantize(source, storage) for source in sources]
+    return [item.values for item in held], [item.scale for item in held]
+
+
+def run_stored(op: str, x: dict[str, Tensor], storage: str, dtype: torch.dtype) -> list[Tensor]:
+    """`run` over quantised sources, results in `dtype`."""
+    queries = fold_query(x["queries"], x["key_weight"], torch.float32)
+    sources = x["sources"].unbind(0)
+    if op == "phase1":
+        return list(_Attend.apply(storage, dtype, queries, *sources))
+    return [_Read.apply(storage, dtype, queries[0], x["weight"], *sources)]
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("bf16", torch.bfloat16, torch.bfloat16),
-        Mode("fp16", torch.float16, torch.float16),  # without a scale
-        Mode("fp32", torch.float32, torch.float32),
-        Mode("bf16 + fp32 sum", torch.bfloat16, torch.float32, ("advance", "network")),
+        Mode("bf16", _BF16, _BF16, bar="bf16"),
+        Mode("fp16", _FP16, _FP16, bar="fp16"),  # without a scale
+        Mode("fp32", _FP32, _FP32, bar="fp32"),
+        Mode("bf16 + fp32 sum", _BF16, _FP32, SUMS, "bf16"),
+        Mode(
+            "bf16 + fp16 blocks", _BF16, _BF16, READS_BLOCKS, "bf16", {"block_storage": "float16"}
+        ),
+        Mode(
+            "fp32 + fp16 blocks", _FP32, _FP32, READS_BLOCKS, "fp16", {"block_storage": "float16"}
+        ),
+        Mode("bf16 + fp8 blocks", _BF16, _BF16, READS_BLOCKS, None, {"block_storage": "float8"}),
+        # A single rounding errs by up to a unit, to nearest by half of one.
+        Mode("bf16 stochastic", _BF16, _BF16, SUMS, None, {"stochastic_rounding": SEED}),
     )
 }

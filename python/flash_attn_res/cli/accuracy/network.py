@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +64,9 @@ class Network:
 Forward = Callable[[Network, dict[str, Tensor]], Tensor]
 
 
-def stream(network: Network, x: dict[str, Tensor]) -> Tensor:
+def stream(network: Network, x: dict[str, Tensor], **options: Any) -> Tensor:
     """This package's stream; in float64 the reference."""
-    module = BlockAttnRes(network.num_sublayers, DIM, BLOCK_SIZE, eps=peers.EPS)
+    module = BlockAttnRes(network.num_sublayers, DIM, BLOCK_SIZE, eps=peers.EPS, **options)
     # In the place of the parameters, so that the leaves get the gradients.
     del module.queries, module.key_weight
     module.queries, module.key_weight = x["queries"], x["key_weight"]  # type: ignore[assignment]
@@ -185,7 +186,7 @@ def two_phase(
 def of_mode(mode: Mode) -> Forward:
     """This package's network: the stream where one dtype serves, else its two operations."""
     if mode.value == mode.partial:
-        return stream
+        return lambda network, x: stream(network, x, **mode.options)
 
     def forward(network: Network, x: dict[str, Tensor]) -> Tensor:
         def attend(sources: list[Tensor], rows: slice) -> list[Tensor]:

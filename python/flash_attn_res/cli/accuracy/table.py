@@ -305,22 +305,28 @@ def steps(
 # --------------------------------------------------------------------------- what it shows
 
 
-def same_case(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Rows of one tensor on the same inputs, in the same storage."""
+def bar_of(row: dict[str, Any]) -> str | None:
+    """The storage in which other packages' errors are a bar to a row of ours."""
+    mode = MODES.get(row["storage"])
+    return None if mode is None else mode.bar
+
+
+def same_case(row: dict[str, Any], storage: str | None) -> tuple[Any, ...]:
+    """Rows of one tensor on the same inputs, in one storage."""
     shape = tuple(row["shape"].items())
-    return row["storage"], row["family"], row["op"], shape, row["tensor"]
+    return storage, row["family"], row["op"], shape, row["tensor"]
 
 
 def comparisons(
     rows: Sequence[dict[str, Any]],
 ) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Every row of ours with those of the other packages on the same inputs and storage."""
+    """Every row of ours with those of the other packages that it is held to."""
     others: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["package"] != OURS and row["rel_l2"] is not None:
-            others.setdefault(same_case(row), []).append(row)
+            others.setdefault(same_case(row, row["storage"]), []).append(row)
     return [
-        (row, others[same_case(row)])
+        (row, others[same_case(row, bar_of(row))])
         for row in rows
-        if row["package"] == OURS and same_case(row) in others
+        if row["package"] == OURS and same_case(row, bar_of(row)) in others
     ]

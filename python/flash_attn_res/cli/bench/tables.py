@@ -302,6 +302,68 @@ def accuracy(document: Document) -> str:
     return caption + "\n\n" + markdown(["", *(title for *_, title in columns)], lines)
 
 
+STORAGE_MODES = [
+    "bf16",
+    "bf16 + fp16 blocks",
+    "fp32 + fp16 blocks",
+    "bf16 + fp32 sum",
+    "bf16 stochastic",
+    "bf16 + fp8 blocks",
+]
+
+
+def storage_errors(document: Document) -> str:
+    """Errors of our storage modes where they differ from plain bfloat16."""
+    errors: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in document["rows"]:
+        if row["package"] == OURS and row["rel_l2"] is not None:
+            found = errors.setdefault((row["op"], row["tensor"]), {})
+            found.setdefault(row["storage"], []).append(row["rel_l2"])
+    lines = []
+    for (op, tensor), found in errors.items():
+        cells = []
+        for mode in STORAGE_MODES:
+            values = sorted(found.get(mode, []))
+            middle = values[len(values) // 2] if values else 0.0
+            cells.append(f"{middle:.1e} ({values[-1]:.1e})" if values else "")
+        if any(cells[1:]):
+            lines.append([f"{op}: {tensor}", *cells])
+    caption = (
+        f"{document['device']}, torch {document['versions']['torch']}: relative L2 error against "
+        "float64 on the values before they are stored, the median (the worst) of all families and "
+        "numbers of sources. Empty: the mode changes nothing there."
+    )
+    return caption + "\n\n" + markdown(["", *STORAGE_MODES], lines)
+
+
+def curves(document: Document) -> str:
+    """Validation losses of the storage modes, beside the spread between seeds."""
+    ends: dict[str, dict[int, float]] = {}
+    for row in document["rows"]:
+        ends.setdefault(row["mode"], {})[row["seed"]] = row["validation"][-1][1]
+
+    def deviation(values: list[float]) -> float:
+        mean = sum(values) / len(values)
+        return (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+
+    lines = []
+    for mode, losses in ends.items():
+        values = list(losses.values())
+        gaps = [loss - ends["float32"][seed] for seed, loss in losses.items()]
+        mean, error = sum(gaps) / len(gaps), deviation(gaps) / len(gaps) ** 0.5
+        line = [mode, f"{sum(values) / len(values):.4f}", f"{deviation(values):.4f}"]
+        lines.append([*line, "" if mode == "float32" else f"{mean:+.4f} ± {error:.4f}"])
+    options = document["options"]
+    caption = (
+        f"`flash-attn-res curves`: {options['layers']} Transformer layers, width {options['dim']}, "
+        f"blocks of {options['block_size']} sublayers, {options['steps']} steps on the Python "
+        f"standard library's sources, {options['seeds']} seeds, on {document['device']}, torch "
+        f"{document['versions']['torch']}."
+    )
+    header = ["stream", "validation loss, nats/byte", "spread of seeds", "from float32, same seed"]
+    return caption + "\n\n" + markdown(header, lines)
+
+
 def neighbours(document: Document) -> str:
     """Ours at the shapes around A, B and C."""
     main = main_shapes(document)
@@ -417,11 +479,13 @@ TABLES: dict[str, tuple[str, Callable[[Document], str], str]] = {
     "decode": ("decode", decode, "flash-attn-res bench decode"),
     "fp8": ("fp8-error", fp8, "benchmarks/python/fp8_error.py"),
     "cpu": ("cpu", cpu, "flash-attn-res bench cpu"),
+    "curves": ("storage-curves", curves, "flash-attn-res curves"),
     "insights": ("insights", insights, "benchmarks/python/insights.py"),
     "kernels": ("kernels", kernels, "flash-attn-res bench kernels"),
     "neighbours": ("kernels", neighbours, "flash-attn-res bench kernels --neighbours"),
     "peers": ("kernels", peers, "flash-attn-res bench kernels --peers"),
     "step": ("step", step, "flash-attn-res bench step"),
     "storage": ("storage", storage, "flash-attn-res bench storage"),
+    "storage_errors": ("accuracy", storage_errors, "flash-attn-res bench accuracy"),
 }
 """By the name of its place in a page: the suite that a table is made from, and what measures it."""
