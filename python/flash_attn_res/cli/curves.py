@@ -290,13 +290,13 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from flash_attn_res.cli.figures import _DOTTED, _STYLE
+    from flash_attn_res.cli.figures import _DOTTED, STYLE
 
     curves: dict[str, dict[int, list[list[float]]]] = {}
     for row in document["rows"]:
         curves.setdefault(row["mode"], {})[row["seed"]] = row["validation"]
     steps = document["options"]["steps"]
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
         for mode, by_seed in curves.items():
             at = [step for step, _ in next(iter(by_seed.values()))]

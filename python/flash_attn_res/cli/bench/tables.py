@@ -241,9 +241,9 @@ def storage(document: Document) -> str:
     for (op, shape), rows in cases.items():
         line = [KERNEL_OPS[op], *(str(size) for _, size in shape)]
         for dtype in ("bfloat16", "float16", "float8"):
-            row = rows.get(dtype)
+            found = rows.get(dtype)
             line.append(
-                "" if row is None else f"{row['us']:.0f} us, {row['percent_of_copy']:.0f} %"
+                "" if found is None else f"{found['us']:.0f} us, {found['percent_of_copy']:.0f} %"
             )
         line += [f"{rows[d]['speedup']:.2f}x" if d in rows else "" for d in ("float16", "float8")]
         lines.append(line)
