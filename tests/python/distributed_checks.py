@@ -76,7 +76,8 @@ class Stage(nn.Module):
         weight = whole.queries
         self.attn_res = StageAttnRes(
             layout, stage, whole.dim, forms=whole.forms, group_blocks=whole.group_blocks,
-            grad_dtype=whole.grad_dtype, device=weight.device, dtype=weight.dtype, **more,
+            grad_dtype=whole.grad_dtype, block_storage=whole.block_storage, device=weight.device,
+            dtype=weight.dtype, **more,
         )  # fmt: skip
         sites, sublayers = layout.sites(stage), layout.sublayers(stage)
         with torch.no_grad():
@@ -213,6 +214,18 @@ def pipeline_is_bit_for_bit_where_blocks_end_with_stages(process: Process) -> No
     for schedule in (Schedule1F1B, ScheduleGPipe):
         result = run_pipeline(
             process, 4 * process.world, 4, forms="two_phase", group_blocks=1, schedule=schedule
+        )
+        assert_equal(result[0], one_process(result[1], 4, torch.float32))
+
+
+@check
+def pipeline_with_stored_blocks_is_bit_for_bit_where_blocks_end_with_stages(
+    process: Process,
+) -> None:
+    """What a stage sends are the values of its stored blocks: storing them again changes none."""
+    for storage in ("float16", "float8"):
+        result = run_pipeline(
+            process, 4 * process.world, 4, forms="two_phase", group_blocks=1, block_storage=storage
         )
         assert_equal(result[0], one_process(result[1], 4, torch.float32))
 
