@@ -34,8 +34,7 @@ int64_t attend_workspace_bytes(const AttendArgs& args);
 int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args);
 
 /// Launch choices of a call; `clusters` is still to be set from the device.
-Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim,
-                   SourceLayout layout = {});
+Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, SourceLayout layout = {});
 Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t dim,
                             int64_t gradient_bytes, SourceLayout layout = {});
 
