@@ -16,8 +16,8 @@ SUFFIXES = {".h", ".in", ".cpp", ".cu", ".cuh"}
 def source_hash(root: pathlib.Path = ROOT) -> str:
     """SHA-256 over the names and words of the sources behind the CUDA operators.
 
-    How code is broken into lines does not count, for the compiler does not see it; it does see where
-    a comment or a directive ends.
+    How code is broken into lines does not count, for the compiler does not see it; but it sees
+    where a comment or a directive ends.
     """
     digest = hashlib.sha256()
     for folder in FOLDERS:
