@@ -6,12 +6,26 @@ Only argparse is imported here; what a command needs is imported when it runs.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from flash_attn_res.cli.errors import CliError
+
+COMMANDS = {
+    "train": ("train", "run_train"),
+    "sample": ("sample", "run_sample"),
+    "accuracy": ("accuracy.command", "run_accuracy"),
+    "curves": ("curves", "run_curves"),
+    "inspect": ("inspect", "run_inspect"),
+    "doctor": ("doctor", "run_doctor"),
+    "bench": ("bench.command", "run_bench"),
+    "report": ("bench.report", "run_report"),
+    "plan": ("plan", "run_plan"),
+}
+"""The module and function of each; a command's module is imported when it runs."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -313,41 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 for what it found, 2 for bad input, 130 after Ctrl-C."""
     try:
         arguments = build_parser().parse_args(argv)
-        if arguments.command == "train":
-            from flash_attn_res.cli.train import run_train
-
-            return run_train(arguments)
-        if arguments.command == "accuracy":
-            from flash_attn_res.cli.accuracy.command import run_accuracy
-
-            return run_accuracy(arguments)
-        if arguments.command == "curves":
-            from flash_attn_res.cli.curves import run_curves
-
-            return run_curves(arguments)
-        if arguments.command == "inspect":
-            from flash_attn_res.cli.inspect import run_inspect
-
-            return run_inspect(arguments)
-        if arguments.command == "doctor":
-            from flash_attn_res.cli.doctor import run_doctor
-
-            return run_doctor(arguments)
-        if arguments.command == "bench":
-            from flash_attn_res.cli.bench.command import run_bench
-
-            return run_bench(arguments)
-        if arguments.command == "report":
-            from flash_attn_res.cli.bench.report import run_report
-
-            return run_report(arguments)
-        if arguments.command == "plan":
-            from flash_attn_res.cli.plan import run_plan
-
-            return run_plan(arguments)
-        from flash_attn_res.cli.sample import run_sample
-
-        return run_sample(arguments)
+        module, function = COMMANDS[arguments.command]
+        run = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        return int(run(arguments))
     except CliError as error:
         print(f"flash-attn-res: error: {error}", file=sys.stderr)
         return error.exit_code
