@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flash_attn_res.cli.bench.harness import load_results
-from flash_attn_res.cli.bench.plots import PLOTS, save
+from flash_attn_res.cli.bench.plots import PLOTS, Plot, save
 from flash_attn_res.cli.bench.tables import TABLES, demo, missing
 from flash_attn_res.cli.checkpoint import write_atomically
 from flash_attn_res.cli.device import checkout
@@ -51,9 +51,20 @@ class Results:
 
     def of(self, suite: str) -> dict[str, Any] | None:
         """Of several GPUs the first by name."""
+        return min(self._all(suite), key=_is_of_cpu, default=None)
+
+    def for_plot(self, plot: Plot) -> dict[str, Any] | None:
+        """The same among those that have what the plot shows."""
+        there = [document for document in self._all(plot.suite) if plot.select(document)]
+        return min(there, key=_is_of_cpu, default=None)
+
+    def _all(self, suite: str) -> list[dict[str, Any]]:
         there = [document for document in self._found.values() if document["suite"] == suite]
-        there = [document for document in there if not document.get("quick")]
-        return min(there, key=lambda document: document["driver"] == "none", default=None)
+        return [document for document in there if not document.get("quick")]
+
+
+def _is_of_cpu(document: dict[str, Any]) -> bool:
+    return bool(document["driver"] == "none")
 
 
 def load_all(folder: Path) -> dict[str, dict[str, Any]]:
@@ -89,8 +100,7 @@ def plots_block(results: Results) -> str:
     """All pictures, and which have no data."""
     lines = []
     for name, plot in PLOTS.items():
-        document = results.of(plot.suite)
-        if document is not None and plot.select(document):
+        if results.for_plot(plot):
             lines.append(f"![{plot.text}](images/{name}.png)")
         else:
             lines.append(f"{plot.text}. {missing(plot.command)}")
@@ -118,8 +128,8 @@ def _fill_pages(results: Results, root: Path, *, check: bool) -> int:
         return 1 if stale else 0
     print(f"filled {', '.join(stale)}" if stale else "all tables were up to date")
     for name, plot in PLOTS.items():
-        document = results.of(plot.suite)
-        if document is None or not plot.select(document):
+        document = results.for_plot(plot)
+        if document is None:
             print(f"skipped {name}: {missing(plot.command)}")
             continue
         save(plot, document, root / IMAGES / f"{name}.png")
