@@ -200,7 +200,7 @@ def test_a_case_of_ours_that_fails_is_exit_code_1(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["kernel"], ["unknown suite 'kernel'", "kernels, step, decode, cpu, accuracy"]),
+        (["kernel"], ["unknown suite 'kernel'", "kernels, step, decode, storage, cpu, accuracy"]),
         (["step", "--package", "ligre"], ["--package", "unknown 'ligre'", "liger"]),
         (["step", "--shape", "wide"], ["--shape", "unknown 'wide'", "kimi-k3"]),
         (["kernels", "--op", "attend"], ["--op", "unknown 'attend'", "phase1_fwd"]),

@@ -187,7 +187,6 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = DTYPES[config.dtype]
-        self.stream_dtype = DTYPES[config.stream_dtype or config.dtype]
         self.embedding = nn.Parameter(torch.empty(VOCABULARY, config.dim))
         self.layers = nn.ModuleList(
             Layer(config.dim, config.heads, index) for index in range(config.layers)
@@ -215,9 +214,9 @@ class LanguageModel(nn.Module):
         rotation = rotary_angles(
             start, tokens.shape[1], self.config.dim // self.config.heads, tokens.device
         )
-        embedding = nn.functional.embedding(tokens, self.embedding).to(
-            self.stream_dtype
-        )  # [B, T, D]
+        named = self.config.stream_dtype
+        stream_dtype = DTYPES[named] if named else self.compute_dtype
+        embedding = nn.functional.embedding(tokens, self.embedding).to(stream_dtype)  # [B, T, D]
         stream = self.residual.start(embedding, return_probs=probe is not None)
         outputs = []  # L x [B, T, D]
         for layer in cast("Iterable[Layer]", self.layers):
