@@ -114,6 +114,12 @@ inline void attend(const AttendParams& p, const AttendScratch& w, int64_t begin,
   if (uniform && dtype == DType::kFloat16) {
     return attend_tokens<Float16, Float16>(p, w, begin, end);
   }
+  if (p.source_scales != nullptr && dtype == DType::kFloat16) {
+    return attend_tokens<Scaled<Float16>, AnyFloat>(p, w, begin, end);
+  }
+  if (p.source_scales != nullptr && dtype == DType::kFloat8E4M3) {
+    return attend_tokens<Scaled<Float8>, AnyFloat>(p, w, begin, end);
+  }
   attend_tokens<AnyFloat, AnyFloat>(p, w, begin, end);
 }
 

@@ -108,15 +108,15 @@ inline void attend_gradients(const AttendBackwardParams& p, const AttendBackward
   }
 }
 
-/// E is the type of the sources, of dout and of dsources.
-template <class E>
+/// Ev is the type of the sources, E that of dout and of dsources. Both have the same order.
+template <class Ev, class E>
 inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBackwardScratch& w,
                                    int64_t begin, int64_t end) {
   const int64_t key_start = p.D - p.R;
   Reader<Float32> u[kMaxQueries];  // (S) rows of R
   Reader<E> dout[kMaxQueries];     // (S) rows of D or R
-  Reader<E> v[kMaxSources];        // (N) rows of D
-  Reader<E> key[kMaxSources];      // (N) rows of R
+  Reader<Ev> v[kMaxSources];       // (N) rows of D
+  Reader<Ev> key[kMaxSources];     // (N) rows of R
   for (int64_t s = 0; s < p.S; ++s) {
     u[s] = reader<Float32>(p.queries, s);
   }
@@ -133,7 +133,7 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
     exponentials(w.probs, p.S * p.N);
 
     for (int64_t n = 0; n < p.N; ++n) {
-      v[n] = source_reader<E>(p.sources, p.source_scales, n, t);
+      v[n] = source_reader<Ev>(p.sources, p.source_scales, n, t);
       key[n] = v[n].from(key_start);
     }
     if (p.dout != nullptr) {
@@ -151,7 +151,7 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
       pack<E>(dout, p.S, p.R, w.dh_key);
       dots_packing<Sweep::kFirst>(w.dh_key, p.S, key, p.N, p.R, w.v_key, w.dp, nullptr);
     } else {
-      pack<E>(key, p.N, p.R, w.v_key);
+      pack<Ev>(key, p.N, p.R, w.v_key);
     }
     attend_factors(p, w, t);
 
@@ -176,16 +176,22 @@ inline void attend_backward(const AttendBackwardParams& p, const AttendBackwardS
   const DType dsources = p.dsources != nullptr ? p.dsources[0].dtype : dtype;
   if (dout == dtype && dsources == dtype && p.source_scales == nullptr) {
     if (dtype == DType::kFloat32) {
-      return attend_backward_tokens<Float32>(p, w, begin, end);
+      return attend_backward_tokens<Float32, Float32>(p, w, begin, end);
     }
     if (dtype == DType::kBFloat16) {
-      return attend_backward_tokens<BFloat16>(p, w, begin, end);
+      return attend_backward_tokens<BFloat16, BFloat16>(p, w, begin, end);
     }
     if (dtype == DType::kFloat16) {
-      return attend_backward_tokens<Float16>(p, w, begin, end);
+      return attend_backward_tokens<Float16, Float16>(p, w, begin, end);
     }
   }
-  attend_backward_tokens<AnyFloat>(p, w, begin, end);
+  if (p.source_scales != nullptr && dtype == DType::kFloat16) {
+    return attend_backward_tokens<Scaled<Float16>, AnyFloat>(p, w, begin, end);
+  }
+  if (p.source_scales != nullptr && dtype == DType::kFloat8E4M3) {
+    return attend_backward_tokens<Scaled<Float8>, AnyFloat>(p, w, begin, end);
+  }
+  attend_backward_tokens<AnyFloat, AnyFloat>(p, w, begin, end);
 }
 
 }  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET

@@ -58,24 +58,11 @@ struct Float16 {
   static FLASH_ATTN_RES_INLINE void stream(void* p, Pair a) { stream_f16(p, a); }
 };
 
-/// float8 e4m3, which is only ever read: from the integers of its bits, for the compiler to
-/// vectorise. Placing magnitudes under float32's exponent leaves a factor 2^(127 - 7).
+/// float8 e4m3, which is only ever read.
 struct Float8 {
   static constexpr bool kSplit = false;
   static constexpr int kBytes = 1;
-  static FLASH_ATTN_RES_INLINE Pair load(const void* p) {
-    const unsigned char* bytes = static_cast<const unsigned char*>(p);
-    alignas(64) float held[kStep];
-    for (int i = 0; i < kStep; ++i) {
-      const uint32_t bits = bytes[i];
-      const uint32_t magnitude = bits & 0x7fu;
-      const float value = __builtin_bit_cast(float, magnitude << 20) * 0x1p120f;
-      const uint32_t number =
-          magnitude == 0x7fu ? 0x7fc00000u : __builtin_bit_cast(uint32_t, value);
-      held[i] = __builtin_bit_cast(float, (bits & 0x80u) << 24 | number);
-    }
-    return load_f32(held);
-  }
+  static FLASH_ATTN_RES_INLINE Pair load(const void* p) { return load_e4m3(p); }
 };
 
 /// Bytes of one element of a row.
@@ -94,6 +81,18 @@ FLASH_ATTN_RES_INLINE float scale_from_bits(uint32_t bits) {
 struct AnyFloat {
   static constexpr bool kSplit = false;
 };
+
+/// Float8 or Float16 with scales, which is only ever read.
+template <class E>
+struct Scaled {
+  static constexpr bool kSplit = false;
+  static constexpr int kBytes = E::kBytes;
+};
+
+template <class E>
+inline constexpr bool kMayBeScaled = __is_same(E, AnyFloat);
+template <class E>
+inline constexpr bool kMayBeScaled<Scaled<E>> = true;
 
 /// Floats of scratch in the order of the kernel. Rows are as long as whole steps, so that a tail
 /// needs no care; the elements after the row's end are zeros or never used.
@@ -187,19 +186,26 @@ __attribute__((noinline)) inline Pair load_any(const unsigned char* p, DType dty
 FLASH_ATTN_RES_INLINE int elements_of(Whole) { return kStep; }
 FLASH_ATTN_RES_INLINE int elements_of(Tail tail) { return tail.count; }
 
-/// A step whose elements begin at `column` of a row with one scale for every 2^shift columns.
-inline Pair scaled(Pair a, const unsigned char* scale, int64_t column, int count, int shift) {
-  const int64_t first = column >> shift;
-  if ((column + count - 1) >> shift == first) {
-    const Vec factor = broadcast(scale_from_bits(scale[first]));
-    return {mul(factor, a.lo), mul(factor, a.hi)};
-  }
+/// A step of `count` elements, which begin at `column`, with the scales of several groups.
+__attribute__((noinline)) inline Pair scaled_apart(Pair a, const unsigned char* scale,
+                                                   int64_t column, int count, int shift) {
   alignas(64) float held[kStep];
   store_f32(held, a);
   for (int i = 0; i < count; ++i) {
     held[i] *= scale_from_bits(scale[(column + i) >> shift]);
   }
   return load_f32(held);
+}
+
+/// A step whose elements begin at `column` of a row with one scale for every 2^shift columns.
+FLASH_ATTN_RES_INLINE Pair scaled(Pair a, const unsigned char* scale, int64_t column, int count,
+                                  int shift) {
+  const int64_t first = column >> shift;
+  if (__builtin_expect((column + count - 1) >> shift != first, 0)) {
+    return scaled_apart(a, scale, column, count, shift);
+  }
+  const Vec factor = broadcast(scale_from_bits(scale[first]));
+  return {mul(factor, a.lo), mul(factor, a.hi)};
 }
 
 template <>
@@ -222,6 +228,25 @@ struct Reader<AnyFloat> {
   }
   FLASH_ATTN_RES_INLINE Reader from(int64_t i) const {
     return {data + i * bytes(), ahead, dtype, scale, column + i, shift};
+  }
+};
+
+template <class E>
+struct Reader<Scaled<E>> {
+  const unsigned char* data;
+  int64_t ahead;
+  const unsigned char* scale = nullptr;  // of the row's first column
+  int64_t column = 0;                    // of data[0]
+  int shift = 0;                         // 2^shift columns share a scale
+
+  template <class Part>
+  FLASH_ATTN_RES_INLINE Pair get(int64_t i, Part part) const {
+    const Pair a = Reader<E>{data, ahead}.get(i, part);
+    return scaled(a, scale, column + i, elements_of(part), shift);
+  }
+  FLASH_ATTN_RES_INLINE void prefetch(int64_t i) const { Reader<E>{data, ahead}.prefetch(i); }
+  FLASH_ATTN_RES_INLINE Reader from(int64_t i) const {
+    return {data + i * E::kBytes, ahead, scale, column + i, shift};
   }
 };
 
@@ -311,12 +336,12 @@ FLASH_ATTN_RES_INLINE Reader<E> reader(const ConstMatrix& view, int64_t t) {
   }
 }
 
-/// Row t of source n, with its scales if `scales` is not null: then E is AnyFloat.
+/// Row t of source n, with its scales if `scales` is not null: then E is AnyFloat or Scaled.
 template <class E>
 FLASH_ATTN_RES_INLINE Reader<E> source_reader(const ConstMatrix* sources, const ConstMatrix* scales,
                                               int64_t n, int64_t t) {
   Reader<E> row = reader<E>(sources[n], t);
-  if constexpr (__is_same(E, AnyFloat)) {
+  if constexpr (kMayBeScaled<E>) {
     if (scales != nullptr) {
       constexpr int kGroupShift = 7;
       constexpr int kWholeRow = 62;

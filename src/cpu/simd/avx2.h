@@ -133,6 +133,22 @@ FLASH_ATTN_RES_INLINE Pair load_f16(const void* p) {
   const __m128i* h = static_cast<const __m128i*>(p);
   return {{_mm256_cvtph_ps(_mm_loadu_si128(h))}, {_mm256_cvtph_ps(_mm_loadu_si128(h + 1))}};
 }
+// The magnitude of e4m3 under float32's exponent leaves a factor 2^(127 - 7); a product takes it
+// away and normalises subnormal numbers.
+FLASH_ATTN_RES_INLINE Vec widen_e4m3(__m128i bytes) {
+  const __m256i x = _mm256_slli_epi32(_mm256_cvtepi8_epi32(bytes), 20);
+  const __m256i placed = _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0x87f00000u)));
+  const __m256 number = _mm256_mul_ps(_mm256_castsi256_ps(placed), _mm256_set1_ps(0x1p120f));
+  const __m256i most = _mm256_set1_epi32(0x07f00000);
+  const __m256i is_nan = _mm256_cmpeq_epi32(_mm256_and_si256(placed, most), most);
+  const __m256i nan = _mm256_or_si256(placed, _mm256_set1_epi32(0x7fc00000));
+  return {_mm256_blendv_ps(number, _mm256_castsi256_ps(nan), _mm256_castsi256_ps(is_nan))};
+}
+FLASH_ATTN_RES_INLINE Pair load_e4m3(const void* p) {
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return {widen_e4m3(bytes), widen_e4m3(_mm_unpackhi_epi64(bytes, bytes))};
+}
+
 FLASH_ATTN_RES_INLINE __m256i narrow_f16(Pair a) {
   const __m128i lo = _mm256_cvtps_ph(a.lo.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m128i hi = _mm256_cvtps_ph(a.hi.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -139,6 +139,22 @@ FLASH_ATTN_RES_INLINE Pair load_f16(const void* p) {
   const __m256i* h = static_cast<const __m256i*>(p);
   return {{_mm512_cvtph_ps(_mm256_loadu_si256(h))}, {_mm512_cvtph_ps(_mm256_loadu_si256(h + 1))}};
 }
+// The magnitude of e4m3 under float32's exponent leaves a factor 2^(127 - 7); a product takes it
+// away and normalises subnormal numbers.
+FLASH_ATTN_RES_INLINE Vec widen_e4m3(__m128i bytes) {
+  const __m512i x = _mm512_slli_epi32(_mm512_cvtepi8_epi32(bytes), 20);
+  const __m512i placed = _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0x87f00000u)));
+  const __m512 number = _mm512_mul_ps(_mm512_castsi512_ps(placed), _mm512_set1_ps(0x1p120f));
+  const __m512i most = _mm512_set1_epi32(0x07f00000);
+  const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(_mm512_and_si512(placed, most), most);
+  const __m512i nan = _mm512_or_si512(placed, _mm512_set1_epi32(0x7fc00000));
+  return {_mm512_mask_mov_ps(number, is_nan, _mm512_castsi512_ps(nan))};
+}
+FLASH_ATTN_RES_INLINE Pair load_e4m3(const void* p) {
+  const __m128i* b = static_cast<const __m128i*>(p);
+  return {widen_e4m3(_mm_loadu_si128(b)), widen_e4m3(_mm_loadu_si128(b + 1))};
+}
+
 FLASH_ATTN_RES_INLINE __m512i narrow_f16(Pair a) {
   const __m256i lo = _mm512_cvtps_ph(a.lo.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256i hi = _mm512_cvtps_ph(a.hi.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

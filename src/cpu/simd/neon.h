@@ -95,6 +95,22 @@ FLASH_ATTN_RES_INLINE Pair load_f16(const void* p) {
   return {{vcvt_f32_f16(vreinterpret_f16_u8(vget_low_u8(bytes)))},
           {vcvt_f32_f16(vreinterpret_f16_u8(vget_high_u8(bytes)))}};
 }
+// The magnitude of e4m3 under float32's exponent leaves a factor 2^(127 - 7); a product takes it
+// away and normalises subnormal numbers.
+FLASH_ATTN_RES_INLINE Vec widen_e4m3(int16x4_t numbers) {
+  const uint32x4_t x = vreinterpretq_u32_s32(vshlq_n_s32(vmovl_s16(numbers), 20));
+  const uint32x4_t placed = vandq_u32(x, vdupq_n_u32(0x87f00000u));
+  const float32x4_t number = vmulq_f32(vreinterpretq_f32_u32(placed), vdupq_n_f32(0x1p120f));
+  const uint32x4_t most = vdupq_n_u32(0x07f00000u);
+  const uint32x4_t is_nan = vceqq_u32(vandq_u32(placed, most), most);
+  const uint32x4_t nan = vorrq_u32(placed, vdupq_n_u32(0x7fc00000u));
+  return {vbslq_f32(is_nan, vreinterpretq_f32_u32(nan), number)};
+}
+FLASH_ATTN_RES_INLINE Pair load_e4m3(const void* p) {
+  const int16x8_t x = vmovl_s8(vld1_s8(static_cast<const int8_t*>(p)));
+  return {widen_e4m3(vget_low_s16(x)), widen_e4m3(vget_high_s16(x))};
+}
+
 FLASH_ATTN_RES_INLINE void store_f16(void* p, Pair a) {
   const uint8x8_t lo = vreinterpret_u8_f16(vcvt_f16_f32(a.lo.v));
   const uint8x8_t hi = vreinterpret_u8_f16(vcvt_f16_f32(a.hi.v));

@@ -127,6 +127,23 @@ FLASH_ATTN_RES_INLINE Pair load_f16(const void* p) {
   return {widen_f16(h.lo), widen_f16(h.hi)};
 }
 
+// The magnitude of e4m3 under float32's exponent leaves a factor 2^(127 - 7); a product takes it
+// away and normalises subnormal numbers.
+FLASH_ATTN_RES_INLINE Vec widen_e4m3(const unsigned char* bytes) {
+  Words x;
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = bytes[i];
+  }
+  const Words sign = (x & 0x80u) << 24;
+  const Words magnitude = x & 0x7fu;
+  const Words number = (Words)((Floats)(magnitude << 20) * 0x1p120f);
+  return {(Floats)(sign | (magnitude == 0x7fu ? Words{} + 0x7ff00000u : number))};
+}
+FLASH_ATTN_RES_INLINE Pair load_e4m3(const void* p) {
+  const unsigned char* bytes = static_cast<const unsigned char*>(p);
+  return {widen_e4m3(bytes), widen_e4m3(bytes + kLanes)};
+}
+
 // Round to nearest even. Below 2^-14 the result is subnormal: adding 0.5 makes the float unit
 // round at 2^-24, the spacing of subnormal halves. From 65520 on the carry gives Inf by itself.
 FLASH_ATTN_RES_INLINE Words round_f16(Vec a) {

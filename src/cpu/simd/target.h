@@ -12,7 +12,7 @@
 //   Vec, IntVec, Pair            kLanes floats, kLanes 32-bit integers, 2 * kLanes floats
 //   broadcast, load_floats, store_floats, add, sub, mul, fma (a * b + c), clamp, reduce_add
 //   bits, floats, int_*, half_of (arithmetic shift), to_exponent (shift into the exponent field)
-//   load_{f32,bf16,f16}          2 * kLanes elements from any address, widened exactly
+//   load_{f32,bf16,f16,e4m3}     2 * kLanes elements from any address, widened exactly
 //   store_{f32,bf16,f16}         rounded to nearest even; NaN stays NaN, overflow gives Inf
 //   stream_{f32,bf16,f16}        the same past the caches; the address is a multiple of
 //                                kStreamAlign
