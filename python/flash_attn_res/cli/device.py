@@ -69,12 +69,19 @@ def revision() -> str:
     root = checkout()
     if root is None:
         return f"release {__version__}"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        described = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        described = git("describe", "--always")
+        # What a run writes does not make it a run of other code.
+        results = (":!benchmarks/results", ":!docs/images")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return described.strip()
+    return described + ("-dirty" if changed else "")
 
 
 def resident_bytes() -> tuple[int, int]:
