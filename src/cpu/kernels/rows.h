@@ -150,6 +150,15 @@ FLASH_ATTN_RES_INLINE constexpr bool fetches(Fetch fetch, int64_t row) {
   return fetch == Fetch::kAll || row % 2 == 0;
 }
 
+/// Brings the cache lines of a step of so many bytes into L2.
+FLASH_ATTN_RES_INLINE void fetch_lines(const unsigned char* p, int64_t bytes) {
+  constexpr int kLine = 64;
+#pragma GCC unroll 4
+  for (int64_t offset = 0; offset < bytes; offset += kLine) {
+    __builtin_prefetch(p + offset, 0, 2);
+  }
+}
+
 /// One row that is read. `ahead` is the distance in bytes to the row of the next token, which a
 /// sweep over a row fetches into the cache while it computes.
 template <class E>
@@ -162,7 +171,7 @@ struct Reader {
     return load_tail<E>(data + i * E::kBytes, tail);
   }
   FLASH_ATTN_RES_INLINE void prefetch(int64_t i) const {
-    __builtin_prefetch(data + i * E::kBytes + ahead, 0, 2);
+    fetch_lines(data + i * E::kBytes + ahead, kStep * E::kBytes);
   }
   FLASH_ATTN_RES_INLINE Reader from(int64_t i) const { return {data + i * E::kBytes, ahead}; }
 };
@@ -224,7 +233,7 @@ struct Reader<AnyFloat> {
   }
   FLASH_ATTN_RES_INLINE int64_t bytes() const { return bytes_of_dtype(dtype); }
   FLASH_ATTN_RES_INLINE void prefetch(int64_t i) const {
-    __builtin_prefetch(data + i * bytes() + ahead, 0, 2);
+    fetch_lines(data + i * bytes() + ahead, kStep * bytes());
   }
   FLASH_ATTN_RES_INLINE Reader from(int64_t i) const {
     return {data + i * bytes(), ahead, dtype, scale, column + i, shift};
