@@ -34,6 +34,8 @@ OPTIONS := -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python $(CUDA_OPTIONS)
 READY := $(VENV)/bootstrap.stamp
 PACKAGE := build/python/package-$(CUDA).stamp
 CPP_SOURCES := $(shell find include src bindings cmake -type f) CMakeLists.txt
+# The time of a folder changes with what files it has: an editable install lists them.
+PYTHON_FOLDERS := $(shell find python -type d -not -name __pycache__)
 
 .PHONY: help demo test bench report docs gpu-test lint format wheel install cuda-check clean
 
@@ -47,7 +49,7 @@ bootstrap:
 	@tools/bootstrap
 
 # The package, installed so that changes of the Python sources count at once.
-$(PACKAGE): $(CPP_SOURCES) pyproject.toml | bootstrap
+$(PACKAGE): $(CPP_SOURCES) $(PYTHON_FOLDERS) pyproject.toml | bootstrap
 	@echo "building the package (CUDA $(CUDA))"
 	@$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation \
 	  --config-settings=build-dir=build/python \

@@ -57,7 +57,7 @@ def test_the_choice_is_the_cheapest(shape: tuple[int, int], costs: Costs) -> Non
 
 def count_bytes(plan: Plan, monkeypatch: pytest.MonkeyPatch, training: bool) -> int:
     """Bytes of values that the operators were given in one step, per token and unit of width."""
-    from flash_attn_res import tape
+    from flash_attn_res.tape import operators
 
     T, D = 64, 128
     total = [0]
@@ -76,12 +76,12 @@ def count_bytes(plan: Plan, monkeypatch: pytest.MonkeyPatch, training: bool) -> 
 
     # Arguments that are added to when the next one is true: read as well as written.
     for name, written in {
-        "_attend": (),
-        "_read": (),
-        "_attend_backward": (9,),
-        "_read_backward": (15,),
+        "attend": (),
+        "read": (),
+        "attend_backward": (9,),
+        "read_backward": (15,),
     }.items():
-        monkeypatch.setattr(tape, name, counted(getattr(tape, name), written))
+        monkeypatch.setattr(operators, name, counted(getattr(operators, name), written))
     module = BlockAttnRes(plan.num_sublayers, D, plan.block_size)
     module._training_plans[torch.bfloat16] = module._inference_plan = plan
     weight = torch.ones(D, dtype=torch.bfloat16)

@@ -1,0 +1,357 @@
+"""What autograd sees of the stream: one function for each kind of node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from flash_attn_res import finite
+from flash_attn_res.plan import Site
+from flash_attn_res.tape import operators
+from flash_attn_res.tape.state import Phase1, Sources, Tape, named_sources
+
+
+class Start(Function):
+    """The first token. Its backward runs last and hands out what the tape has summed."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, queries: Tensor, *sources: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.tape, ctx.first = tape, len(tape.sources) - len(sources)
+        return queries.new_empty(0, dtype=tape.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        tape.enter()
+        _, need_queries, *need_sources = ctx.needs_input_grad
+        dsources: list[Tensor | None] = []
+        for source, need in enumerate(need_sources, start=ctx.first):
+            gradient = tape.take(source, tape.dtype) if need else None
+            if need and gradient is None and tape.shared:  # another process waits for it
+                gradient = torch.zeros(tape.shape, dtype=tape.dtype, device=tape.device)
+            dsources.append(gradient)
+        dqueries = tape.query_gradients() if tape.shared else tape.dqueries
+        return None, dqueries if need_queries else None, *dsources
+
+
+class Close(Function):
+    """Makes a source of what is pending: the partial sum plus the last output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        site: int,
+        partial: Tensor | None,
+        update: Tensor,
+        token: Tensor,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        if partial is None:
+            terms = [update.detach().to(tape.dtype)]
+        elif tape.seed is not None:
+            terms = [tape.total(partial, update, site)]
+        else:
+            terms = [partial, update]
+        needs = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        ctx.tape, ctx.source = tape, tape.add_source(terms, needs)
+        if finite.enabled():
+            # A stored sum may be larger than what the dtype of the stream holds.
+            total = tape.stored[-1].dequantize() if tape.storage is not None else tape.sources[-1]
+            finite.check(
+                f"end of block {ctx.source}",
+                [("the block's sum", total)],
+                [("the partial sum", partial), ("the sublayer's output", update)],
+            )
+        ctx.update_dtype = update.dtype
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        tape.enter()
+        gradient = tape.take(ctx.source, tape.dtype)
+        _, _, need_partial, need_update, _ = ctx.needs_input_grad
+        dupdate = gradient.to(ctx.update_dtype) if gradient is not None and need_update else None
+        return None, None, gradient if need_partial else None, dupdate, None
+
+
+class Export(Function):
+    """Hands out sources, and the running sum if there is one, to a stream that goes on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        first: int,
+        partial: Tensor | None,
+        update: Tensor | None,
+        token: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.tape, ctx.first, ctx.end = tape, first, len(tape.sources)
+        ctx.update_dtype = None if update is None else update.dtype
+        exported = tape.widened(first)
+        needs = tape.source_grads[first:]
+        if update is not None:
+            total = update.to(tape.dtype) if partial is None else torch.add(partial, update)
+            exported.append(total.to(tape.dtype))
+            needs.append(ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+        pairs = zip(exported, needs, strict=True)
+        ctx.mark_non_differentiable(*(tensor for tensor, need in pairs if not need))
+        return tuple(exported)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        tape.enter()
+        count = ctx.end - ctx.first
+        for source, gradient in enumerate(gradients[:count], start=ctx.first):
+            if gradient is None or not tape.source_grads[source]:
+                continue
+            held = tape.dsources.get(source)
+            if held is None:
+                tape.dsources[source] = gradient.to(tape.grad_dtype, copy=True)
+            else:
+                held.add_(gradient)
+        dtotal = gradients[count] if len(gradients) > count else None
+        _, _, need_partial, need_update, _ = ctx.needs_input_grad
+        dupdate = dtotal.to(ctx.update_dtype) if dtotal is not None and need_update else None
+        return None, None, dtotal if need_partial else None, dupdate, None
+
+
+class Open(Function):
+    """Phase 1 of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, phase1: Phase1, token: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.tape, ctx.phase1 = tape, phase1
+        sources = tape.given(0, phase1.group.num_sources)
+        ctx.save_for_backward(*sources.flat())
+        phase1.compute(tape, sources)
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _token: Tensor | None) -> tuple[None, None, None]:
+        tape: Tape = ctx.tape
+        phase1: Phase1 = ctx.phase1
+        tape.enter()
+        sources = Sources.of(ctx.saved_tensors, phase1.group.num_sources)
+        if phase1.begun:  # else no site of the group has a gradient
+            group = phase1.group
+            sites = slice(group.first, group.first + group.size)
+            dsources: list[Tensor] = []
+            accumulate = False
+            if tape.needs_grad(0, group.num_sources):
+                if tape.rounds_gradients:
+                    dsources = tape.parts(0, group.num_sources)
+                else:
+                    dsources, accumulate = tape.buffers(0, group.num_sources)
+            operators.attend_backward(
+                phase1.out,
+                phase1.dlse,
+                phase1.gate,
+                sources.values,
+                tape.queries[sites],
+                phase1.lse,
+                phase1.logits,
+                phase1.inv_rms,
+                tape.scale,
+                dsources,
+                accumulate,
+                tape.query_gradients()[sites] if tape.query_grad else None,
+                True,
+                sources.scales,
+            )
+            if tape.rounds_gradients:
+                tape.add_parts(0, dsources, len(tape.query_rows) + group.first)
+            if finite.enabled():
+                finite.check(
+                    f"backward of {phase1.name}",
+                    [
+                        *finite.numbered("the gradients of sources", dsources),
+                        ("the gradient of the queries", tape.dqueries),
+                    ],
+                    [("the gradients of the sites", phase1.out), ("their gates", phase1.gate)],
+                )
+            phase1.drop()
+            tape.begun.remove(phase1)
+        return None, None, None
+
+
+class Read(Function):
+    """One site: x, and the new sum where later sublayers of the block add to it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        site: Site,
+        phase1: Phase1 | None,
+        norm_eps: float,
+        norm_weight: Tensor | None,
+        partial: Tensor | None,
+        update: Tensor | None,
+        token: Tensor,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        sources = tape.given(site.first_direct, site.num_sources, direct=True)
+        x, total, statistics = run_site(
+            tape, site, phase1, norm_weight, norm_eps, partial, update, sources
+        )
+        frozen = Sources(()) if phase1 is None else tape.given(0, phase1.group.num_sources)
+        ctx.save_for_backward(norm_weight, total, *statistics, *frozen.flat(), *sources.flat())
+        ctx.tape, ctx.site, ctx.phase1, ctx.frozen = tape, site, phase1, len(frozen.flat())
+        ctx.update_dtype = None if update is None else update.dtype
+        if tape.record:
+            tape.logits = statistics[0]
+        if site.promotes:
+            needs = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+            assert total is not None
+            tape.completed = total.detach()
+            tape.add_source([tape.completed], needs)
+            return x, token.new_empty(0)
+        # The last site's sum has no reader. A block's first output is its sum as it stands:
+        # returned, so that its gradient comes from one place and autograd adds nothing.
+        return x if total is None or site.output else (x, total)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, dtotal: Tensor | None = None) -> tuple[Any, ...]:
+        tape: Tape = ctx.tape
+        site: Site = ctx.site
+        phase1: Phase1 | None = ctx.phase1
+        tape.enter()
+        norm_weight, total, logits, inv_rms, mix_inv_rms, *rest = ctx.saved_tensors
+        direct = site.num_sources - site.first_direct
+        frozen = Sources.of(rest[: ctx.frozen], 0 if phase1 is None else phase1.group.num_sources)
+        sources = Sources.of(rest[ctx.frozen :], direct)
+        if site.promotes:  # the sum is a source: what its readers have added up
+            dtotal = tape.dsources.pop(site.num_sources, None)
+        if dx is None and dtotal is None:
+            return (None,) * 8
+        _, _, _, _, need_weight, need_partial, need_update, need_token = ctx.needs_input_grad
+
+        phase1_out = dh = gate = dlse = None
+        if phase1 is not None:
+            phase1.begin(tape, frozen)
+            phase1_out = phase1.rows[site.slot]
+            if need_token:
+                dh = phase1_out
+                phase1.replaced.add(site.slot)
+                gate, dlse = phase1.gate_rows[site.slot], phase1.dlse_rows[site.slot]
+        dsources: list[Tensor] = []
+        accumulate = False
+        if tape.needs_grad(site.first_direct, site.num_sources):
+            if tape.rounds_gradients:
+                dsources = tape.parts(site.first_direct, site.num_sources)
+            else:
+                dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
+        dpartial = total.new_empty(total.shape) if need_partial or need_update else None
+        has_query = logits.shape[1] > 1
+        dquery = tape.query_gradients()[site.index] if has_query and tape.query_grad else None
+        norm = mix_inv_rms is not None
+        dweight = torch.empty_like(norm_weight) if need_weight else None
+        operators.read_backward(
+            dx,
+            dtotal,
+            phase1_out,
+            sources.values,
+            total,
+            tape.query_rows[site.index] if has_query else None,
+            norm_weight,
+            logits,
+            inv_rms,
+            mix_inv_rms,
+            tape.scale,
+            norm,
+            dh,
+            gate,
+            dlse,
+            dsources,
+            accumulate,
+            dpartial,
+            dquery,
+            True,
+            dweight,
+            sources.scales,
+        )
+        if tape.rounds_gradients:
+            tape.add_parts(site.first_direct, dsources, site.index)
+        if finite.enabled():
+            finite.check(
+                f"backward of site {site.index}",
+                [
+                    ("the gradient of the mixture", dh),
+                    *finite.numbered("the gradients of sources", dsources),
+                    ("the gradient of the partial sum", dpartial),
+                    ("the gradient of the query", dquery),
+                    ("the gradient of norm_weight", dweight),
+                ],
+                [("the gradient of x", dx), ("the gradient of later sites", dtotal)],
+            )
+        dupdate = None
+        if dpartial is not None and need_update:
+            dupdate = dpartial.to(ctx.update_dtype)
+        return None, None, None, None, dweight, dpartial if need_partial else None, dupdate, None
+
+
+def run_site(
+    tape: Tape,
+    site: Site,
+    phase1: Phase1 | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    partial: Tensor | None,
+    update: Tensor | None,
+    sources: Sources,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
+    """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
+    before, output = partial, update
+    if partial is None and update is not None:
+        partial, update = update.to(tape.dtype), None
+    elif tape.seed is not None and partial is not None and update is not None:
+        partial, update = tape.total(partial, update, site.index), None
+    total = partial if update is None else tape.values()
+    x = tape.values()
+    terms = int(phase1 is not None) + len(sources.values) + int(total is not None)
+    logits = tape.floats(tape.tokens, terms)
+    inv_rms = tape.floats(tape.tokens, terms)
+    norm = norm_weight is not None
+    mix_inv_rms = tape.floats(tape.tokens) if norm else None
+    operators.read(
+        None if phase1 is None else phase1.rows[site.slot],
+        None if phase1 is None else phase1.lse_rows[site.slot],
+        sources.values,
+        partial,
+        update,
+        tape.query_rows[site.index] if terms > 1 else None,
+        norm_weight,
+        tape.scale,
+        tape.eps,
+        norm,
+        norm_eps,
+        x,
+        None if update is None else total,
+        logits,
+        inv_rms,
+        mix_inv_rms,
+        sources.scales,
+    )
+    if finite.enabled():
+        finite.check(
+            f"read of site {site.index}",
+            [("the partial sum", total), ("x", x)],
+            [
+                ("the sum before it", before),
+                ("the sublayer's output", output),
+                ("the phase-1 mixture", None if phase1 is None else phase1.rows[site.slot]),
+                *named_sources(sources),
+                ("norm_weight", norm_weight),
+            ],
+        )
+    return x, total, (logits, inv_rms, mix_inv_rms)

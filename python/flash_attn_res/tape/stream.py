@@ -1,0 +1,292 @@
+"""The stream of eager mode, on a tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_function
+
+from flash_attn_res.plan import PartialPlan, Plan, Site
+from flash_attn_res.stream import Stream, spread
+from flash_attn_res.tape.nodes import Close, Export, Open, Read, Start, run_site
+from flash_attn_res.tape.state import Given, Phase1, Sources, Tape, backward_pass
+
+if TYPE_CHECKING:
+    from flash_attn_res.modules import BlockAttnRes
+
+KEEP = ("none", "last", "all")
+"""Whose phase-1 results the backward finds kept; it computes the others again."""
+
+
+class TapeStream(Stream):
+    """The stream of eager mode; see the text of :mod:`flash_attn_res.tape`."""
+
+    def __init__(
+        self,
+        module: BlockAttnRes,
+        embedding: Tensor,
+        queries: Tensor,
+        plan: Plan | PartialPlan,
+        return_probs: bool,
+        given: Given | None = None,
+    ) -> None:
+        super().__init__(module, embedding.detach(), plan, return_probs)
+        grad_dtype = module.grad_dtype or embedding.dtype
+        if embedding.dtype == torch.float64:
+            grad_dtype = torch.float64
+        self._tape = Tape(
+            embedding,
+            queries,
+            module.scale,
+            module.eps,
+            grad_dtype,
+            self._seed,
+            module.block_storage,
+        )
+        self._tape.record = return_probs
+        self._keep = module.keep_phase1
+        self._last_group = last_group(plan)
+        self._phase1: Phase1 | None = None
+        received: Sequence[Tensor] = [embedding]
+        if given is not None:
+            self._tape.sources = [source.detach() for source in given.sources]
+            self._tape.stored = []
+            for source in self._tape.sources if module.block_storage is not None else ():
+                self._tape.store([source])
+            self._tape.source_grads = list(given.needs_grad)
+            self._tape.dsources, self._tape.shared = given.grads, True
+            received = given.sources[len(given.sources) - given.received :]
+            self._partial = given.partial
+        self._token: Tensor = Start.apply(self._tape, queries, *received)
+
+    def _expect(self, call: str) -> None:
+        super()._expect(call)
+        if self._tape.freed and self._token.grad_fn is not None:
+            # A backward pass has run in the middle of the forward: fine if the graph is there yet.
+            try:
+                _ = self._token.grad_fn.saved_tensors  # type: ignore[attr-defined]
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{call}: a backward pass has freed the graph of this stream; run it after "
+                    "finish, or with retain_graph=True"
+                ) from error
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{call}: this stream was started outside of the compiled function; call start "
+                "inside of it"
+            )
+
+    def _check_origin(self, output: Tensor) -> None:
+        node: Any = output.grad_fn
+        is_read = isinstance(node, Read._backward_cls)
+        if is_read and node.tape is not self._tape:
+            raise RuntimeError("write: output is what another stream's read gave")
+
+    def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
+        tape = self._tape
+        if tape.device.type == "cuda":
+            tape.follow_stream()
+        phase1 = self._phase1_of(site)
+        tape.completed = None
+        weight = norm_weight
+        if weight is not None and tape.dtype == torch.float64:
+            weight = weight.to(torch.float64)
+        # Of a single term, a query changes nothing.
+        single = site.num_sources == 1 and self._partial is None and self._update is None
+        token = self._token.detach() if single and not tape.source_grads[0] else self._token
+        given = Read.apply(tape, site, phase1, norm_eps, weight, self._partial, self._update, token)
+        self._partial = self._update = None
+        if isinstance(given, Tensor):
+            x = given
+        elif site.promotes:
+            x, self._token = given
+        else:
+            x, self._partial = given
+        if self._return_probs:
+            self._record(site, phase1)
+        return x
+
+    def _phase1_of(self, site: Site) -> Phase1 | None:
+        """The phase 1 that a site reads, run if the site is the first to."""
+        if site.opens and self._phase1 is not None and self._phase1.group is site.group:
+            return self._phase1  # prefetched
+        if site.opens:
+            if site.closes:
+                self._token = Close.apply(
+                    self._tape, site.index, self._partial, self._update, self._token
+                )
+                self._partial = self._update = None
+            self._release_phase1()
+            self._phase1 = self._tape.phase1 = Phase1(site.group)
+            self._token = Open.apply(self._tape, self._phase1, self._token)
+        elif site.slot < 0:
+            self._release_phase1()
+        return self._phase1
+
+    def _release_phase1(self) -> None:
+        phase1, self._phase1, self._tape.phase1 = self._phase1, None, None
+        if phase1 is None or self._keep == "all":
+            return
+        if self._keep == "none" or phase1.group.index != self._last_group:
+            phase1.drop()
+
+    def use_plan(self, change: Callable[[Plan], Plan]) -> None:
+        """Runs by another plan of the same network; before the first read."""
+        assert isinstance(self._plan, Plan)
+        assert self._sublayer == 0
+        self._plan = change(self._plan)
+        self._last_group = last_group(self._plan)
+
+    def prefetch(self, side: torch.cuda.Stream | None = None) -> None:
+        """Between read and write: runs the phase 1 that the next site opens, if it needs no output.
+
+        Args:
+            side: the CUDA stream to run it on; the next read waits for it.
+        """
+        self._expect("write")
+        site = self._plan.sites[self._sublayer + 1 : self._sublayer + 2]
+        if not site or not site[0].opens or site[0].closes:
+            return
+        with torch.cuda.stream(side):
+            if side is not None:
+                self._tape.follow_stream()
+            self._phase1_of(site[0])
+
+    def export(self, first: int, boundary: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Ends a part of a network: the sources from ``first`` on, and the running sum.
+
+        Args:
+            first: of the sources to hand out.
+            boundary: the part ends where a block does: the sum is the last source.
+
+        Raises:
+            RuntimeError: a sublayer is still to come.
+        """
+        self._expect("finish")
+        tape = self._tape
+        if tape.device.type == "cuda":
+            tape.follow_stream()
+        self._release_phase1()
+        if boundary:
+            self._token = Close.apply(
+                tape, self._sublayer, self._partial, self._update, self._token
+            )
+            self._partial = self._update = None
+        exported = list(Export.apply(tape, first, self._partial, self._update, self._token))
+        self._partial = self._update = None
+        self._state = "done"
+        return exported, None if boundary else exported.pop()
+
+    def release(self) -> None:
+        """Lets go of the sources after :meth:`export`; the graph holds what its backward needs."""
+        self._release()
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The completed sources [..., D], detached, in the dtype of the stream."""
+        return self._tape.widened(0)
+
+    @property
+    def sources_need_grad(self) -> list[bool]:
+        """Whether each of them needs a gradient."""
+        return list(self._tape.source_grads)
+
+    def _record(self, site: Site, phase1: Phase1 | None) -> None:
+        lead = self._tape.shape[:-1]
+        assert self._tape.logits is not None
+        probs, inner = self._tape.logits.softmax(-1), None
+        if phase1 is not None:
+            logits, lse = phase1.logits[:, site.slot], phase1.lse_rows[site.slot]
+            inner = (logits - lse[:, None]).exp()
+        probs = spread(probs, inner)
+        self.probabilities.append(probs.reshape(*lead, probs.shape[-1]))
+
+    def _checkpointed(
+        self,
+        layer: Callable[[Tensor], Tensor],
+        site: Site,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        preserve_rng_state: bool,
+    ) -> Tensor:
+        tape = self._tape
+        first = [self._read(site, norm_weight, norm_eps)]
+        phase1 = self._phase1
+        need_grad = first[0].requires_grad
+        total = self._partial
+        if site.promotes:
+            total = tape.completed
+        elif total is not None:
+            total = total.detach()
+
+        frozen = Sources(()) if phase1 is None else tape.given(0, phase1.group.num_sources)
+        direct = tape.given(site.first_direct, site.num_sources, direct=True)
+
+        def run(weight: Tensor | None, total: Tensor | None, *saved: Tensor) -> Tensor:
+            if first:
+                x = first.pop()
+            else:
+                with torch.no_grad():
+                    split = len(frozen.flat())
+                    x = read_again(
+                        tape,
+                        site,
+                        phase1,
+                        weight,
+                        norm_eps,
+                        total,
+                        Sources.of(saved[:split], len(frozen.values)),
+                        Sources.of(saved[split:], len(direct.values)),
+                    )
+                x.requires_grad_(need_grad)
+            return layer(x)
+
+        output: Tensor = checkpoint_function(
+            run,
+            norm_weight,
+            total,
+            *frozen.flat(),
+            *direct.flat(),
+            use_reentrant=False,
+            preserve_rng_state=preserve_rng_state,
+        )
+        return output
+
+    def _release(self) -> None:
+        self._release_phase1()
+        self._tape.sources, self._tape.stored, self._tape.completed = [], [], None
+
+
+def last_group(plan: Plan | PartialPlan) -> int:
+    """Index of the last group with phase 1, or -1."""
+    return max((group.index for group in plan.groups if group.two_phase), default=-1)
+
+
+def read_again(
+    tape: Tape,
+    site: Site,
+    phase1: Phase1 | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    total: Tensor | None,
+    frozen: Sources,
+    direct: Sources,
+) -> Tensor:
+    """The input of a sublayer, from the saved sum and the sources, in the middle of a backward."""
+    if phase1 is not None:
+        in_backward = backward_pass() != -1
+        if in_backward:
+            tape.enter()
+        if in_backward and site.slot not in phase1.replaced:
+            phase1.begin(tape, frozen)
+        else:
+            # The layer does not lead back to its input, so that the site's backward came first; or
+            # somebody looks at saved tensors.
+            phase1 = Phase1(phase1.group)
+            phase1.compute(tape, frozen)
+    if norm_weight is not None and tape.dtype == torch.float64:
+        norm_weight = norm_weight.to(torch.float64)
+    return run_site(tape, site, phase1, norm_weight, norm_eps, total, None, direct)[0]
