@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("include", "src/common", "src/cuda", "bindings")
 SUFFIXES = {".h", ".in", ".cpp", ".cu", ".cuh"}
 
 
+# A comment, or a literal that may look like one.
+COMMENT = re.compile(rb'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL)
+
+
 def source_hash(root: pathlib.Path = ROOT) -> str:
     """SHA-256 over the names and words of the sources behind the CUDA operators.
 
-    How code is broken into lines does not count, for the compiler does not see it; but it sees
-    where a comment or a directive ends.
+    Comments do not count, nor how code is broken into lines: the compiler sees neither.
     """
     digest = hashlib.sha256()
     for folder in FOLDERS:
@@ -29,10 +33,12 @@ def source_hash(root: pathlib.Path = ROOT) -> str:
 
 
 def _words(source: bytes) -> bytes:
+    """The words of the code, and where its directives end."""
+    code = COMMENT.sub(lambda m: b" " if m[0].startswith(b"/") else m[0], source)
     words: list[bytes] = []
-    for line in source.splitlines():
+    for line in code.splitlines():
         words += line.split()
-        if b"//" in line or b"/*" in line or line.lstrip().startswith(b"#") or line.endswith(b"\\"):
+        if line.lstrip().startswith(b"#") or line.endswith(b"\\"):
             words.append(b"\n")
     return b" ".join(words)
 

@@ -44,12 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bench("kernels", "cpu", "--quick", "--out", out, "--op", "oneshot", "merge", "phase1")
     bench("step", "--quick", "--out", out, "--shape", "narrow", "--rounds", 1)
     bench("decode", "--quick", "--out", out, "--tokens", 1, 3)
+    bench("storage", "--quick", "--out", out)
     return out
 
 
 def test_a_result_file_says_what_it_is(folder: Path) -> None:
     paths = sorted(folder.glob("*.json"))
-    names = ["cpu-decode", "cpu-kernels", "cpu-step", "cpu"]
+    names = ["cpu-decode", "cpu-kernels", "cpu-step", "cpu-storage", "cpu"]
     assert [path.stem for path in paths] == names
     for path in paths:
         document = harness.load_results(path)

@@ -143,7 +143,7 @@ struct SplitPair {
   }
 };
 
-/// The same in float16, which leaves 2^-22 of the value, or 2^-25.
+/// The same in float16, which leaves 2^-22 of the value, but no less than 2^-25.
 struct SplitHalfPair {
   uint32_t high, low;
 

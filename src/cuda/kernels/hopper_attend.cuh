@@ -3,13 +3,12 @@
 //   r_n = rsqrt(mean(v_n^2) + eps)     logit_sn = scale r_n <u_s, v_n>
 //   p_s = softmax_n(logit_s)           lse_s = logsumexp_n(logit_s)      out_s = sum_n p_sn v_n
 //
-// in    sources N x [T, D] bfloat16, float16 with or without scales, or float8 with scales, N <=
-// 16;
-//       queries [S, D] float32, S <= 24
-// out   out S x [T, D] bfloat16, or float16 but from bfloat16; lse [S, T], logits [T, S * N],
-// inv_rms [T, N] float32 (the last
-//       two optional)
-// bytes N + S units of T * D elements; all else is below 1 % of it
+// in    sources N x [T, D], N <= 16, in bfloat16, float16 with or without scales, or float8 with
+//       scales; queries [S, D] float32, S <= 24
+// out   out S x [T, D] bfloat16, or float16 where the sources are not bfloat16; lse [S, T],
+//       logits [T, S * N], inv_rms [T, N] float32 (the last two optional)
+// bytes N + S units of T * D elements, a float8 source half a unit; all else is below 1 % of it,
+//       scales of float8 below 1 % of its sources
 // sums  float32. bfloat16 products are exact; queries and probabilities go to the tensor cores as
 //       a bfloat16 and the bfloat16 of its remainder, so that 16 bits of them count
 // bits  the same in every call, and for a token whatever the other tokens are
@@ -24,8 +23,8 @@
 //
 // Both read the sources from shared memory by ldmatrix, plain and transposed. The queries stay in
 // registers. Rows that fill up an mma tile repeat an existing row: in P1 their sums are not stored,
-// in P2 their weights are zero. float16 and float8 sources have compute warps of
-// their own: hopper_attend_half.cuh.
+// in P2 their weights are zero. float16 and float8 sources have compute warps of their own:
+// hopper_attend_half.cuh.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_CUH_

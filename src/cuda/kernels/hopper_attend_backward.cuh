@@ -11,7 +11,8 @@
 //       inv_rms [T, N], gate [S, T], dlse [S, T] float32 (the last two optional)
 // out   dsources N x [T, D] bfloat16 or float32, overwritten or added to; partials
 //       [clusters, S, D] float32: du summed over the tokens of a cluster
-// bytes 2N + S units of T * D elements, 3N + S when accumulating; partials below 0.5 % of it
+// bytes 2N + S units of T * D elements, 3N + S when accumulating, N / 2 fewer from float8;
+//       partials below 0.5 % of it
 // sums  float32. What goes to the tensor cores besides bfloat16 inputs is split so that the storage
 //       of dv alone limits its accuracy: p gate, w (for du) and the weight of v as a bfloat16 and
 //       the bfloat16 of its remainder; u and w (for dv) as float16 with 11 bits, scaled by powers
@@ -47,7 +48,7 @@ namespace flash_attn_res::cuda::hopper {
 template <class Gradient>
 struct AttendBackwardParams {
   RowTable<kSourcesMax + kQueriesMax> inputs;  // (N + S) x [T, D]: sources, then dout
-  ScaleTable scales;                           // of float8 sources
+  ScaleTable scales;                           // of sources that have them
   Gradient* dsources[kSourcesMax];             // N x [T, D]
   int64_t dsources_stride[kSourcesMax];        // elements
   const float* queries;                        // [S, D]

@@ -1,5 +1,5 @@
-// The compute warps of phase 1 on Hopper over float16 and float8 sources, with or without scales:
-// hopper_attend.cuh with
+// The compute warps of phase 1 on Hopper over float16 and float8 sources, with or without scales.
+// What goes in and out, bytes and bits are those of hopper_attend.cuh, with
 //
 //   v_n[d] = scale_n[d / W] q_n[d]
 //

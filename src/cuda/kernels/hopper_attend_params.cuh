@@ -1,5 +1,4 @@
-// What the two kinds of compute warps of phase 1 on Hopper share: the call, and where their sums
-// go.
+// What both kinds of compute warps of phase 1 on Hopper share: the call, and where their sums go.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_PARAMS_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_PARAMS_CUH_
@@ -12,7 +11,7 @@ namespace flash_attn_res::cuda::hopper {
 
 struct AttendParams {
   RowTable<kSourcesMax> sources;  // N x [T, D]
-  ScaleTable scales;              // of float8 sources
+  ScaleTable scales;              // of sources that have them
   RowTable<kQueriesMax> out;      // S x [T, D]
   const float* queries;           // [S, D]
   float* lse;                     // [S, T]
@@ -24,7 +23,7 @@ struct AttendParams {
   int num_sources, num_queries, dim;
   float scale, eps;
   SourceLayout layout;  // of the sources
-  bool half_out;        // out is float16, not bfloat16; sources are float16 or float8
+  bool half_out;        // out is float16, not bfloat16; the sources are not bfloat16
   Plan plan;
   SharedMap map;  // of plan and extents(); here it takes no registers
 
