@@ -221,6 +221,46 @@ def test_runner_is_that_of_the_cpu(mode: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2.0**-7, atol=2.0**-7)
 
 
+@pytest.mark.parametrize("storage", ["float16", "float8"])
+@pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
+@pytest.mark.parametrize(("T", "D"), [(1, 256), (5, 2304), (300, 2048)])
+def test_runner_with_a_stored_bank_in_a_graph(T: int, D: int, mode: str, storage: str) -> None:
+    """A replay has the bits of a plain run, and its first reads are those of the CPU."""
+    L, S = 12, 4
+    toy = Toy(L, D)
+    given = {"block_size": S, "max_tokens": T, "mode": mode, "storage": storage}
+    runner, plain = Runner(toy.weights, **given), Runner(toy.weights, **given)
+    embedding = normal(T, D, dtype=BF16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        toy.run(runner, embedding)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = toy.run(runner, embedding)
+    for _ in range(3):
+        embedding.normal_()
+        runner.bank.data.view(torch.uint8).fill_(0x7F)  # NaN in float8 and in float16
+        graph.replay()
+        assert torch.equal(y, toy.run(plain, embedding))
+        assert y.isfinite().all()
+
+    outputs = normal(L, T, D, dtype=BF16)
+    results = []
+    for device in ("cuda", "cpu"):
+        step = Runner(toy.weights.to(device), **given).start(embedding.to(device))
+        inputs = []
+        for index in range(L):
+            x = step.read()
+            assert isinstance(x, Tensor)
+            inputs.append(x.clone().cpu())
+            step.write(outputs[index].to(device))
+        results.append([*inputs, step.finish().clone().cpu()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2.0**-7, atol=2.0**-7)
+
+
 @pytest.mark.parametrize("fp8", ["token", "group"])
 def test_runner_quantises_in_a_graph(fp8: str) -> None:
     L, D, T = 6, 384, 5

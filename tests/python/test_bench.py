@@ -145,14 +145,27 @@ def test_pages_of_a_checkout(tmp_path: Path, capsys: Capture) -> None:
     assert main([*arguments, "--check"]) == 0
     found = report.Results(results, report.load_all(results))
     for name, plot in PLOTS.items():
-        document = found.of(plot.suite)
-        drawn = document is not None and bool(plot.select(document))
+        drawn = any(plot.select(document) for document in found.of(plot.suite))
         assert (tmp_path / "docs" / "images" / f"{name}.png").exists() == drawn
-    path = results / "h100-kernels.json"
-    path.write_text(json.dumps(load(path) | {"quick": True}))
+    for path in results.glob("*-kernels.json"):
+        path.write_text(json.dumps(load(path) | {"quick": True}))
     assert tables.missing("flash-attn-res bench kernels") in report.block(
         "kernels", report.Results(results, report.load_all(results))
     )
+
+
+def test_report_shows_the_newest_gpu_or_all(tmp_path: Path) -> None:
+    document = load(RESULTS / "h100-kernels.json")
+    for name, gpu, date in (("h100", "GPU A", "2026-02-01"), ("h200", "GPU B", "2026-03-01")):
+        changed = document | {"device": gpu, "date": f"{date}T00:00:00+00:00"}
+        (tmp_path / f"{name}-kernels.json").write_text(json.dumps(changed))
+    on_cpu = document | {"device": "CPU", "driver": "none", "date": "2026-04-01T00:00:00+00:00"}
+    (tmp_path / "cpu-kernels.json").write_text(json.dumps(on_cpu))
+    found = report.Results(tmp_path, report.load_all(tmp_path))
+    newest = report.block("kernels", found)
+    assert newest.startswith("GPU B")
+    assert report.block("kernels all", found).startswith(f"{newest}\n\nGPU A")
+    assert [each["device"] for each in found.of("kernels")] == ["GPU B", "GPU A", "CPU"]
 
 
 def test_our_operations_are_those_of_the_formulas() -> None:

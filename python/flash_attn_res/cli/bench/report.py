@@ -1,7 +1,8 @@
 """`flash-attn-res report`: tables and plots from result files alone.
 
 In a page of README or docs a table stands between "<!-- generated: NAME -->" and
-"<!-- end of generated: NAME -->"; NAME is one of :data:`tables.TABLES`, or `demo`, or `plots`.
+"<!-- end of generated: NAME -->"; NAME is one of :data:`tables.TABLES`, or `demo`, or `plots`. It
+is that of the GPU that was measured last; "NAME all" has the tables of all GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flash_attn_res.cli.checkpoint import write_atomically
 from flash_attn_res.cli.device import checkout
 from flash_attn_res.cli.errors import CliError
 
-BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end of generated: \1 -->", re.S)
+BLOCK = re.compile(r"<!-- generated: (\w+(?: all)?) -->\n.*?<!-- end of generated: \1 -->", re.S)
 IMAGES = "docs/images"
 
 
@@ -43,28 +44,22 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 
 class Results:
-    """The result files of a folder, one for each suite: of a GPU rather than of a CPU."""
+    """The result files of a folder: of a GPU rather than of a CPU, the newest first."""
 
     def __init__(self, folder: Path, found: dict[str, dict[str, Any]]) -> None:
         self.folder = folder
         self._found = found
 
-    def of(self, suite: str) -> dict[str, Any] | None:
-        """Of several GPUs the first by name."""
-        return min(self._all(suite), key=_is_of_cpu, default=None)
+    def of(self, suite: str) -> list[dict[str, Any]]:
+        """Those of a suite."""
+        there = [document for document in self._found.values() if document["suite"] == suite]
+        there = [document for document in there if not document.get("quick")]
+        there.sort(key=lambda document: str(document["date"]), reverse=True)
+        return sorted(there, key=lambda document: bool(document["driver"] == "none"))
 
     def for_plot(self, plot: Plot) -> dict[str, Any] | None:
-        """The same among those that have what the plot shows."""
-        there = [document for document in self._all(plot.suite) if plot.select(document)]
-        return min(there, key=_is_of_cpu, default=None)
-
-    def _all(self, suite: str) -> list[dict[str, Any]]:
-        there = [document for document in self._found.values() if document["suite"] == suite]
-        return [document for document in there if not document.get("quick")]
-
-
-def _is_of_cpu(document: dict[str, Any]) -> bool:
-    return bool(document["driver"] == "none")
+        """The first that has what the plot shows."""
+        return next((document for document in self.of(plot.suite) if plot.select(document)), None)
 
 
 def load_all(folder: Path) -> dict[str, dict[str, Any]]:
@@ -87,13 +82,14 @@ def block(name: str, results: Results) -> str:
     if name == "demo":
         path = results.folder / "demo.json"
         return demo(json.loads(path.read_text())) if path.exists() else "Run `make demo`."
+    name, _, everywhere = name.partition(" ")
     if name not in TABLES:
         raise CliError(f"a page asks for the table {name!r}; known: {', '.join(TABLES)}")
     suite, table, command = TABLES[name]
-    document = results.of(suite)
-    if document is None or not document["rows"]:
+    documents = [document for document in results.of(suite) if document["rows"]]
+    if not documents:
         return missing(command)
-    return table(document)
+    return "\n\n".join(table(document) for document in documents[: None if everywhere else 1])
 
 
 def plots_block(results: Results) -> str:
