@@ -93,8 +93,14 @@ class DepthReport:
     networks: list[NetworkReading]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        """As JSON takes it: what is not finite, which JSON has no number for, is None."""
+        values: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        for network in values["networks"]:
+            for site in network["sites"]:
+                site["mean"] = [_finite(value) for value in site["mean"]]
+                site["std"] = [_finite(value) for value in site["std"]]
+                site["entropy"] = _finite(site["entropy"])
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DepthReport:
@@ -109,14 +115,26 @@ class DepthReport:
             )
         try:
             networks = [
-                NetworkReading(
-                    **{**network, "sites": [SiteReading(**site) for site in network["sites"]]}
-                )
+                NetworkReading(**{**network, "sites": [_site(site) for site in network["sites"]]})
                 for network in values["networks"]
             ]
         except (KeyError, TypeError) as error:
             raise ValueError(f"DepthReport: not a report of the depth lens: {error}") from error
         return cls(networks)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _site(values: dict[str, Any]) -> SiteReading:
+    """Undoes what :meth:`DepthReport.to_dict` does to a site."""
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    numbers = {name: [number(value) for value in values[name]] for name in ("mean", "std")}
+    return SiteReading(**{**values, **numbers, "entropy": number(values["entropy"])})
 
 
 class DepthLens:

@@ -22,7 +22,7 @@ def html(report: DepthReport, title: str = "Depth lens") -> str:
     """The page: its data, style and script are inside."""
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # Inside a script element "<" could end it; in JSON it stands in strings alone.
-    data = json.dumps(report.to_dict()).replace("<", "\\u003c")
+    data = json.dumps(report.to_dict(), allow_nan=False).replace("<", "\\u003c")
     safe = title.replace("&", "&amp;").replace("<", "&lt;")
     return template.replace(_TITLE, safe).replace(_DATA, data)
 
@@ -36,7 +36,8 @@ def write_html(
 
 def write_json(report: DepthReport, path: str | os.PathLike[str]) -> None:
     """Writes what :meth:`DepthReport.from_dict` reads."""
-    Path(path).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def write_png(report: DepthReport, path: str | os.PathLike[str], title: str = "Depth lens") -> None:
