@@ -6,11 +6,15 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from flash_attn_res import __version__
 from flash_attn_res.cli import main
 from test_train import TINY, text_folder, train_tiny
 
@@ -51,6 +55,7 @@ def error_of(capsys: Capture, *arguments: str) -> str:
         (["--steps", "many"], ["--steps", "many"]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--threads", "-2"], ["--threads", "-2"]),
+        (["--threads", "100000"], ["--threads", "at most", "not 100000"]),
         (["--variants", "plain,blocks"], ["--variants", "blocks", "plain, block, full"]),
         (["--variants", ""], ["--variants"]),
         (["--variants", "plain,plain"], ["--variants", "twice"]),
@@ -137,6 +142,97 @@ def test_unwritable_folder(tmp_path: Path, capsys: Capture) -> None:
     assert "/proc/runs" in message
 
 
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system that is mounted so: permissions, which root ignores anyway, say nothing."""
+
+    def refuse(*given: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (["train", *TINY, "--out", "place"], "--out"),
+        (["inspect", "nothing.py:make", "--out", "place"], "--out"),
+        (["bench", "step", "--quick", "--device", "cpu", "--out", "place"], "--out"),
+        (["accuracy", "--quick", "--out", "place/a.json"], "--out"),
+        (["curves", "--out", "place/a.json"], "--out"),
+        (["curves", "--out", "a.json", "--plot", "place/a.png"], "--plot"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_output_is_tried_before_the_work(
+    command: list[str],
+    flag: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("place").mkdir()
+    if "--plot" in command:  # the first file is tried in another folder
+        make = tempfile.NamedTemporaryFile
+
+        def in_place(**options: Any) -> Any:
+            if str(options["dir"]) == "place":
+                raise OSError(28, "No space left on device")
+            return make(**options)
+
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", in_place)
+    else:
+        read_only(monkeypatch)
+    text = ["--text", str(text_folder(tmp_path))] if command[0] == "train" else []
+    message = error_of(capsys, *command, *text)
+    assert f"{flag}: cannot write to place" in message
+    assert "Read-only file system" in message or "No space left" in message
+
+
+def test_a_file_where_a_folder_is_and_the_other_way(tmp_path: Path, capsys: Capture) -> None:
+    for command in (["accuracy", "--quick"], ["curves"]):
+        assert "is a folder" in error_of(capsys, *command, "--out", str(tmp_path))
+        missing = str(tmp_path / "none" / "a.json")
+        assert "does not exist" in error_of(capsys, *command, "--out", missing)
+
+
+def test_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    from flash_attn_res.cli import loop
+
+    place = ("--out", str(tmp_path / "runs"), "--text", str(text_folder(tmp_path)))
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ):
+
+        def fail(*given: object, error: BaseException = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(loop, "training_step", fail)
+        assert main(["train", *TINY, *place, "--overwrite"]) == 1
+        message = capsys.readouterr().err
+        assert message.startswith(
+            "flash-attn-res: error: out of memory with --batch 4 --seq-len 16"
+        )
+        assert message.count("\n") == 1
+
+
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"flash-attn-res {__version__}\n"
+
+
+def test_help_of_bench_lists_what_the_suites_know(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = capsys.readouterr().out
+    for name in ("step --shape", "narrow", "oneshot_norm_bwd", "k3_site", "fla (Gluon)"):
+        assert name in text
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short finished run; copy it before damaging it."""
@@ -160,7 +256,6 @@ def test_damaged_checkpoints(finished: Path, tmp_path: Path, capsys: Capture) ->
 
 
 def test_foreign_safetensors(tmp_path: Path, capsys: Capture) -> None:
-    import torch
     from safetensors.torch import save_file
 
     path = tmp_path / "other.safetensors"
@@ -249,5 +344,5 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     )
     message = error_of(capsys, "train", *TINY, "--out", str(tmp_path / "runs"))
     assert "matplotlib" in message
-    assert "flash-attn-res[cli]" in message
+    assert "pip install matplotlib numpy rich safetensors" in message
     assert not (tmp_path / "runs").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from flash_attn_res import BlockAttnRes
 from flash_attn_res.cli import main
 from flash_attn_res.cli.sample import load_model
-from flash_attn_res.lens import DepthLens, DepthReport, html, write_html
+from flash_attn_res.lens import DepthLens, DepthReport, html, write_html, write_json, write_png
 from test_train import train_tiny
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -193,6 +194,28 @@ def test_json_round_trip_and_versions() -> None:
         DepthReport.from_dict({"schema": 1})
 
 
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    network = Network(3)
+    x = torch.randn(6, DIM)
+    x[2] = torch.nan
+    with DepthLens(network) as lens:
+        network(x)
+    report = lens.report()
+    write_json(report, tmp_path / "depth.json")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    values = json.loads((tmp_path / "depth.json").read_text(), parse_constant=refuse)
+    site = values["networks"][0]["sites"][1]
+    assert site["mean"] == [None, None]
+    assert site["entropy"] is None
+    (network_read,) = DepthReport.from_dict(values).networks
+    assert all(math.isnan(p) for p in network_read.sites[1].mean)
+    assert "NaN" not in html(report).partition("const report = ")[2].partition("\n")[0]
+    write_png(report, tmp_path / "depth.png")
+
+
 def test_page_names_no_outside_resource() -> None:
     page = html(a_report(), "<img src=x>")
     assert not re.search(r"https?:|//[a-z]|<link|<img|\bsrc=[^x]|@import|url\(", page)
@@ -256,6 +279,15 @@ def plain():
 
 def wrong():
     return 1
+
+def raises():
+    return 1 / 0
+
+def leaves():
+    raise SystemExit(3)
+
+def misfit():
+    return Network(), torch.randn(3, 9)
 """
 
 
@@ -296,7 +328,13 @@ def test_command_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("other.py:make", [], "there is no such file"),
         ("model.py:make", ["--batches", "0"], "--batches must be at least 1"),
         ("model.py:make", ["--variant", "block"], "are for a trained run"),
-        ("model.py:make", ["--out", "model.py/x"], "--out .*: cannot write there"),
+        ("model.py:make", ["--out", "model.py/x"], "--out: cannot write to model.py/x"),
+        ("model.py", [], "name the function .*: model.py:FUNCTION"),
+        ("model.py:raises", [], "model.py:raises, line 25: ZeroDivisionError: division by zero"),
+        ("model.py:leaves", [], "model.py:leaves, line 28: SystemExit: 3"),
+        ("model.py:misfit", [], "model.py:misfit, line 1[0-9]: .*width of 8"),
+        ("syntax.py:make", [], "syntax.py: SyntaxError: .*line 1"),
+        ("imports.py:make", [], "imports.py, line 1: ModuleNotFoundError"),
         ("model.py:make", ["--device", "cuda:99"], "PyTorch sees"),
         ("nothing", [], "nothing"),
     ],
@@ -311,6 +349,8 @@ def test_command_errors(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model.py").write_text(FILE)
+    Path("syntax.py").write_text("def make(:\n")
+    Path("imports.py").write_text("import nothing_of_this_name\n")
     assert main(["inspect", path, *options]) == 2
     text = capsys.readouterr().err
     assert re.search(message, text), text

@@ -347,6 +347,26 @@ def test_figures_of_some_variants(variants: str, tmp_path: Path) -> None:
     assert (folder / "depth_attention.png").exists() == (variants != "plain")
 
 
+def test_a_run_removes_what_an_earlier_one_left(tmp_path: Path) -> None:
+    folder = train_tiny(tmp_path, "--steps", "2")
+    (folder / "depth_attention.png").touch()
+    (folder / "notes.txt").touch()
+    train_tiny(tmp_path, "--steps", "2", "--variants", "plain")
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"checkpoint.safetensors", "plain.safetensors", "summary.json", "notes.txt"}
+
+
+def test_text_above_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dot leads the names of what is hidden, not of what the user named."""
+    text = text_folder(tmp_path)
+    (text / ".hidden").mkdir()
+    (text / ".hidden" / "file").write_text("not this")
+    (tmp_path / ".here").mkdir()
+    monkeypatch.chdir(tmp_path / ".here")
+    for name in ("../text", str(text.parent / ".here" / ".." / "text")):
+        assert len(data.named_files([name])) == 12
+
+
 def test_weights_files_hold_the_checkpoints_models(run: Path) -> None:
     _, everything, state = checkpoint.read(run / "checkpoint.safetensors")
     assert state["step"] == 6

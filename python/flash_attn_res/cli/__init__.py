@@ -9,9 +9,10 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from flash_attn_res import __version__
 from flash_attn_res.cli.errors import CliError
 
 COMMANDS = {
@@ -27,9 +28,18 @@ COMMANDS = {
 }
 """The module and function of each; a command's module is imported when it runs."""
 
+NEEDED = ("matplotlib", "numpy", "rich", "safetensors")
+"""The extra `cli` of the package."""
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one line and leaves by the same door as every other error."""
+
+    more: Callable[[], str] = staticmethod(lambda: "")
+    """The end of the help, made when it is asked for: what it needs takes time to import."""
+
+    def format_help(self) -> str:
+        return super().format_help() + self.more()
 
     def error(self, message: str) -> NoReturn:
         raise CliError(f"{message} (see {self.prog} --help)")
@@ -43,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Attention Residuals side by side, print text from them, show which depths a "
         "model reads, and measure errors and times of this package and of others.",
     )
+    parser.add_argument("--version", action="version", version=f"flash-attn-res {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_train(commands.add_parser("train", help="train the variants and compare them"))
     _add_sample(commands.add_parser("sample", help="print text from a trained model"))
@@ -229,7 +240,14 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
 
 
-def _add_bench(parser: argparse.ArgumentParser) -> None:
+def _bench_names() -> str:
+    from flash_attn_res.cli.bench.command import names
+
+    return "\n" + names()
+
+
+def _add_bench(parser: _Parser) -> None:
+    parser.more = _bench_names
     parser.description = (
         "Measures suites: kernels, step (whole networks), decode (small batches), storage, cpu, "
         "accuracy. Each writes one JSON file to OUT; report draws them. Other packages are "
@@ -334,11 +352,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flash-attn-res: error: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "numpy", "rich", "safetensors"):
+        if error.name not in NEEDED:
             raise
         print(
-            f"flash-attn-res: error: the package {error.name} is missing; install the commands "
-            "with pip install 'flash-attn-res[cli]'",
+            f"flash-attn-res: error: the package {error.name} is missing; the commands need "
+            f"pip install {' '.join(NEEDED)}",
             file=sys.stderr,
         )
         return 2

@@ -73,6 +73,44 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise CliError(f"cannot write {path}: {error.strerror}") from error
 
 
+def check_file(flag: str, path: Path) -> None:
+    """Finds out before the work, by writing, whether the file that an option names can be written.
+
+    What permissions say is not enough: root has them all, on a file system that is read-only too.
+    """
+    if path.is_dir():
+        raise CliError(f"{flag}: {path} is a folder, expected a file")
+    if not path.parent.is_dir():
+        raise CliError(f"{flag}: the folder {path.parent} does not exist")
+    _probe(flag, path.parent, path)
+
+
+def make_folder(flag: str, folder: Path) -> None:
+    """Makes the folder that an option names, and finds out now whether files can be written there.
+
+    It is tried before the work whose results it is for.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(flag, folder, error) from None
+    _probe(flag, folder, folder)
+
+
+def _probe(flag: str, folder: Path, named: Path) -> None:
+    try:
+        # With a byte in it: a full disk lets files be made.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise _unwritable(flag, named, error) from None
+
+
+def _unwritable(flag: str, path: Path, error: OSError) -> CliError:
+    reason = error.strerror or os.strerror(error.errno or 0)
+    return CliError(f"{flag}: cannot write to {path}: {reason}")
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state under names `<parameter index>/<state name>`."""
     return {

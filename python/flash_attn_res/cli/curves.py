@@ -26,7 +26,7 @@ from rich.table import Table as RichTable
 
 from flash_attn_res import __version__
 from flash_attn_res.cli import checkpoint, data, loop
-from flash_attn_res.cli.accuracy.command import check_writable, chosen
+from flash_attn_res.cli.accuracy.command import chosen
 from flash_attn_res.cli.bench.harness import SCHEMA
 from flash_attn_res.cli.device import choose_device, device_name, revision, set_threads
 from flash_attn_res.cli.errors import CliError
@@ -76,9 +76,9 @@ def run_curves(arguments: argparse.Namespace) -> int:
             f"{settings['heads']} heads"
         )
     modes = chosen("--modes", arguments.modes, MODES, list(MODES))
-    check_writable(arguments.out)
+    checkpoint.check_file("--out", arguments.out)
     if arguments.plot is not None:
-        check_writable(arguments.plot)
+        checkpoint.check_file("--plot", arguments.plot)
     device = choose_device(arguments.device)
     set_threads(arguments.threads)
     corpus = data.load_corpus((), settings["seq_len"])

@@ -76,7 +76,8 @@ def named_files(arguments: Sequence[str]) -> list[TextFile]:
             inside = [
                 TextFile(path.relative_to(root).as_posix(), path)
                 for path in root.rglob("*")
-                if path.is_file() and not any(part.startswith(".") for part in path.parts)
+                if path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(root).parts)
             ]
             inside = [file for file in inside if BOUNDARY not in _read(file.path)]
             if not inside:

@@ -31,8 +31,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+MOST_THREADS = max(1024, os.cpu_count() or 1)
+"""More than a machine may have: where the system runs out of them, PyTorch crashes."""
+
+
 def set_threads(count: int) -> None:
-    """0 leaves PyTorch's own choice."""
+    """What --threads asks for; 0 leaves PyTorch's own choice."""
+    if not 0 <= count <= MOST_THREADS:
+        raise CliError(f"--threads must be at least 0 and at most {MOST_THREADS}, not {count}")
     if count > 0:
         torch.set_num_threads(count)
 

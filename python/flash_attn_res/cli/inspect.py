@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 from flash_attn_res import lens
 from flash_attn_res.cli import data
+from flash_attn_res.cli.checkpoint import make_folder
 from flash_attn_res.cli.device import choose_device, set_threads
 from flash_attn_res.cli.errors import CliError
 from flash_attn_res.cli.sample import load_model
@@ -25,13 +28,17 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     """Runs the model on its inputs under the lens and writes what was seen."""
     if arguments.batches < 1:
         raise CliError(f"--batches must be at least 1, not {arguments.batches}")
-    if arguments.threads < 0:
-        raise CliError(f"--threads must be at least 0, not {arguments.threads}")
     device = choose_device(arguments.device)
     set_threads(arguments.threads)
-    folder = output_folder(Path(arguments.out))
-    file, colon, function = arguments.path.rpartition(":")
-    if colon and file.endswith(".py"):
+    folder = Path(arguments.out)
+    make_folder("--out", folder)
+    file, _, function = arguments.path.rpartition(":")
+    if arguments.path.endswith(".py"):
+        raise CliError(
+            f"{arguments.path}: name the function that returns (model, inputs): "
+            f"{arguments.path}:FUNCTION"
+        )
+    if file.endswith(".py"):
         if arguments.variant is not None or arguments.text is not None:
             raise CliError("--variant and --text are for a trained run, not for FILE.py:FUNCTION")
         model, inputs = _from_file(Path(file), function)
@@ -43,7 +50,8 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         opened = lens.DepthLens(model)
     except ValueError as error:
         raise CliError(f"{arguments.path}: {error}") from error
-    with torch.inference_mode(), opened as seeing:
+    users = _named_errors(arguments.path) if file.endswith(".py") else contextlib.nullcontext()
+    with users, torch.inference_mode(), opened as seeing:
         for inputs in batches:
             model(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs))
     try:
@@ -65,18 +73,6 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def output_folder(path: Path) -> Path:
-    """Makes the folder, and says so in one line where it cannot be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CliError(f"--out {path}: cannot write there: {error.strerror}") from error
-    return path
-
-
 def _trained(arguments: argparse.Namespace) -> tuple[nn.Module, Iterator[tuple[Any, ...]]]:
     model = load_model(Path(arguments.path), arguments.variant)
     seq_len = model.config.seq_len
@@ -87,6 +83,25 @@ def _trained(arguments: argparse.Namespace) -> tuple[nn.Module, Iterator[tuple[A
     return model, ((inputs,) for inputs, _ in pairs)
 
 
+@contextlib.contextmanager
+def _named_errors(where: str) -> Iterator[None]:
+    """An exception of a user's code becomes one line with its place, the innermost of that file."""
+    file = Path(where.partition(".py")[0] + ".py")
+    try:
+        yield
+    except CliError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if file.exists() and Path(frame.filename).exists() and file.samefile(frame.filename)
+        ]
+        place = f", line {lines[-1]}" if lines else ""
+        text = " ".join(str(error).split())
+        raise CliError(f"{where}{place}: {type(error).__name__}: {text}") from error
+
+
 def _from_file(path: Path, function: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """What FUNCTION in FILE.py returns: (model, inputs), inputs one value or a tuple of them."""
     if not path.is_file():
@@ -95,15 +110,17 @@ def _from_file(path: Path, function: str) -> tuple[nn.Module, tuple[Any, ...]]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # As for a script: its neighbours can be imported, now or when the model runs, and dataclasses
+    # find the module that they are of.
+    sys.modules[spec.name] = module
     sys.path.insert(0, str(path.resolve().parent))
-    try:
+    with _named_errors(str(path)):
         spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
     made = getattr(module, function, None)
     if not callable(made):
         raise CliError(f"{path} has no function {function!r}")
-    result = made()
+    with _named_errors(f"{path}:{function}"):
+        result = made()
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
         raise CliError(f"{function} in {path} must return (model, inputs)")
     model, inputs = result

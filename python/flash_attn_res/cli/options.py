@@ -124,7 +124,7 @@ def resolve(
 
 
 def check(options: TrainOptions) -> None:
-    """Raises a `CliError` that names the option and its value."""
+    """Raises a `CliError` that names the option and its value; device.py checks its own two."""
     if not options.name or options.name in (".", "..") or Path(options.name).name != options.name:
         raise CliError(f"--name must be a plain folder name, not {options.name!r}")
     for variant in options.variants:
@@ -149,8 +149,6 @@ def check(options: TrainOptions) -> None:
         raise CliError(f"--lr must be a positive finite number, not {options.lr}")
     if not 0 <= options.seed < 2**63:
         raise CliError(f"--seed must be at least 0 and below 2^63, not {options.seed}")
-    if options.threads < 0:
-        raise CliError(f"--threads must be at least 0, not {options.threads}")
 
 
 def flag(name: str) -> str:

@@ -30,8 +30,6 @@ def run_sample(arguments: argparse.Namespace) -> int:
         raise CliError(f"--top-k must be at least 0, not {arguments.top_k}")
     if not 0 <= arguments.seed < 2**63:
         raise CliError(f"--seed must be at least 0 and below 2^63, not {arguments.seed}")
-    if arguments.threads < 0:
-        raise CliError(f"--threads must be at least 0, not {arguments.threads}")
     device = choose_device(arguments.device)
     set_threads(arguments.threads)
     model = load_model(Path(arguments.path), arguments.variant).to(device)

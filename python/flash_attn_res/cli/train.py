@@ -8,11 +8,13 @@ stopped and resumed on one thread therefore gives the bits of a run that was not
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import platform
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -190,13 +192,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     device = choose_device(opts.device)
     set_threads(opts.threads)
     corpus = data.load_corpus(opts.text, opts.seq_len)
-    _make_folder(opts.folder)
-    run = Run(opts, corpus, device)
-    if stored is not None:
-        run.restore(*stored)
-    _print_header(run, console)
-
-    interrupted = _train(run, console)
+    checkpoint.make_folder("--out", opts.folder)
+    with _enough_memory(opts):
+        run = Run(opts, corpus, device)
+        if stored is not None:
+            run.restore(*stored)
+        _print_header(run, console)
+        interrupted = _train(run, console)
     if interrupted:
         console.print(
             f"Stopped after step {run.step} of {opts.steps}; the checkpoint is "
@@ -205,8 +207,27 @@ def run_train(arguments: argparse.Namespace) -> int:
             soft_wrap=True,
         )
         return 130
-    _finish(run, console)
+    with _enough_memory(opts):
+        _finish(run, console)
     return 0
+
+
+@contextlib.contextmanager
+def _enough_memory(opts: TrainOptions) -> Iterator[None]:
+    """Says in one line that there is too little, and which options take less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        # On a CPU PyTorch raises a plain RuntimeError.
+        short = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not short and "can't allocate memory" not in text and "not enough memory" not in text:
+            raise
+        raise CliError(
+            f"out of memory with --batch {opts.batch} --seq-len {opts.seq_len} --dim {opts.dim} "
+            f"--layers {opts.layers}; smaller ones or fewer --variants take less ({text[:200]})",
+            exit_code=1,
+        ) from error
 
 
 def _options_and_checkpoint(
@@ -280,6 +301,7 @@ def _finish(run: Run, console: Console) -> None:
             lane.model.state_dict(),
             {"model": lane.model.config.to_dict(), "step": run.step},
         )
+    _remove_others(run)
     with console.status("measuring memory, drawing figures"):
         summary = summarise(run)
         report.write_summary(summary, folder / "summary.json")
@@ -288,6 +310,15 @@ def _finish(run: Run, console: Console) -> None:
     console.print(f"\nFigures: {'  '.join(str(path) for path in drawn)}", soft_wrap=True)
     console.print(f"Numbers: {folder / 'summary.json'}", soft_wrap=True)
     console.print(f"Text:    flash-attn-res sample {folder} --prompt 'def '", soft_wrap=True)
+
+
+def _remove_others(run: Run) -> None:
+    """Removes what an earlier run of this name left and this one does not make."""
+    names = [f"{variant}.safetensors" for variant in options.VARIANTS if variant not in run.lanes]
+    if set(run.lanes) == {"plain"}:  # it reads no depths
+        names.append("depth_attention.png")
+    for name in names:
+        (run.options.folder / name).unlink(missing_ok=True)
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -352,17 +383,6 @@ def _make_lane(opts: TrainOptions, variant: str, device: torch.device) -> Lane:
     )
     model = LanguageModel(config, seed=opts.seed).to(device)
     return Lane(model, loop.make_optimizer(model))
-
-
-def _make_folder(folder: Path) -> None:
-    """Makes the run's folder and finds out now, not after training, whether it can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CliError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
-    probe = folder / ".writable"
-    checkpoint.write_atomically(probe, b"")
-    probe.unlink()
 
 
 def _print_header(run: Run, console: Console) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +48,7 @@ def run_table(arguments: argparse.Namespace, packages: Sequence[str]) -> table.T
             f"--checkpoint is for the family {families.DEPTH!r}, which --families leaves out"
         )
     if arguments.out is not None:
-        check_writable(arguments.out)
+        checkpoint.check_file("--out", arguments.out)
 
     begin = time.perf_counter()
     found, origin = measure(plan, modes, packages, arguments, console)
@@ -103,8 +101,6 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> table.Plan:
             raise CliError(f"--{name} must be at least 1, not {value}")
     if not 0 <= arguments.seed < 2**63:
         raise CliError(f"--seed must be at least 0 and below 2^63, not {arguments.seed}")
-    if arguments.threads < 0:
-        raise CliError(f"--threads must be at least 0, not {arguments.threads}")
     sources = arguments.sources or (QUICK_SOURCES if arguments.quick else SOURCES)
     if min(sources) < 1 or max(sources) > 512:
         raise CliError(f"--sources must be from 1 to 512, not {' '.join(map(str, sources))}")
@@ -135,17 +131,6 @@ def chosen(
     if len(set(names)) != len(names):
         raise CliError(f"{flag} names one twice: {given}")
     return names
-
-
-def check_writable(path: Path) -> None:
-    """Finds out before the work whether its result can be stored."""
-    if path.is_dir():
-        raise CliError(f"--out: {path} is a folder, expected a file")
-    if not path.parent.is_dir():
-        raise CliError(f"--out: the folder {path.parent} does not exist")
-    target = path if path.exists() else path.parent
-    if not os.access(target, os.W_OK):
-        raise CliError(f"--out: cannot write {path}")
 
 
 # ---------------------------------------------------------------------------------- storing

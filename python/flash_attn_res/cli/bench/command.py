@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from flash_attn_res.cli.bench import harness
 from flash_attn_res.cli.bench.harness import COMPILED, OURS, Request, Row, Store
+from flash_attn_res.cli.checkpoint import make_folder
 from flash_attn_res.cli.device import choose_device, set_threads
 from flash_attn_res.cli.errors import CliError
 
@@ -92,8 +92,6 @@ def _check(arguments: argparse.Namespace, suites: Sequence[str]) -> None:
     for option in dict.fromkeys(option for taken in SUITES.values() for option in taken):
         if getattr(arguments, option) and not any(option in SUITES[name] for name in suites):
             raise CliError(f"--{option} is no option of {', '.join(suites)}")
-    if arguments.threads < 0:
-        raise CliError(f"--threads must be at least 0, not {arguments.threads}")
     for option in ("rounds", "warm"):
         if getattr(arguments, option) < 0:
             raise CliError(f"--{option} must be at least 0, not {getattr(arguments, option)}")
@@ -110,6 +108,21 @@ def _known(what: str, modules: Iterable[ModuleType]) -> list[str]:
         for attribute in (what, "NEIGHBOURS") if what == "SHAPES" else (what,):
             names += getattr(module, attribute, ())
     return list(dict.fromkeys(names))
+
+
+def names() -> str:
+    """For the help: the packages, shapes and operations that each suite knows."""
+    lines = ["what the suites know:"]
+    for suite in SUITES:
+        module = importlib.import_module(f"{__package__}.{suite}")
+        for option, what in (("package", "PACKAGES"), ("shape", "SHAPES"), ("op", "OPS")):
+            known = ", ".join(_known(what, [module]))
+            if known and (option == "package" or option in SUITES[suite]):
+                title = f"{suite} --{option}"
+                lines += textwrap.wrap(
+                    f"{title:20}{known}", 96, initial_indent="  ", subsequent_indent=" " * 22
+                )
+    return "\n".join(lines) + "\n"
 
 
 def _request(
@@ -164,13 +177,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
     """The folder of the results, made and tried before the work."""
     default = "benchmark-results/quick" if arguments.quick else "benchmark-results"
     folder = Path(arguments.out or default)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or os.strerror(error.errno or 0)
-        raise CliError(f"--out: cannot write to {folder}: {reason}") from None
+    make_folder("--out", folder)
     return folder
 
 
