@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eager
 from flash_attn_res import BlockAttnRes, attend, inference, quantize, read
 from flash_attn_res.inference import BlockBank, Quantized, Runner, SiteWeights
+from flash_attn_res.inference.operators import in_words
+from flash_attn_res.inference.runner import KEPT_SCHEDULES
 
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -462,6 +465,79 @@ def test_step_allocates_nothing(mode: str) -> None:
     assert ran.names.count("flash_attn_res::attend_out") == (4 if mode == "two_phase" else 0)
 
 
+@pytest.mark.parametrize("fp8", [None, "group"])
+@pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
+def test_another_number_of_tokens_takes_no_memory(mode: str, fp8: str | None) -> None:
+    L, D, most = 4, 32, KEPT_SCHEDULES + 20
+    toy = Toy(L, D, torch.bfloat16)
+    runner = Runner(toy.weights, block_size=2, max_tokens=most, mode=mode, fp8=fp8)
+    embedding, output = (torch.randn(most, D).bfloat16() for _ in range(2))
+    with Operators() as ran:
+        for T in [*range(most + 1), 0, 1, most]:  # 0: a rank of a batch may have none
+            step = runner.start(embedding[:T])
+            for _ in range(L):
+                step.read()
+                step.write(output[:T])
+            assert step.finish().shape == (T, D)
+            assert len(runner._schedules) <= KEPT_SCHEDULES
+    names = {name.removeprefix("flash_attn_res::") for name in ran.names}
+    views = {"aten::alias", "aten::select.int", "aten::slice.Tensor", "aten::unbind.int"}
+    assert names <= views | {"read_out", "attend_out"}
+    # What came up last is kept.
+    assert [*runner._schedules][-3:] == [0, 1, most]
+
+
+def test_fewer_tokens_need_no_larger_workspace() -> None:
+    """That of the most tokens serves all others."""
+    N, S, D, most = 3, 4, 48, 400
+    sources = torch.empty(N, most, D)
+    lse, out = torch.empty(S, most), torch.empty(S, most, D)
+    queries = torch.zeros(S, D)
+    for dtype in (torch.bfloat16, FP8):
+        x = torch.empty(most, D, dtype=dtype)
+        scale = torch.empty(most, 1) if dtype == FP8 else None
+        reads, attends = [], []
+        for T in range(1, most + 1):
+            cut = None if scale is None else scale[:T]
+            reads.append(
+                inference.read_workspace_bytes(
+                    queries[0],
+                    x=x[:T],
+                    x_scale=cut,
+                    sources=sources[:, :T],
+                    partial=out[0, :T],
+                    norm=True,
+                )
+            )
+            attends.append(
+                inference.attend_workspace_bytes(
+                    sources[:, :T], queries, out=out[:, :T], lse=lse[:, :T]
+                )
+            )
+        assert reads == sorted(reads)
+        assert attends == sorted(attends)
+
+
+def test_step_compiles_in_full() -> None:
+    torch.compiler.reset()
+    L, D = 4, 16
+    toy = Toy(L, D)
+    runner = Runner(toy.weights, block_size=2, max_tokens=4, dtype=torch.float32, mode="two_phase")
+
+    def model(embedding: Tensor) -> Tensor:
+        step = runner.start(embedding)
+        for _ in range(L):
+            x = step.read()
+            assert isinstance(x, Tensor)
+            step.write(torch.tanh(x))
+        return step.finish() * 2
+
+    embedding = torch.randn(3, D)
+    want = model(embedding)
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(embedding)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
 def test_tokens_do_not_depend_on_their_batch(mode: str) -> None:
     toy = Toy(8, 64, torch.bfloat16)
@@ -578,6 +654,25 @@ def test_weights_of_kimi_k3_names(tmp_path: pathlib.Path) -> None:
         assert torch.equal(loaded.norm_weights, weights.norm_weights)
 
 
+def test_weights_know_the_module_they_are_of() -> None:
+    module = BlockAttnRes(12, 16, 4, eps=3e-6)
+    module.queries.normal_()
+    weights = SiteWeights.from_module(module, torch.ones(13, 16))
+    assert (weights.eps, weights.block_size) == (3e-6, 4)
+    same = weights.to("cpu")
+    assert (same.eps, same.block_size) == (3e-6, 4)
+    runner = Runner(weights, max_tokens=3, dtype=torch.float32)
+    assert (runner.eps, runner.norm_eps, runner.block_size) == (3e-6, 3e-6, 4)
+    Runner(weights, max_tokens=3, block_size=4, eps=3e-6, norm_eps=1e-5)
+    with pytest.raises(ValueError, match="eps is 1e-05 but the weights are of a model with eps"):
+        Runner(weights, max_tokens=3, eps=1e-5)
+    with pytest.raises(ValueError, match=r"block_size is 2 but the weights .* with block_size 4"):
+        Runner(weights, max_tokens=3, block_size=2)
+    unknown = SiteWeights(module.queries, None, torch.ones(13, 16))
+    assert (unknown.eps, unknown.block_size) == (None, None)
+    assert Runner(unknown, block_size=6, max_tokens=3, dtype=torch.float32).eps == 1e-5
+
+
 def test_weights_behind_a_prefix() -> None:
     tensors = kimi_names(2, 8)
     inside = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
@@ -600,6 +695,45 @@ def test_missing_and_misshapen_weights_are_named() -> None:
     tensors["model.layers.2.mlp_res_norm.weight"] = torch.ones(9)
     with pytest.raises(ValueError, match=r"layers\.2\.mlp_res_norm\.weight has shape \[9\]"):
         SiteWeights.from_state_dict(tensors)
+
+
+@pytest.mark.parametrize("number", ["3", "999999999", "9" * 5000, "007"])
+def test_layers_without_a_gap(number: str) -> None:
+    """Names are made for the layers that are there, not up to the largest number."""
+    tensors = kimi_names(2, 8)
+    tensors[f"model.layers.{number}.self_attention_res_proj.weight"] = torch.ones(1, 8)
+    with pytest.raises(KeyError) as caught:
+        SiteWeights.from_state_dict(tensors)
+    assert (
+        "state_dict has no parameter named model.layers.2.self_attention_res_proj.weight, but one "
+        f"of layer {number[:20]}"
+    ) in str(caught.value)
+    with pytest.raises(KeyError, match="parameters, too few for 999999999 layers"):
+        SiteWeights.from_state_dict(tensors, num_layers=999999999)
+    weights = SiteWeights.from_state_dict(tensors, num_layers=2)
+    assert weights.num_sublayers == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, FP8])
+def test_parameters_of_another_kind_are_refused(dtype: torch.dtype) -> None:
+    for name in ("self_attention_res_proj", "mlp_res_norm", "input_layernorm"):
+        tensors = kimi_names(2, 8)
+        name = f"model.layers.1.{name}.weight"
+        tensors[name] = tensors[name].to(dtype)
+        with pytest.raises(TypeError) as caught:
+            SiteWeights.from_state_dict(tensors)
+        assert f"SiteWeights: {name} is {dtype}, expected float32, bfloat16" in str(caught.value)
+
+
+def test_a_parameter_in_two_shards_is_refused(tmp_path: pathlib.Path) -> None:
+    tensors = kimi_names(2, 8)
+    twice = "model.layers.1.mlp_res_proj.weight"
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({twice: tensors[twice], "other": torch.ones(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"is in .* and in") as caught:
+        SiteWeights.from_safetensors(tmp_path)
+    for part in (twice, "a.safetensors", "b.safetensors"):
+        assert part in str(caught.value)
 
 
 def test_hostile_files_are_refused(tmp_path: pathlib.Path) -> None:
@@ -660,6 +794,18 @@ def read_twice() -> None:
     step.read()
 
 
+def finish_for_write() -> None:
+    step = started(3)
+    step.read()
+    step.finish()
+
+
+def finished() -> inference.Step:
+    step = started(4)
+    step.finish()
+    return step
+
+
 Q = torch.zeros(8)
 X = torch.empty(3, 8)
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -690,8 +836,13 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "aliasing": (
         lambda: inference.read_out(Q, x=X, sources=[X]),
-        RuntimeError,
-        "x of shape [3, 8] overlaps the memory of sources[0] of shape [3, 8]",
+        ValueError,
+        "read: x of shape [3, 8] overlaps the memory of sources[0] of shape [3, 8]",
+    ),
+    "attend aliasing": (
+        lambda: inference.attend_out([X], Q[None], out=X[None], lse=torch.empty(1, 3)),
+        ValueError,
+        "attend: out[0] of shape [3, 8] overlaps the memory of sources[0] of shape [3, 8]",
     ),
     "fp8 without scale": (
         lambda: inference.read_out(Q, x=X.to(FP8), sources=[v(3, 8)]),
@@ -722,7 +873,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: inference.read_out(
             Q, x=X, sources=[v(3, 8)] * 2, workspace=torch.empty(1, dtype=torch.uint8)
         ),
-        RuntimeError,
+        ValueError,
         "read: workspace has 1 bytes, expected at least",
     ),
     "lse shape": (
@@ -825,7 +976,23 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "Runner: storage is 'float16' but that of bank is 'float8'",
     ),
-    "two reads": (read_twice, RuntimeError, "Step.read: site 1 of 4: expected write()"),
+    "two reads": (read_twice, RuntimeError, "Step.read: site 0 of 4 has been read: expected write"),
+    "finish for write": (
+        finish_for_write,
+        RuntimeError,
+        "Step.finish: site 3 of 4 has been read: expected write()",
+    ),
+    "read behind the end": (
+        lambda: finished().read(),
+        RuntimeError,
+        "Step.read: this step is finished: expected Runner.start()",
+    ),
+    "write behind the end": (
+        lambda: finished().write(v(3, 8)),
+        RuntimeError,
+        "Step.write: this step is finished",
+    ),
+    "two ends": (lambda: finished().finish(), RuntimeError, "Step.finish: this step is finished"),
     "write first": (
         lambda: started().write(v(3, 8)),
         RuntimeError,
@@ -836,7 +1003,31 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         RuntimeError,
         "2 of 4 sublayers have run: expected read()",
     ),
-    "late read": (lambda: started(4).read(), RuntimeError, "site 4 of 4: expected finish()"),
+    "late read": (
+        lambda: started(4).read(),
+        RuntimeError,
+        "4 of 4 sublayers have run: expected finish()",
+    ),
+    "no block size": (
+        lambda: runner(block_size=None),
+        ValueError,
+        "Runner: block_size is missing, expected a number of sublayers: the weights say none",
+    ),
+    "query dtype": (
+        lambda: SiteWeights(torch.ones(3, 8, dtype=torch.int32), None, v(3, 8)),
+        TypeError,
+        "SiteWeights: queries is torch.int32, expected float32, bfloat16, float16",
+    ),
+    "key weight dtype": (
+        lambda: SiteWeights(v(3, 8), torch.ones(3, 8, dtype=torch.bool), v(3, 8)),
+        TypeError,
+        "SiteWeights: key_weights is torch.bool, expected float32",
+    ),
+    "weights' eps": (
+        lambda: SiteWeights(v(3, 8), None, v(3, 8), eps=0.0),
+        ValueError,
+        "SiteWeights: eps is 0.0, expected a number > 0",
+    ),
     "weights": (
         lambda: SiteWeights(v(3, 8), None, v(4, 8)),
         ValueError,
@@ -855,6 +1046,22 @@ def test_bad_input(call: Callable[[], object], error: type[Exception], words: st
     with pytest.raises(error) as caught:
         call()
     assert words in str(caught.value)
+    assert "convert.h" not in str(caught.value)
+
+
+def test_only_arguments_become_value_errors() -> None:
+    said = "check, ../../bindings/torch/convert.h:294, flash_attn_res: "
+    for text, kind in (
+        ("read: x of shape [3, 8] overlaps the memory of mix of shape [3, 8]", ValueError),
+        ("read (K=3, T=1, D=8): a launch failed: out of memory", RuntimeError),
+        ("attend: this build of flash_attn_res has no CUDA kernels; build it", RuntimeError),
+        ("read: the GPU has compute capability 7.5, expected 8.0 or later", RuntimeError),
+    ):
+        error = in_words(RuntimeError(said + text))
+        assert type(error) is kind
+        assert str(error) == text
+    other = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert in_words(other) is other
 
 
 def test_write_of_another_shape_keeps_the_step() -> None:
@@ -864,6 +1071,99 @@ def test_write_of_another_shape_keeps_the_step() -> None:
         step.write(v(2, 8))
     step.write(v(3, 8))
     step.read()
+
+
+@pytest.mark.parametrize("storage", [None, "float8"])
+@pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
+def test_a_read_that_fails_keeps_the_step(mode: str, storage: str | None) -> None:
+    """Every site is read wrongly first; the results are those of a step without a mistake."""
+    L, T, D = 6, 3, 8
+    toy = Toy(L, D)
+    given = {"block_size": 2, "max_tokens": T, "dtype": torch.float32, "mode": mode}
+    runners = [Runner(toy.weights, **given, storage=storage) for _ in range(2)]
+    embedding, outputs = v(T, D), v(L, T, D)
+    steps = [runner.start(embedding) for runner in runners]
+    for index in range(L + 1):
+        last = index == L
+        read_it = [step.finish if last else step.read for step in steps]
+        with pytest.raises(ValueError, match=r"mix has shape \[2, 8\], expected \[3, 8\]"):
+            read_it[0](mix=v(2, D))
+        with pytest.raises(TypeError, match=r"mix is torch\.bfloat16"):
+            read_it[0](mix=v(T, D, dtype=torch.bfloat16))
+        aliased = outputs[index - 1] if index > 0 else embedding
+        with pytest.raises(ValueError, match=r"mix of shape .* overlaps the memory of"):
+            read_it[0](mix=aliased)
+        ours, wanted = (read() for read in read_it)
+        assert isinstance(ours, Tensor)
+        assert isinstance(wanted, Tensor)
+        assert torch.equal(ours, wanted)
+        for step in steps:
+            if not last:
+                step.write(outputs[index])
+
+
+def test_the_memory_of_x_is_not_taken() -> None:
+    one = runner()
+    step = one.start(v(3, 8))
+    x = step.read()
+    assert isinstance(x, Tensor)
+    for given in (x, x.mul_(2), x.view(3, 8), x[:]):
+        with pytest.raises(ValueError, match="output is memory that read\\(\\) or finish"):
+            step.write(given)
+    with pytest.raises(ValueError, match="addend is memory that read"):
+        step.write(v(3, 8), x)
+    step.write(x.clone())
+    for _ in range(3):
+        step.read()
+        step.write(v(3, 8))
+    with pytest.raises(ValueError, match="embedding is memory that read"):
+        one.start(step.finish())
+
+
+def test_a_step_that_was_given_up_is_over() -> None:
+    one = runner(mode="two_phase")
+    toy_embedding, outputs = v(3, 8), v(4, 3, 8)
+    old = one.start(v(3, 8))
+    old.read()
+    step = one.start(toy_embedding)
+    for call in (old.read, lambda: old.write(outputs[0]), old.finish):
+        with pytest.raises(RuntimeError, match="this step is over: its runner has started another"):
+            call()
+    for output in outputs:
+        step.read()
+        step.write(output)
+    y = step.finish().clone()
+    again = one.start(toy_embedding)
+    for output in outputs:
+        again.read()
+        again.write(output)
+    assert torch.equal(again.finish(), y)
+
+
+def test_a_step_that_failed_half_way_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = runner(mode="two_phase")
+
+    def fails(call: object) -> None:
+        raise RuntimeError("a launch failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one, "_run_phase1", fails)
+        step = one.start(v(3, 8))
+        with pytest.raises(RuntimeError, match="a launch failed"):
+            step.read()
+    for call in (step.read, lambda: step.write(v(3, 8))):
+        with pytest.raises(RuntimeError, match="this step is over"):
+            call()
+    one.start(v(3, 8)).read()
+
+
+def test_fp8_and_round_mix_go_together_on_the_cpu_alone() -> None:
+    options = {"fp8": "token", "round_mix": True}
+    assert runner(**options, dtype=torch.bfloat16).round_mix
+    with FakeTensorMode():
+        weights = SiteWeights(*(torch.empty(5, 8, device="cuda") for _ in range(3)))
+    with pytest.raises(ValueError, match=r"round_mix was given with fp8 and torch\.bfloat16"):
+        Runner(weights, block_size=2, max_tokens=4, **options)
 
 
 def test_gradients_are_refused() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flash_attn_res import _check
 from flash_attn_res import storage as modes
+from flash_attn_res.inference.operators import in_words
 from flash_attn_res.storage import QuantizedSource
 
 LAYOUTS = ("tnd", "ntd")
@@ -126,7 +127,10 @@ class BlockBank:
     def quantize_row(self, index: int, value: Tensor, row: QuantizedSource) -> None:
         """:meth:`write` through views that are there: ``row`` is ``stored_row(index, T)``."""
         self._check_free(index)
-        torch.ops.flash_attn_res.quantize_into([value], *row)
+        try:
+            torch.ops.flash_attn_res.quantize_into([value], *row)
+        except RuntimeError as error:
+            raise in_words(error) from None
         self._written[index] = True
 
     def _stored(self, method: str, rows: int | slice, tokens: int | None) -> QuantizedSource:

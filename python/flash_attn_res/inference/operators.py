@@ -7,6 +7,7 @@ a value is [T, D] and may have any row stride, such as a row of a bank [T, N, D]
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -22,6 +23,24 @@ FP8 = torch.float8_e4m3fn
 
 Sources: TypeAlias = Sequence[Tensor] | Sequence[QuantizedSource] | Tensor | QuantizedSource
 """Values, or what :func:`flash_attn_res.quantize` makes of them, all in one storage mode."""
+
+
+# What the library says begins with the operation; behind it stand shapes where CUDA failed.
+_WORDS = re.compile(r"flash_attn_res: (\w+(:| \().*)")
+_NO_DEVICE = re.compile(r"no CUDA kernels|compute capability")
+
+
+def in_words(error: RuntimeError) -> Exception:
+    """What an operator raised, in the words of the library alone.
+
+    A ``ValueError`` where it names an argument that it does not take; a device that it cannot use
+    or a launch that failed stays a ``RuntimeError``.
+    """
+    words = _WORDS.search(str(error))
+    if words is None:
+        return error
+    about_arguments = words[2] == ":" and not _NO_DEVICE.search(words[1])
+    return (ValueError if about_arguments else RuntimeError)(words[1])
 
 
 def scale_columns(dim: int, groups: bool) -> int:
@@ -249,12 +268,17 @@ def attend_out(
         workspace: at least :func:`attend_workspace_bytes` bytes, uint8.
 
     Raises:
-        ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
-        RuntimeError: an input requires a gradient; the workspace is too small.
+        ValueError, TypeError: naming the argument, its shape or dtype and what was expected;
+            results overlap other arguments; the workspace is too small.
+        RuntimeError: an input requires a gradient; a launch failed.
     """
     op = "attend_out"
     arguments = _attend_arguments(op, sources, queries, key_weight, out, lse, scale, eps)
-    torch.ops.flash_attn_res.attend_out(*arguments, _workspace(op, workspace, "out", out))
+    scratch = _workspace(op, workspace, "out", out)
+    try:
+        torch.ops.flash_attn_res.attend_out(*arguments, scratch)
+    except RuntimeError as error:
+        raise in_words(error) from None
 
 
 def attend_workspace_bytes(sources: Sources, queries: Tensor, *, out: Tensor, lse: Tensor) -> int:
@@ -417,16 +441,21 @@ def read_out(
         workspace: at least :func:`read_workspace_bytes` bytes, uint8.
 
     Raises:
-        ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
-        RuntimeError: an input requires a gradient; results overlap other arguments; the workspace
-            is too small; x is quantised on a device that cannot.
+        ValueError, TypeError: naming the argument, its shape or dtype and what was expected;
+            results overlap other arguments; the workspace is too small; ``round_mix`` with a
+            quantised x of 16-bit values on CUDA.
+        RuntimeError: an input requires a gradient; a launch failed.
     """
     op = "read_out"
     arguments = _read_arguments(
         *(op, query, key_weight, phase1, sources, partial, update, scale, eps, norm, norm_weight),
         *(norm_eps, round_mix, power_of_two_scale, x, x_scale, partial_out, snapshot, mix, probs),
     )
-    torch.ops.flash_attn_res.read_out(*arguments, _workspace(op, workspace, "x", x))
+    scratch = _workspace(op, workspace, "x", x)
+    try:
+        torch.ops.flash_attn_res.read_out(*arguments, scratch)
+    except RuntimeError as error:
+        raise in_words(error) from None
 
 
 def read_workspace_bytes(

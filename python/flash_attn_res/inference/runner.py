@@ -18,7 +18,6 @@ site), and each of them is then one `read` over (o, lse) and the sum.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from flash_attn_res import _check
 from flash_attn_res.inference.bank import BlockBank
-from flash_attn_res.inference.operators import FP8, scale_columns
+from flash_attn_res.inference.operators import FP8, in_words, scale_columns
 from flash_attn_res.inference.weights import SiteWeights
 from flash_attn_res.storage import QuantizedSource
 
@@ -39,6 +38,12 @@ TWO_PHASE_FROM = {None: 3, "float16": 3, "float8": 5}
 (n + S) / S units of T * D elements a site and the merge reads one more; one-shot reads n. A row in
 float8 is half a unit."""
 
+DEFAULT_EPS = 1e-5
+"""That of Kimi K3, where neither the caller nor the weights say another one."""
+
+KEPT_SCHEDULES = 64
+"""Numbers of tokens whose views a runner keeps: some 200 kB of host memory each for Kimi K3."""
+
 
 class Quantized(NamedTuple):
     """A quantised x: ``x.float() * scale`` (each group's columns times its scale)."""
@@ -47,8 +52,7 @@ class Quantized(NamedTuple):
     scale: Tensor  #: [T, 1] or [T, ceil(D / 128)] float32
 
 
-@dataclasses.dataclass(frozen=True)
-class _Site:
+class _Site(NamedTuple):
     """One call of read_out, ready but for the tensors that a step brings."""
 
     sources: list[Tensor]  # [n, T, D], or nothing
@@ -65,8 +69,7 @@ class _Site:
     x_scale: Tensor | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Phase1:
+class _Phase1(NamedTuple):
     """One call of attend_out, for the sites behind a boundary."""
 
     sources: list[Tensor]  # [n, T, D]
@@ -76,15 +79,21 @@ class _Phase1:
     lse: Tensor  # [S, T]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Schedule:
-    """Every call of a step of T tokens."""
+class _Schedule(NamedTuple):
+    """Every call of a step of T tokens: views of the runner's buffers, no memory of their own."""
 
     tokens: int
     sites: list[_Site]
     phase1: dict[int, _Phase1]  # by the boundary site that it follows
-    workspace: Tensor
-    phase1_workspace: Tensor  # its own: it may run beside the sublayers
+
+
+def _agreed(op: str, name: str, given: Any, known: Any) -> Any:
+    """What the caller gives or the weights know, if not both and differently."""
+    if given is not None and known not in (None, given):
+        raise ValueError(
+            f"{op}: {name} is {given} but the weights are of a model with {name} {known}"
+        )
+    return known if given is None else given
 
 
 class Runner:
@@ -99,16 +108,18 @@ class Runner:
             step.write(sublayer(x))
         y = step.finish()  # output mixture + final norm, for the head
 
-    All buffers are allocated by the constructor, and the views of a step of T tokens when the first
-    such step begins: from the second step of a size on nothing is allocated, so that steps can be
-    captured into CUDA graphs. What ``read`` and ``finish`` return is one buffer, valid until the
-    next ``read``; a runner runs one step at a time.
+    All device memory is allocated by the constructor, for ``max_tokens``: a step of any number of
+    tokens allocates none and can be captured into a CUDA graph, the first one too. The views of a
+    step of T tokens are made on the host when T comes up and kept for the 64 numbers that came up
+    last. What ``read`` and ``finish`` return is one buffer, valid until the next ``read``; a runner
+    runs one step at a time. Graphs hold addresses of its buffers: it must outlive them.
 
     Args:
         weights: of L + 1 sites.
-        block_size: S, sublayers to a block (for Kimi K3, whose blocks have 12 layers, 24).
+        block_size: S, sublayers to a block (for Kimi K3, whose blocks have 12 layers, 24); by
+            default that of the weights, where they say one.
         max_tokens: most tokens T of a step.
-        eps: of the keys' RMSNorm.
+        eps: of the keys' RMSNorm; by default that of the weights, else 1e-5.
         norm_eps: of the norms behind the sites; by default ``eps``.
         layout: of the bank, see :class:`BlockBank`.
         dtype: of the bank, the sums and, unless quantised, x.
@@ -120,7 +131,8 @@ class Runner:
         fp8: ``"token"`` or ``"group"``: x of every site but the output one is
             :class:`Quantized`, with one scale a token or a group of 128 columns.
         power_of_two_scale: its scales are powers of two.
-        round_mix: round the mixture to its storage dtype before the norm, as some engines do.
+        round_mix: round the mixture to its storage dtype before the norm, as some engines do; with
+            ``fp8`` and 16-bit values on the CPU alone.
         storage: of the bank: ``"float16"`` or ``"float8"`` with scales, see :class:`BlockBank`. A
             snapshot is rounded once more and read so from then on; that takes one more launch a
             block. The site at a boundary reads the sum as it is.
@@ -134,9 +146,9 @@ class Runner:
         self,
         weights: SiteWeights,
         *,
-        block_size: int,
+        block_size: int | None = None,
         max_tokens: int,
-        eps: float = 1e-5,
+        eps: float | None = None,
         norm_eps: float | None = None,
         layout: str = "tnd",
         dtype: torch.dtype = torch.bfloat16,
@@ -152,10 +164,16 @@ class Runner:
         if not isinstance(weights, SiteWeights):
             raise TypeError(f"{op}: weights is a {type(weights).__name__}, expected SiteWeights")
         self.weights = weights
+        block_size = _agreed(op, "block_size", block_size, weights.block_size)
+        if block_size is None:
+            raise ValueError(
+                f"{op}: block_size is missing, expected a number of sublayers: the weights say none"
+            )
         self.block_size = _check.positive_int(op, "block_size", block_size)
         self.max_tokens = _check.positive_int(op, "max_tokens", max_tokens)
-        self.eps = _check.positive(op, "eps", eps)
-        self.norm_eps = eps if norm_eps is None else _check.positive(op, "norm_eps", norm_eps)
+        eps = _agreed(op, "eps", eps, weights.eps)
+        self.eps = _check.positive(op, "eps", DEFAULT_EPS if eps is None else eps)
+        self.norm_eps = self.eps if norm_eps is None else _check.positive(op, "norm_eps", norm_eps)
         if mode not in MODES:
             raise ValueError(f"{op}: mode is {mode!r}, expected one of {', '.join(MODES)}")
         if fp8 is not None and fp8 not in QUANTISATIONS:
@@ -169,6 +187,11 @@ class Runner:
         device = weights.queries.device
         if side_stream and device.type != "cuda":
             raise ValueError(f"{op}: side_stream needs CUDA, but the weights are on {device}")
+        if round_mix and fp8 is not None and device.type == "cuda" and dtype != torch.float32:
+            raise ValueError(
+                f"{op}: round_mix was given with fp8 and {dtype}, which the CPU alone computes: "
+                "expected one of them, or torch.float32, on CUDA"
+            )
         dim = weights.dim
         if bank is None:
             bank = BlockBank(
@@ -199,25 +222,37 @@ class Runner:
                 )
             self._out = torch.empty(queries, max_tokens, dim, dtype=dtype, device=device)
             self._lse = torch.empty(queries, max_tokens, device=device)
+        # Every read writes there: its first address and the one behind its last.
+        begin = self._x.data_ptr()
+        self._x_memory = (begin, begin + self._x.nbytes)
+        self._queries = weights.queries.unbind()
+        self._norm_weights = weights.norm_weights.unbind()
+        self._schedules: dict[int, _Schedule] = {}
+        self._workspace, self._phase1_workspace = self._make_workspaces()
         self._side = torch.cuda.Stream(device) if side_stream else None
         self._side_ahead = False  # it has work that no other stream has waited for
-        self._schedules: dict[int, _Schedule] = {}
-        self._schedule(max_tokens)
+        if self._side is not None:
+            self._keep_for(self._side)
+        self._generation = 0  # of the newest step: an older one has been given up
 
     def start(self, embedding: Tensor) -> Step:
         """Begins a step of T tokens; one that was not finished is given up.
 
         Args:
-            embedding: [T, D], the input of the first sublayer, in the runner's dtype.
+            embedding: [T, D], the input of the first sublayer, in the runner's dtype. It is not
+                copied: leave the memory as it is until the first read.
         """
         op = "Runner.start"
         checked = _check.tensor(op, "embedding", embedding)
         self._check_value(op, "embedding", checked, None)
+        schedule = self._schedule(checked.shape[0])
         self._join()  # phase 1 of a step that was given up may still read the bank
         self.bank.reset()
-        return Step(self, self._schedule(checked.shape[0]), checked)
+        self._generation += 1
+        return Step(self, schedule, checked)
 
     def _check_value(self, op: str, name: str, given: Tensor, tokens: int | None) -> None:
+        """A tensor for the next read, which writes x."""
         dim = self.weights.dim
         wanted = f"[{'T' if tokens is None else tokens}, {dim}]"
         if given.dim() != 2 or given.shape[1] != dim or tokens not in (None, given.shape[0]):
@@ -235,6 +270,13 @@ class Runner:
         if given.shape[-1] > 1 and given.stride(-1) != 1:
             raise ValueError(
                 f"{op}: {name} has stride {given.stride(-1)} in its last dimension, expected 1"
+            )
+        begin, end = self._x_memory
+        # A traced tensor has no address: there the operator refuses it.
+        if not torch.compiler.is_compiling() and begin <= given.data_ptr() < end:
+            raise ValueError(
+                f"{op}: {name} is memory that read() or finish() gave, which the next read "
+                "overwrites: expected another tensor"
             )
         if given.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
@@ -267,42 +309,42 @@ class Runner:
         return self.mode == "two_phase"
 
     def _schedule(self, tokens: int) -> _Schedule:
-        """The calls of a step of T tokens: made once, then looked up."""
-        if tokens not in self._schedules:
-            self._schedules[tokens] = self._plan(tokens)
-        return self._schedules[tokens]
+        """The calls of a step of T tokens, of the numbers that came up last."""
+        schedule = self._schedules.pop(tokens, None)
+        if schedule is None:
+            schedule = self._plan(tokens)
+            if len(self._schedules) >= KEPT_SCHEDULES:
+                del self._schedules[next(iter(self._schedules))]
+        self._schedules[tokens] = schedule  # the newest is the last
+        return schedule
 
     def _plan(self, tokens: int) -> _Schedule:
         S, L = self.block_size, self.num_sublayers
-        weights, bank = self.weights, self.bank
-        prefix = self._prefix[:tokens]
+        bank, x, prefix = self.bank, self._x[:tokens], self._prefix[:tokens]
+        x_fp8, x_scale = (None if t is None else t[:tokens] for t in (self._x_fp8, self._x_scale))
+        rows = [self._rows(count, tokens) for count in range(1, self.num_blocks + 1)]
+        nothing: tuple[list[Tensor], list[Tensor]] = ([], [])
         phase1: dict[int, _Phase1] = {}
+        merged: dict[int, tuple[Tensor, Tensor]] = {}  # what a site has of phase 1
         for block in range(self.num_blocks):
             if self._two_phase(block) and self._out is not None and self._lse is not None:
                 first, last = block * S + 1, min((block + 1) * S, L)  # sites, inclusive
                 count = last - first + 1
-                sources, scales = self._rows(block + 1, tokens)
-                phase1[block * S] = _Phase1(
-                    sources=sources,
-                    scales=scales,
-                    queries=weights.queries[first : last + 1],
+                phase1[block * S] = call = _Phase1(
+                    *rows[block],
+                    queries=self.weights.queries[first : last + 1],
                     out=self._out[:count, :tokens],
                     lse=self._lse[:count, :tokens],
                 )
+                results = zip(call.out.unbind(), call.lse.unbind(), strict=True)
+                merged |= dict(enumerate(results, start=first))
 
         def site(index: int) -> _Site:
             block = index // S
             boundary = index % S == 0 and index < L
             # The row of the newest block that this site reads; -1 at site 0.
             newest = block - 1 if boundary else min(block, self.num_blocks - 1)
-            if index == L:
-                newest = self.num_blocks - 1
-            previous = phase1.get(newest * S) if newest >= 0 else None
-            merged: tuple[Tensor | None, Tensor | None] = (None, None)
-            if previous is not None:
-                position = index - newest * S - 1
-                merged = (previous.out[position], previous.lse[position])
-            reads_rows = newest >= 0 and previous is None
+            reads_rows = newest >= 0 and index not in merged
             # Behind a boundary the sum begins with the one output that is pending.
             begins = index > 0 and (index - 1) % S == 0
             row = stored = None
@@ -310,45 +352,55 @@ class Runner:
                 row = bank.row(block, tokens)
             elif boundary:
                 stored = bank.stored_row(block, tokens)
-            sources, scales = self._rows(newest + 1, tokens) if reads_rows else ([], [])
-            quantized = self._x_fp8 is not None and index < L
-            x = self._x_fp8 if quantized else self._x
-            assert x is not None
+            quantized = x_fp8 is not None and index < L
+            sources, scales = rows[newest] if reads_rows else nothing
             return _Site(
                 sources=sources,
                 scales=scales,
-                phase1=merged,
-                query=None if index == 0 else weights.queries[index],
-                norm_weight=weights.norm_weights[index],
+                phase1=merged.get(index, (None, None)),
+                query=None if index == 0 else self._queries[index],
+                norm_weight=self._norm_weights[index],
                 partial=None if index == 0 or begins else prefix,
                 partial_out=None if index == 0 else (prefix if row is None else row),
                 snapshot=row if index == 0 else None,
                 claims=block if boundary else None,
                 stored=stored,
-                x=x[:tokens],
-                x_scale=self._x_scale[:tokens] if quantized and self._x_scale is not None else None,
+                x=x_fp8 if quantized and x_fp8 is not None else x,
+                x_scale=x_scale if quantized else None,
             )
 
-        sites = [site(index) for index in range(L + 1)]
+        return _Schedule(tokens, [site(index) for index in range(L + 1)], phase1)
+
+    def _make_workspaces(self) -> tuple[Tensor, Tensor]:
+        """Of reads, and of phase 1, which may run beside the sublayers.
+
+        A call over fewer tokens needs no more bytes: what it needs is a number of bytes for each
+        token, or for each of a number of pieces that tokens are dealt to, at most one a token.
+        """
+        schedule = self._schedule(self.max_tokens)
         # Of the shape and dtype that a step's own tensors have.
-        update, mix = torch.empty_like(prefix), torch.empty_like(prefix)
+        update, mix = torch.empty_like(self._prefix), torch.empty_like(self._prefix)
         needs = [
             torch.ops.flash_attn_res.read_out_workspace(
                 *self._read_arguments(site, update, () if i == 0 else (update,), mix)
             )
-            for i, site in enumerate(sites)
+            for i, site in enumerate(schedule.sites)
         ]
         phase1_needs = [
             torch.ops.flash_attn_res.attend_out_workspace(*self._attend_arguments(call))
-            for call in phase1.values()
+            for call in schedule.phase1.values()
         ]
-        return _Schedule(
-            tokens,
-            sites,
-            phase1,
-            workspace=self._bytes(max(needs)),
-            phase1_workspace=self._bytes(max(phase1_needs, default=0)),
-        )
+        return self._bytes(max(needs)), self._bytes(max(phase1_needs, default=0))
+
+    def _keep_for(self, side: torch.cuda.Stream) -> None:
+        """Memory that phase 1 uses is not given away before the side stream has done with it.
+
+        A runner may go while a step that was given up still runs there.
+        """
+        used = (self._out, self._lse, self._phase1_workspace, self.bank.data, self.bank.scale)
+        for memory in (*used, self.weights.queries):
+            if memory is not None:
+                memory.record_stream(side)
 
     def _rows(self, count: int, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
         """The first rows of the bank and, if they are stored with any, their scales."""
@@ -382,9 +434,11 @@ class Runner:
             *(site.x, site.x_scale, site.partial_out, site.snapshot, mix, None),
         )
 
-    def _run_phase1(self, call: _Phase1, workspace: Tensor) -> None:
+    def _run_phase1(self, call: _Phase1) -> None:
         with self._beside():
-            torch.ops.flash_attn_res.attend_out(*self._attend_arguments(call), workspace)
+            torch.ops.flash_attn_res.attend_out(
+                *self._attend_arguments(call), self._phase1_workspace
+            )
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -406,10 +460,15 @@ class Runner:
 
 
 class Step:
-    """One forward pass of a :class:`Runner`: read, write, ..., finish."""
+    """One forward pass of a :class:`Runner`: read, write, ..., finish.
+
+    A call that raises because of its arguments leaves the step where it was. A step is over when
+    its runner starts another one.
+    """
 
     def __init__(self, runner: Runner, schedule: _Schedule, embedding: Tensor) -> None:
         self._runner = runner
+        self._generation = runner._generation
         self._schedule = schedule
         self._embedding = embedding
         self._next = 0  # site
@@ -424,22 +483,33 @@ class Step:
 
         Returns:
             x [T, D], or :class:`Quantized`; a buffer of the runner's, valid until the next read.
+
+        Raises:
+            ValueError, TypeError: naming the argument and what was expected.
+            RuntimeError: the call is out of order, or the step is over.
         """
-        if self._next >= self._runner.num_sublayers or not self._reads:
-            raise RuntimeError(
-                f"Step.read: site {self._next} of {self._runner.num_sublayers}: expected "
-                + ("write()" if not self._reads else "finish()")
-            )
+        runner = self._runner
+        if (
+            self._generation != runner._generation
+            or self._next >= runner.num_sublayers
+            or not self._reads
+        ):
+            raise self._out_of_order("read")
+        result = self._read("Step.read", mix)
         self._reads = False
-        return self._read(mix)
+        return result
 
     def write(self, output: Tensor, addend: Tensor | None = None) -> None:
         """The output of the sublayer that has just run, [T, D]; ``addend`` is added to it.
 
-        It is not copied before the next read: leave the memory as it is until then.
+        It is not copied before the next read: leave the memory as it is until then. It may not be
+        the memory that ``read`` gave, which the next read overwrites.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as :meth:`read`.
         """
-        if self._reads:
-            raise RuntimeError("Step.write: there is no sublayer to write for: expected read()")
+        if self._generation != self._runner._generation or self._reads:
+            raise self._out_of_order("write")
         pending = (output,) if addend is None else (output, addend)
         for name, given in zip(("output", "addend"), pending, strict=False):
             self._runner._check_value(
@@ -449,37 +519,70 @@ class Step:
         self._reads = True
 
     def finish(self, *, mix: Tensor | None = None) -> Tensor:
-        """What the output head sees: the mixture over all blocks, normalised, [T, D]."""
-        if self._next != self._runner.num_sublayers or not self._reads:
-            raise RuntimeError(
-                f"Step.finish: {self._next} of {self._runner.num_sublayers} sublayers have run: "
-                "expected " + ("read()" if self._reads else "write()")
-            )
-        y = self._read(mix)
+        """What the output head sees: the mixture over all blocks, normalised, [T, D].
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as :meth:`read`.
+        """
+        runner = self._runner
+        if (
+            self._generation != runner._generation
+            or self._next != runner.num_sublayers
+            or not self._reads
+        ):
+            raise self._out_of_order("finish")
+        y = self._read("Step.finish", mix)
         assert isinstance(y, Tensor)
         return y
 
-    def _read(self, mix: Tensor | None) -> Tensor | Quantized:
+    def _out_of_order(self, call: str) -> RuntimeError:
+        """Why this call may not come now."""
+        last = self._runner.num_sublayers
+        if self._generation != self._runner._generation:
+            text = (
+                "this step is over: its runner has started another one, or one of its calls failed "
+                "half-way"
+            )
+        elif self._next > last:
+            text = "this step is finished: expected Runner.start()"
+        elif not self._reads:
+            text = f"site {self._next - 1} of {last} has been read: expected write()"
+        elif call == "write":
+            text = "there is no sublayer to write for: expected read()"
+        else:
+            text = f"{self._next} of {last} sublayers have run: expected "
+            text += "read()" if self._next < last else "finish()"
+        return RuntimeError(f"Step.{call}: {text}")
+
+    def _read(self, op: str, mix: Tensor | None) -> Tensor | Quantized:
         runner, index = self._runner, self._next
         site = self._schedule.sites[index]
         if mix is not None:
-            runner._check_value(
-                "Step.read", "mix", _check.tensor("Step.read", "mix", mix), self._schedule.tokens
-            )
-        if site.claims is not None and site.stored is None:
-            runner.bank.claim(site.claims, self._schedule.tokens)
+            runner._check_value(op, "mix", _check.tensor(op, "mix", mix), self._schedule.tokens)
+        if site.claims is not None:
+            runner.bank._check_free(site.claims)
         if site.phase1[0] is not None:
             runner._join()
-        torch.ops.flash_attn_res.read_out(
-            *runner._read_arguments(site, self._embedding, self._pending, mix),
-            self._schedule.workspace,
-        )
-        if site.claims is not None and site.stored is not None:
-            total = self._embedding if site.partial_out is None else site.partial_out
-            runner.bank.quantize_row(site.claims, total, site.stored)
+        try:
+            torch.ops.flash_attn_res.read_out(
+                *runner._read_arguments(site, self._embedding, self._pending, mix),
+                runner._workspace,
+            )
+        except RuntimeError as error:
+            raise in_words(error) from None
+        # The sum is written: from here on there is no way back.
         self._pending = ()
         self._next += 1
-        phase1 = self._schedule.phase1.get(index)
-        if phase1 is not None:
-            runner._run_phase1(phase1, self._schedule.phase1_workspace)
+        try:
+            if site.stored is not None and site.claims is not None:
+                total = self._embedding if site.partial_out is None else site.partial_out
+                runner.bank.quantize_row(site.claims, total, site.stored)
+            elif site.claims is not None:
+                runner.bank._written[site.claims] = True
+            phase1 = self._schedule.phase1.get(index)
+            if phase1 is not None:
+                runner._run_phase1(phase1)
+        except BaseException:
+            runner._generation += 1  # later sites would read what is not there
+            raise
         return site.x if site.x_scale is None else Quantized(site.x, site.x_scale)

@@ -68,14 +68,30 @@ class SiteWeights:
         queries: [L + 1, R] pseudo-queries.
         key_weights: [L + 1, R] RMSNorm weights of the keys, or None for ones.
         norm_weights: [L + 1, D] weights of the norms behind the sites.
+        eps: of the keys' RMSNorm in the model, if known.
+        block_size: sublayers to a block in the model, if known.
 
     Attributes:
         queries: [L + 1, R] float32, folded.
         norm_weights: [L + 1, D].
+        eps, block_size: as given; None when unknown. A :class:`Runner` takes them where it is given
+            none, and refuses others.
     """
 
-    def __init__(self, queries: Tensor, key_weights: Tensor | None, norm_weights: Tensor) -> None:
+    def __init__(
+        self,
+        queries: Tensor,
+        key_weights: Tensor | None,
+        norm_weights: Tensor,
+        *,
+        eps: float | None = None,
+        block_size: int | None = None,
+    ) -> None:
         op = type(self).__name__
+        self.eps = None if eps is None else _check.positive(op, "eps", eps)
+        self.block_size = block_size
+        if block_size is not None:
+            _check.positive_int(op, "block_size", block_size)
         for name, given in (("queries", queries), ("norm_weights", norm_weights)):
             checked = _check.tensor(op, name, given)
             if checked.dim() != 2 or checked.shape[0] < 2:
@@ -94,6 +110,7 @@ class SiteWeights:
                 f"{norm_weights.shape[1]} columns, the width of norm_weights"
             )
         _check.same_device(op, "norm_weights", norm_weights, "queries", queries)
+        _check.value_dtype(op, "queries", queries)
         if key_weights is not None:
             key_weights = _check.tensor(op, "key_weights", key_weights)
             if key_weights.shape != queries.shape:
@@ -102,6 +119,7 @@ class SiteWeights:
                     f"{_check.shape_text(queries)} like queries"
                 )
             _check.same_device(op, "key_weights", key_weights, "queries", queries)
+            _check.value_dtype(op, "key_weights", key_weights)
         _check.value_dtype(op, "norm_weights", norm_weights)
         folded = queries.detach().float()
         if key_weights is not None:
@@ -121,13 +139,19 @@ class SiteWeights:
 
     def to(self, device: torch.device | str) -> SiteWeights:
         """The same weights on another device."""
-        return SiteWeights(self.queries.to(device), None, self.norm_weights.to(device))
+        return SiteWeights(
+            self.queries.to(device),
+            None,
+            self.norm_weights.to(device),
+            eps=self.eps,
+            block_size=self.block_size,
+        )
 
     @classmethod
     def from_module(
         cls, module: BlockAttnRes, norm_weights: Sequence[Tensor] | Tensor
     ) -> SiteWeights:
-        """Of a trained :class:`flash_attn_res.BlockAttnRes` with scale 1.
+        """Of a trained :class:`flash_attn_res.BlockAttnRes` with scale 1, with its eps and blocks.
 
         Args:
             module: queries and key weights of the L + 1 sites.
@@ -136,7 +160,13 @@ class SiteWeights:
         if module.scale != 1.0:
             raise ValueError(f"SiteWeights.from_module: scale is {module.scale}, expected 1")
         stacked = norm_weights if isinstance(norm_weights, Tensor) else torch.stack([*norm_weights])
-        return cls(module.queries, module.key_weight, stacked)
+        return cls(
+            module.queries,
+            module.key_weight,
+            stacked,
+            eps=module.eps,
+            block_size=module.block_size,
+        )
 
     @classmethod
     def from_state_dict(
@@ -156,17 +186,18 @@ class SiteWeights:
             source: what messages call the mapping.
 
         Raises:
-            KeyError: parameters are missing; all of them are named.
+            KeyError: parameters are missing, or a layer among those that are there; they are named.
             ValueError: one has another shape than the first, named with both shapes.
+            TypeError: one is no tensor of a floating dtype that values may have.
         """
         if num_layers is None:
-            num_layers = _count_layers(state_dict, names)
-            if num_layers == 0:
-                raise KeyError(
-                    f"SiteWeights: {source} has no parameter named "
-                    f"{names.attention_query.format(layer=0)}"
-                )
+            num_layers = _count_layers(state_dict, names, source)
         _check.positive_int("SiteWeights", "num_layers", num_layers)
+        if num_layers > len(state_dict):  # before a name is made for each of them
+            raise KeyError(
+                f"SiteWeights: {source} has {len(state_dict)} parameters, too few for {num_layers} "
+                "layers"
+            )
         sites = [
             tuple(name.format(layer=layer) for name in triple)
             for layer in range(num_layers)
@@ -186,7 +217,8 @@ class SiteWeights:
         def stacked(position: int) -> Tensor:
             rows = []
             for site in sites:
-                weight = state_dict[site[position]]
+                weight = _check.tensor("SiteWeights", site[position], state_dict[site[position]])
+                _check.value_dtype("SiteWeights", site[position], weight)
                 if weight.numel() != dim or weight.shape[-1:] != (dim,):
                     raise ValueError(
                         f"SiteWeights: {site[position]} has shape {_check.shape_text(weight)}, "
@@ -212,8 +244,9 @@ class SiteWeights:
 
         Raises:
             FileNotFoundError: there is no such file, or the folder has no ``*.safetensors``.
-            ValueError: a file is truncated or no safetensors file; it is named.
-            KeyError, ValueError: as for :meth:`from_state_dict`.
+            ValueError: a file is truncated or no safetensors file, or two files have a parameter of
+                one name; they are named.
+            KeyError, ValueError, TypeError: as for :meth:`from_state_dict`.
         """
         path = pathlib.Path(path)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -221,8 +254,17 @@ class SiteWeights:
             raise FileNotFoundError(f"SiteWeights: {path} is no safetensors file nor a folder of")
         tensors: dict[str, Tensor] = {}
         wanted = [re.compile(pattern) for pattern in _patterns(names)]
+        origin: dict[str, pathlib.Path] = {}
         for file in files:
-            tensors.update(_read_safetensors(file, wanted, str(device)))
+            found = _read_safetensors(file, wanted, str(device))
+            for name in found:
+                if name in origin:
+                    raise ValueError(
+                        f"SiteWeights: {name} is in {origin[name]} and in {file}: expected the "
+                        "shards of one checkpoint, or one file"
+                    )
+                origin[name] = file
+            tensors.update(found)
         return cls.from_state_dict(tensors, num_layers=num_layers, names=names, source=str(path))
 
 
@@ -252,8 +294,20 @@ def _patterns(names: SiteNames) -> list[str]:
     ]
 
 
-def _count_layers(state_dict: Mapping[str, Tensor], names: SiteNames) -> int:
-    """One more than the largest layer number among the sites' names."""
+def _count_layers(state_dict: Mapping[str, Tensor], names: SiteNames, source: str) -> int:
+    """Layers among the sites' names, which must be numbered from 0 without a gap."""
     pattern = re.compile(re.escape(names.attention_query).replace(re.escape("{layer}"), "([0-9]+)"))
-    found = [pattern.fullmatch(name) for name in state_dict]
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+    # As words: a name may hold a number that no machine counts to.
+    found = {match[1] for match in map(pattern.fullmatch, state_dict) if match}
+    for layer in range(len(found)):
+        if str(layer) not in found:
+            other = max(found, key=lambda word: (len(word), word))
+            raise KeyError(
+                f"SiteWeights: {source} has no parameter named "
+                f"{names.attention_query.format(layer=layer)}, but one of layer {other:.20}"
+            )
+    if not found:
+        raise KeyError(
+            f"SiteWeights: {source} has no parameter named {names.attention_query.format(layer=0)}"
+        )
+    return len(found)
