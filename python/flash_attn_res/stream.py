@@ -17,12 +17,14 @@ sources in place. The functional one, here, is made of pure operators, for ``tor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_function
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flash_attn_res import _check
 from flash_attn_res.functional import AttendResult, attend, read
@@ -31,9 +33,17 @@ from flash_attn_res.plan import PartialPlan, Plan, Site
 if TYPE_CHECKING:
     from flash_attn_res.modules import BlockAttnRes
 
+_T = TypeVar("_T")
+
+_numbers = itertools.count()
+# Input of a sublayer -> number of the stream whose read gave it.
+_origins = WeakIdKeyDictionary()
+
 
 class Stream:
     """One forward pass: ``read`` and ``write`` for each sublayer, then ``finish``.
+
+    A call that fails leaves the stream as it was before, whatever the exception.
 
     Made by :meth:`BlockAttnRes.start`.
 
@@ -62,6 +72,7 @@ class Stream:
         self._update: Tensor | None = None
         self._sublayer = 0
         self._state = "read"
+        self._number = None if torch.compiler.is_compiling() else next(_numbers)
         self._return_probs = return_probs
         self.probabilities: list[Tensor] = []
 
@@ -94,8 +105,10 @@ class Stream:
         """
         self._expect("read")
         norm = self._norm("read", norm_weight, norm_eps)
-        x = self._read(self._plan.sites[self._sublayer], *norm)
+        x = self._undone(lambda: self._read(self._plan.sites[self._sublayer], *norm))
         self._state = "write"
+        if self._number is not None:
+            _origins[x] = self._number
         return x
 
     def write(self, output: Tensor) -> None:
@@ -110,16 +123,18 @@ class Stream:
         """
         self._expect("write")
         checked = _check.value("write", "output", output, "the embedding", self._like)
-        if self._output_dtype is None:
-            self._output_dtype = checked.dtype
-        elif checked.dtype != self._output_dtype and not torch.is_autocast_enabled(
-            checked.device.type
+        if (
+            self._output_dtype is not None
+            and checked.dtype != self._output_dtype
+            and not torch.is_autocast_enabled(checked.device.type)
         ):
             raise TypeError(
                 f"write: output is {checked.dtype} but that of the sublayers before was "
                 f"{self._output_dtype}; they may differ under autocast alone"
             )
-        self._check_origin(checked)
+        if self._is_foreign(checked):
+            raise RuntimeError("write: output is what another stream's read gave")
+        self._output_dtype = self._output_dtype or checked.dtype
         self._update = checked
         self._sublayer += 1
         self._state = "finish" if self._sublayer == self._plan.num_sublayers else "read"
@@ -135,6 +150,8 @@ class Stream:
     ) -> None:
         """``write(layer(read(norm_weight, norm_eps)))``, on request with recomputation.
 
+        If the layer raises, the read is undone: the sublayer may be tried again.
+
         Args:
             layer: from [..., D] to [..., D].
             norm_weight, norm_eps: as for :meth:`read`.
@@ -143,16 +160,23 @@ class Stream:
             preserve_rng_state: with checkpoint, run dropout and the like with the same random
                 numbers again. Turn it off where there are none: it costs a little time, and
                 CUDA graphs cannot capture it.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as :meth:`read` and :meth:`write`.
         """
-        if checkpoint and torch.is_grad_enabled():
-            self._expect("read")
-            norm = self._norm("sublayer", norm_weight, norm_eps)
-            site = self._plan.sites[self._sublayer]
+        if not checkpoint or not torch.is_grad_enabled():
+            self._undone(lambda: self.write(layer(self.read(norm_weight, norm_eps))))
+            return
+        self._expect("read")
+        norm = self._norm("sublayer", norm_weight, norm_eps)
+        site = self._plan.sites[self._sublayer]
+
+        def run() -> None:
             output = self._checkpointed(layer, site, *norm, preserve_rng_state)
             self._state = "write"
             self.write(output)
-        else:
-            self.write(layer(self.read(norm_weight, norm_eps)))
+
+        self._undone(run)
 
     def finish(self, norm_weight: Tensor | None = None, norm_eps: float | None = None) -> Tensor:
         """The final aggregation over all blocks, RMS-normalised if a weight [D] is given.
@@ -166,7 +190,7 @@ class Stream:
                 "finish: this stream runs a part of a network that has no output; call export"
             )
         norm = self._norm("finish", norm_weight, norm_eps)
-        y = self._read(self._plan.sites[self._sublayer], *norm)
+        y = self._undone(lambda: self._read(self._plan.sites[self._sublayer], *norm))
         self._state = "done"
         self._partial = self._update = None
         self._release()
@@ -179,8 +203,29 @@ class Stream:
             weight = _check.weight(op, "norm_weight", weight, "the embedding", self._like)
         return weight, self._eps if eps is None else _check.positive(op, "norm_eps", eps)
 
-    def _check_origin(self, output: Tensor) -> None:
-        """Refuses an output that is seen to belong to another stream."""
+    def _is_foreign(self, output: Tensor) -> bool:
+        """Whether an output is the very tensor that another stream's read gave."""
+        return self._number is not None and _origins.get(output, self._number) != self._number
+
+    def _undone(self, call: Callable[[], _T]) -> _T:
+        """What ``call`` returns; where it raises, the stream is as it was before."""
+        before = self._mark()
+        try:
+            return call()
+        except BaseException:
+            self._undo(before)
+            raise
+
+    def _mark(self) -> tuple[Any, ...]:
+        """What a call may change, for :meth:`_undo`."""
+        probabilities = len(self.probabilities)
+        pending = self._partial, self._update
+        return self._sublayer, self._state, self._output_dtype, pending, probabilities
+
+    def _undo(self, mark: tuple[Any, ...]) -> None:
+        self._sublayer, self._state, self._output_dtype, pending, probabilities = mark
+        self._partial, self._update = pending
+        del self.probabilities[probabilities:]
 
     def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
         raise NotImplementedError
@@ -215,6 +260,14 @@ class FunctionalStream(Stream):
         self._queries = queries  # [L + 1, R] folded
         self._sources = [embedding]
         self._phase1: AttendResult | None = None
+
+    def _mark(self) -> tuple[Any, ...]:
+        return len(self._sources), self._phase1, super()._mark()
+
+    def _undo(self, mark: tuple[Any, ...]) -> None:
+        sources, self._phase1, rest = mark
+        del self._sources[sources:]
+        super()._undo(rest)
 
     def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
         self._prepare(site)

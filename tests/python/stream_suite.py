@@ -614,6 +614,157 @@ def test_layers_that_work_in_place(device) -> None:
         torch.autograd.grad(y, [x], cotangent)
 
 
+# ----------------------------------------------------------------------------- failed calls
+
+SCHEDULES = {
+    "sums that become sources as they are read": (7, 1, {"group_blocks": 3}),
+    "blocks that close": (7, 2, {"forms": "two_phase", "group_blocks": 1}),
+    "one-shot": (7, 3, {"forms": "one_shot"}),
+    "as planned": (7, 3, {}),
+    "stored": (7, 2, {"block_storage": "float16"}),
+    "stochastic": (7, 2, {"stochastic_rounding": 3, "grad_dtype": None}),
+}
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+every_stream = pytest.mark.parametrize("functional", [False, True], ids=["lean", "functional"])
+
+
+def build_schedule(schedule, functional: bool, device: str):
+    num_sublayers, block_size, options = schedule
+    if functional and "block_storage" in options:
+        pytest.skip("block_storage is for the lean stream")
+    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float32
+    return make(num_sublayers, block_size, device, dtype, **options)
+
+
+def run_with(network: Network, x: Tensor, functional: bool, each) -> Tensor:
+    """A forward whose sublayers are run by ``each(stream, index, layer, norm)``."""
+    if network.attn_res.rounding_seed is not None:
+        network.attn_res.rounding_seed[1] = 0
+    stream = network.attn_res.start(x, functional=functional, return_probs=True)
+    for i, (norm, layer) in enumerate(zip(network.norms, network.layers, strict=False)):
+        each(stream, i, layer, norm)
+    y = stream.finish(network.norms[-1])
+    assert len(stream.probabilities) == len(network.layers) + 1
+    return y
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@every_stream
+@every_schedule
+def test_a_sublayer_that_failed_may_be_tried_again(
+    schedule, functional, checkpointed, device
+) -> None:
+    network, x, cotangent = build_schedule(schedule, functional, device)
+    tensors = tensors_of(network, x)
+
+    def sublayer(stream, i, layer, norm) -> None:
+        stream.sublayer(layer, norm, checkpoint=checkpointed)
+
+    y = run_with(network, x, functional, sublayer)
+    expected = gradients(y, tensors, cotangent)
+
+    def raises(h: Tensor) -> Tensor:
+        raise ArithmeticError("this layer does not work")
+
+    def interrupted(h: Tensor) -> Tensor:
+        h.mul_(2)  # of no effect: the input is read again
+        raise KeyboardInterrupt
+
+    places = range(len(network.layers))
+    for failing in [*([place] for place in places), list(places)]:
+
+        def each(stream, i, layer, norm, failing=failing) -> None:
+            if i in failing:
+                for bad, error in (
+                    (raises, ArithmeticError),
+                    (lambda h: layer(h)[..., :-1], ValueError),
+                    (interrupted, KeyboardInterrupt),
+                ):
+                    with pytest.raises(error):
+                        stream.sublayer(bad, norm, checkpoint=checkpointed)
+                with pytest.raises(RuntimeError, match=f"write: sublayer {i} of 7 has not been"):
+                    stream.write(x)
+            sublayer(stream, i, layer, norm)
+
+        again = run_with(network, x, functional, each)
+        assert torch.equal(again, y), failing
+        assert_equal(gradients(again, tensors, cotangent), expected)
+
+
+@every_stream
+@every_schedule
+def test_a_read_that_failed_may_be_tried_again(schedule, functional, device, monkeypatch) -> None:
+    network, x, cotangent = build_schedule(schedule, functional, device)
+    tensors = tensors_of(network, x)
+
+    def sublayer(stream, i, layer, norm) -> None:
+        stream.write(layer(stream.read(norm)))
+
+    y = run_with(network, x, functional, sublayer)
+    expected = gradients(y, tensors, cotangent)
+    place = importlib.import_module("flash_attn_res.stream") if functional else operators
+    real = place.read
+
+    def fails(*arguments, **options):
+        raise MemoryError
+
+    def each(stream, i, layer, norm) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "read", fails)
+            for _ in range(2):
+                with pytest.raises(MemoryError):
+                    stream.read(norm)
+        sublayer(stream, i, layer, norm)
+        if i == len(network.layers) - 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(place, "read", fails)
+                with pytest.raises(MemoryError):
+                    stream.finish(norm)
+        assert place.read is real
+
+    again = run_with(network, x, functional, each)
+    assert torch.equal(again, y)
+    assert_equal(gradients(again, tensors, cotangent), expected)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_loss_that_a_failed_call_made(place, device) -> None:
+    """It counts, or is refused: its input may share memory with that of the call that went well."""
+    network, x, cotangent = make(6, 3, device, torch.float32, forms="two_phase", group_blocks=1)
+    tensors = tensors_of(network, x)
+
+    def total(tries: int) -> Tensor:
+        losses: list[Tensor] = []
+
+        def each(stream, i, layer, norm) -> None:
+            def with_loss(h: Tensor) -> Tensor:
+                if i == place:
+                    losses.append(h.square().sum() * (2 / tries))
+                    if len(losses) < tries:
+                        raise ArithmeticError
+                return layer(h)
+
+            for _ in range(tries - 1 if i == place else 0):
+                with pytest.raises(ArithmeticError):
+                    stream.sublayer(with_loss, norm)
+            stream.sublayer(with_loss, norm)
+
+        y = run_with(network, x, False, each)
+        return sum(losses) + (y * cotangent).sum()
+
+    one = torch.ones((), device=device)
+    expected = gradients(total(1), tensors, one)
+    loss = total(2)
+    if place in (4, 5):  # later sites of a block with phase 1
+        with pytest.raises(RuntimeError, match=f"site {place} was read twice, for a call of its"):
+            gradients(loss, tensors, one)
+        return
+    found = gradients(loss, tensors, one)
+    largest = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * largest)
+
+
 # -------------------------------------------------------------------------------------- errors
 
 
@@ -676,15 +827,45 @@ class TestErrors:
             stream.read(self.value(stream, DIM), -1)
         stream.read(self.value(stream, DIM))
 
-    def test_another_streams_input(self, stream, device) -> None:
-        other = BlockAttnRes(3, DIM, 2, device=device).start(
-            torch.randn(2, DIM, device=device, requires_grad=True)
-        )
-        x = other.read()
-        stream.read()
-        with pytest.raises(RuntimeError, match="output is what another stream's read gave"):
+    @pytest.mark.parametrize("functional", [False, True])
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    def test_another_streams_input(self, mode, functional, device) -> None:
+        module = BlockAttnRes(3, DIM, 2, device=device)
+        with mode():
+            value = torch.randn(2, DIM, device=device)
+            stream, other = (module.start(value, functional=functional) for _ in range(2))
+            for _ in range(3):
+                x, own = other.read(), stream.read()
+                with pytest.raises(RuntimeError, match="output is what another stream's read gave"):
+                    stream.write(x)
+                stream.write(own)
+                other.write(x)
+            assert torch.equal(stream.finish(), other.finish())
+
+    def test_an_output_that_is_refused_decides_no_dtype(self, stream, device) -> None:
+        value = self.value(stream, dtype=torch.bfloat16)
+        x = BlockAttnRes(3, DIM, 2, device=device).start(value).read()
+        own = stream.read()
+        with pytest.raises(RuntimeError, match="another stream's read"):
             stream.write(x)
-        other.write(x)
+        stream.write(own)
+
+    @pytest.mark.parametrize("functional", [False, True])
+    def test_a_network_as_a_layer(self, functional, device) -> None:
+        """What the finish of an inner stream gives is an output like any other."""
+        inner = BlockAttnRes(1, DIM, 1, device=device)
+
+        def layer(x: Tensor) -> Tensor:
+            stream = inner.start(x, functional=functional)
+            stream.sublayer(torch.tanh)
+            return stream.finish()
+
+        x = torch.randn(2, DIM, device=device, requires_grad=True)
+        stream = BlockAttnRes(2, DIM, 2, device=device).start(x, functional=functional)
+        for checkpointed in (False, True):
+            stream.sublayer(layer, checkpoint=checkpointed)
+        stream.finish().sum().backward()
+        assert x.grad.any()
 
     def test_after_its_backward(self, device) -> None:
         network, x, cotangent = make(8, 3, device, torch.float32)

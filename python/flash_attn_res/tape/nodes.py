@@ -239,6 +239,11 @@ class Read(Function):
         phase1_out = dh = gate = dlse = None
         if phase1 is not None:
             phase1.begin(tape, frozen)
+            if site.slot in phase1.replaced:  # by the read that a failed call has left behind
+                raise RuntimeError(
+                    f"flash_attn_res: site {site.index} was read twice, for a call of its sublayer "
+                    "failed, and both inputs have a gradient; drop losses that a failed call made"
+                )
             phase1_out = phase1.rows[site.slot]
             if need_token:
                 dh = phase1_out

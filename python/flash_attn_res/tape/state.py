@@ -202,6 +202,16 @@ class Tape:
         self.source_grads.append(needs_grad)
         return len(self.sources) - 1
 
+    def mark(self) -> tuple[int, int]:
+        """How many sources there are, for :meth:`undo`."""
+        return len(self.sources), len(self.stored)
+
+    def undo(self, mark: tuple[int, int]) -> None:
+        """Drops the sources that were added since."""
+        sources, stored = mark
+        del self.sources[sources:], self.source_grads[sources:], self.stored[stored:]
+        self.completed = None
+
     def given(self, first: int, end: int, direct: bool = False) -> Sources:
         """The sources first..end - 1; ``direct``: for a read."""
         if self.storage is None or (direct and end <= 1):

@@ -79,11 +79,24 @@ class TapeStream(Stream):
                 "inside of it"
             )
 
-    def _check_origin(self, output: Tensor) -> None:
+    def _is_foreign(self, output: Tensor) -> bool:
         node: Any = output.grad_fn
         is_read = isinstance(node, Read._backward_cls)
-        if is_read and node.tape is not self._tape:
-            raise RuntimeError("write: output is what another stream's read gave")
+        # What another stream's finish gave is the output of a network, which may be a layer.
+        if is_read and not node.site.output and node.tape is not self._tape:
+            return True
+        return super()._is_foreign(output)
+
+    def _mark(self) -> tuple[Any, ...]:
+        return self._token, self._phase1, self._tape.mark(), super()._mark()
+
+    def _undo(self, mark: tuple[Any, ...]) -> None:
+        self._token, phase1, tape, rest = mark
+        # Results are freed where the next group begins: the call to come does so again.
+        freed = phase1 is not None and phase1.out is None
+        self._phase1 = self._tape.phase1 = None if freed else phase1
+        self._tape.undo(tape)
+        super()._undo(rest)
 
     def _read(self, site: Site, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
         tape = self._tape
@@ -134,11 +147,18 @@ class TapeStream(Stream):
             phase1.drop()
 
     def use_plan(self, change: Callable[[Plan], Plan]) -> None:
-        """Runs by another plan of the same network; before the first read."""
-        assert isinstance(self._plan, Plan)
-        assert self._sublayer == 0
-        self._plan = change(self._plan)
-        self._last_group = last_group(self._plan)
+        """Runs by another plan of the same network; before the first read.
+
+        A stream of a part of a network keeps its own.
+
+        Raises:
+            RuntimeError: a site has been read.
+        """
+        if self._sublayer > 0 or self._state != "read":
+            raise RuntimeError("use_plan: a site has been read; call use_plan before the first")
+        if isinstance(self._plan, Plan):
+            self._plan = change(self._plan)
+            self._last_group = last_group(self._plan)
 
     def prefetch(self, side: torch.cuda.Stream | None = None) -> None:
         """Between read and write: runs the phase 1 that the next site opens, if it needs no output.
@@ -153,7 +173,7 @@ class TapeStream(Stream):
         with torch.cuda.stream(side):
             if side is not None:
                 self._tape.follow_stream()
-            self._phase1_of(site[0])
+            self._undone(lambda: self._phase1_of(site[0]))
 
     def export(self, first: int, boundary: bool) -> tuple[list[Tensor], Tensor | None]:
         """Ends a part of a network: the sources from ``first`` on, and the running sum.
@@ -166,6 +186,12 @@ class TapeStream(Stream):
             RuntimeError: a sublayer is still to come.
         """
         self._expect("finish")
+        exported = self._undone(lambda: self._export(first, boundary))
+        self._partial = self._update = None
+        self._state = "done"
+        return exported, None if boundary else exported.pop()
+
+    def _export(self, first: int, boundary: bool) -> list[Tensor]:
         tape = self._tape
         if tape.device.type == "cuda":
             tape.follow_stream()
@@ -175,10 +201,7 @@ class TapeStream(Stream):
                 tape, self._sublayer, self._partial, self._update, self._token
             )
             self._partial = self._update = None
-        exported = list(Export.apply(tape, first, self._partial, self._update, self._token))
-        self._partial = self._update = None
-        self._state = "done"
-        return exported, None if boundary else exported.pop()
+        return list(Export.apply(tape, first, self._partial, self._update, self._token))
 
     def release(self) -> None:
         """Lets go of the sources after :meth:`export`; the graph holds what its backward needs."""
