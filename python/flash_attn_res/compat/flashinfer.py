@@ -38,7 +38,7 @@ class KimiK3AttnResRunner:
     out: Tensor  #: [T, D]
     eps: float
     output_norm_eps: float
-    workspace: Tensor  #: uint8
+    workspace: Tensor | None  #: uint8; None in a compiled program, which plans its own memory
 
     def launch(self) -> Tensor:
         """Runs the site on the current stream and returns ``out``."""
@@ -89,17 +89,20 @@ def prepare_kimi_k3_attn_res(
     )
     query = fold_once(norm_weight, qk_weight) if num_blocks > 0 else None
     sources = [packed] if num_blocks > 0 else []
-    with torch.no_grad():
-        needed = read_workspace_bytes(
-            query,
-            x=out,
-            sources=sources,
-            partial=prefix,
-            update=delta,
-            partial_out=None if delta is None else prefix,
-            snapshot=row,
-            norm_weight=output_norm_weight,
-        )
+    workspace = None
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():
+            needed = read_workspace_bytes(
+                query,
+                x=out,
+                sources=sources,
+                partial=prefix,
+                update=delta,
+                partial_out=None if delta is None else prefix,
+                snapshot=row,
+                norm_weight=output_norm_weight,
+            )
+        workspace = torch.empty(needed, dtype=torch.uint8, device=prefix.device)
     return KimiK3AttnResRunner(
         prefix=prefix,
         delta=delta,
@@ -110,7 +113,7 @@ def prepare_kimi_k3_attn_res(
         out=out,
         eps=eps,
         output_norm_eps=output_norm_eps,
-        workspace=torch.empty(needed, dtype=torch.uint8, device=prefix.device),
+        workspace=workspace,
     )
 
 

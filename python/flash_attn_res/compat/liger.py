@@ -43,7 +43,11 @@ def liger_attn_res(
 
 
 class LigerAttnResFunction:
-    """``apply(V, w_query, w_norm, eps)``: the same, as the autograd class is called."""
+    """``apply(V, w_query, w_norm, eps)``: the same, as the autograd class is called.
+
+    It is no ``torch.autograd.Function`` itself: ``forward`` and ``backward`` are those of the
+    package's operators.
+    """
 
     @staticmethod
     def apply(V: Tensor, w_query: Tensor, w_norm: Tensor, eps: float) -> Tensor:

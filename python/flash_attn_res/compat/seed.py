@@ -4,7 +4,8 @@ That package had the import name of this one, so that its users change the modul
 
 .. code-block:: python
 
-    from flash_attn_res import phase_1_batched_attention_triton_op  # before
+    from flash_attn_res import phase_1_batched_attention_triton_op  # before, or from its
+    from flash_attn_res.ops.phase_1 import phase_1_batched_attention_triton_op  # own module
     from flash_attn_res.compat.seed import phase_1_batched_attention_triton_op  # after
 
     from flash_attn_res.experimental.autograd import BlockAttentionResiduals  # before
@@ -96,7 +97,11 @@ def _run_block(
 
 
 class BlockAttentionResiduals:
-    """``apply(inputs, pseudo_queries, layers, BLOCK_SIZE, eps, *params)``: the whole stack."""
+    """``apply(inputs, pseudo_queries, layers, BLOCK_SIZE, eps, *params)``: the whole stack.
+
+    It is no ``torch.autograd.Function`` itself: ``forward`` and ``backward`` are those of the
+    package's operators.
+    """
 
     @staticmethod
     def apply(

@@ -34,9 +34,11 @@ _folded: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def fold_once(norm_weight: Tensor, qk_weight: Tensor) -> Tensor:
     """``norm_weight * qk_weight`` in float32, kept as long as both tensors stay as they are.
 
-    Tensors made under ``torch.inference_mode`` do not say when they change, and memory of a CUDA
-    graph is the graph's alone: in both cases the product is computed anew.
+    Tensors made under ``torch.inference_mode`` do not say when they change, memory of a CUDA graph
+    is the graph's alone, and a compiled program is traced once: there the product is computed anew.
     """
+    if torch.compiler.is_compiling():
+        return norm_weight.detach().float() * qk_weight.detach().float()
     captured = norm_weight.is_cuda and torch.cuda.is_current_stream_capturing()
     remembers = not (norm_weight.is_inference() or qk_weight.is_inference())
     if remembers:
