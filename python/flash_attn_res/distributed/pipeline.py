@@ -356,49 +356,63 @@ def make_stages(
         The stages in order. Each counts what it sends in ``sent_bytes``.
 
     Raises:
-        ValueError, TypeError: on every rank, naming the rank and the stage that is wrong.
+        ValueError, TypeError, RuntimeError: on every rank, naming the rank that is wrong, and the
+            stage where it is one.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     payload = Plain() if payload is None else payload
     found: dict[int, StageAttnRes] = {}
-    error: Exception | None = None
-    try:
-        found = _find(modules, rank, size, tuple(shape), dtype)
-    except (ValueError, TypeError) as problem:
-        error = problem
-    own = {stage: _describe(part_of, payload, shape, dtype) for stage, part_of in found.items()}
-    gathered: list[Any] = [None] * size
-    kind, text = (type(error).__name__, str(error)) if error is not None else ("", "")
-    dist.all_gather_object(gathered, (kind, text, own), group=group)
-    _compare(gathered)
-
-    cache = BlockCache()
-    value = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    own: dict[int, dict[str, str]] = {}
     stages: list[PipelineStage] = []
-    for stage in sorted(found):
-        attn_res, layout = found[stage], found[stage].layout
-        attn_res.payload, attn_res.cache, attn_res.stream_dtype = payload, cache, dtype
-
-        def wire(count: int) -> tuple[Tensor, ...]:
-            parts = [item for _ in range(count) for item in payload.encode(value)]
-            return tuple(item.requires_grad_() for item in parts)
-
-        inputs: Any = wire(layout.values_received(stage)) if stage > 0 else input_args
-        outputs: Any = output_args
-        if stage < layout.num_stages - 1:
-            outputs = wire(layout.values_received(stage + 1))
-        stages.append(
-            _Stage(
-                modules[stage],
-                attn_res,
-                cache,
-                device=torch.device(device),
-                input_args=value if inputs is None else inputs,
-                output_args=value if outputs is None else outputs,
-                group=group,
+    # What goes wrong here goes through the exchange: the others would wait for a rank that left.
+    kind = text = ""
+    cache, here = BlockCache(), None
+    try:
+        here = torch.empty(0, device=device).device
+        found = _find(modules, rank, size, tuple(shape), dtype)
+        own = {stage: _describe(part_of, payload, shape, dtype) for stage, part_of in found.items()}
+        for stage in sorted(found):
+            inputs, outputs = _wires(found[stage], payload, tuple(shape), dtype)
+            last = stage == found[stage].layout.num_stages - 1
+            stages.append(
+                _Stage(
+                    modules[stage],
+                    found[stage],
+                    cache,
+                    device=here,
+                    input_args=input_args if stage == 0 and input_args is not None else inputs,
+                    output_args=output_args if last and output_args is not None else outputs,
+                    group=group,
+                )
             )
-        )
+    except Exception as problem:
+        kind, text = type(problem).__name__, str(problem)
+        if "make_stages: " not in text:
+            text = f"make_stages: rank {rank}: {kind}: {text}"
+    gathered: list[Any] = [None] * size
+    # NCCL sends objects from the current device, which need not be this rank's.
+    with torch.cuda.device(here if here is not None and here.type == "cuda" else -1):
+        dist.all_gather_object(gathered, (kind, text, own), group=group)
+    _compare(gathered)
+    for attn_res in found.values():
+        attn_res.payload, attn_res.cache, attn_res.stream_dtype = payload, cache, dtype
     return stages
+
+
+def _wires(
+    attn_res: StageAttnRes, payload: Payload, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Meta tensors like what a stage takes in and gives out; [..., D] at the pipeline's ends."""
+    layout, stage = attn_res.layout, attn_res.stage
+    value = torch.empty(shape, dtype=dtype, device="meta")
+
+    def wire(count: int) -> tuple[Tensor, ...]:
+        parts = [item for _ in range(count) for item in payload.encode(value)]
+        return tuple(item.requires_grad_() for item in parts)
+
+    inputs = wire(layout.values_received(stage)) if stage > 0 else (value,)
+    last = stage == layout.num_stages - 1
+    return inputs, (value,) if last else wire(layout.values_received(stage + 1))
 
 
 def _find(
@@ -455,6 +469,12 @@ def _describe(
         "bounds": str(layout.bounds),
         "ranks": str(layout.ranks),
         "cache": str(layout.cache),
+        "scale": str(attn_res.scale),
+        "eps": str(attn_res.eps),
+        "query_dim": str(attn_res.query_dim),
+        "key_weight": str(attn_res.key_weight is not None),
+        "block_storage": str(attn_res.block_storage),
+        "grad_dtype": str(attn_res.grad_dtype),
         "shape": str(list(shape)),
         "dtype": str(dtype),
         "payload": payload.name,
@@ -465,7 +485,8 @@ def _compare(gathered: Sequence[tuple[str, str, dict[int, dict[str, str]]]]) -> 
     """Raises the same error on every rank, if there is one."""
     for kind, text, _ in gathered:
         if text:
-            raise {"TypeError": TypeError}.get(kind, ValueError)(text)
+            kinds = {"TypeError": TypeError, "ValueError": ValueError}
+            raise kinds.get(kind, RuntimeError)(text)
     everything = sorted(
         (stage, rank, described)
         for rank, (_, _, own) in enumerate(gathered)
@@ -475,7 +496,8 @@ def _compare(gathered: Sequence[tuple[str, str, dict[int, dict[str, str]]]]) -> 
     for stage, rank, described in everything:
         for name, value in described.items():
             if value != first[name]:
-                kind_of = TypeError if name in ("dtype", "payload") else ValueError
+                typed = name in ("dtype", "grad_dtype", "payload")
+                kind_of = TypeError if typed else ValueError
                 raise kind_of(
                     f"make_stages: rank {rank}, stage {stage}: {name} is {value}, expected "
                     f"{first[name]} as of rank {first_rank}, stage {everything[0][0]}"
