@@ -35,6 +35,12 @@ from flash_attn_res.plan import Group, Plan
 from flash_attn_res.stream import Stream
 from flash_attn_res.tape import TapeStream
 
+# Their names since PyTorch 2.13, which warns of those before.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_reduce_scatter = (
+    getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
+)
+
 
 class _Gather(Function):
     """All ranks' shards, one after the other; the gradient of each rank's copy is summed."""
@@ -208,13 +214,17 @@ class TokenShards:
         """The sum over ranks of this rank's tokens."""
         size = self.shard_size(whole.shape[self.dim])
         rows = self._pad(whole, size * self.size).movedim(self.dim, 0).contiguous()
-        summed = collectives.reduce_scatter_tensor(rows, "sum", 0, self.group)
+        summed = _reduce_scatter(rows, "sum", 0, self.group)
         return collectives.wait_tensor(summed).movedim(0, self.dim).contiguous()
 
     def begin_gather(self, shard: Tensor, tokens: int) -> _Pending:
         """Starts the all-gather of shards."""
         rows = shard.movedim(self.dim, 0).contiguous()
-        return _Pending(self.dim, collectives.all_gather_tensor(rows, 0, self.group), tokens)
+        return _Pending(self.dim, _all_gather(rows, 0, self.group), tokens)
+
+    def overlaps(self, device: torch.device) -> bool:
+        """Whether phase 1 runs ahead on a device."""
+        return self.overlap and device.type == "cuda"
 
     def side_stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream on which phase 1 runs beside a collective."""
@@ -262,7 +272,7 @@ class ShardedStream:
         **options: Any,
     ) -> None:
         self._shards, self._tokens = shards, tokens
-        self._overlap = shards.overlap and embedding.is_cuda and not options.get("functional")
+        self._overlap = shards.overlaps(embedding.device) and not options.get("functional")
         self.stream: Stream = attn_res.start(embedding, **options)
         if self._overlap and isinstance(self.stream, TapeStream):
             self.stream.use_plan(split_first)
@@ -316,10 +326,11 @@ class ShardedStream:
     ) -> None:
         """``write(layer(read(norm_weight, norm_eps)))``, on request with recomputation.
 
-        With ``checkpoint`` the backward gathers the layer's input again.
+        With ``checkpoint`` the backward gathers the layer's input again. Where the layer raises,
+        this rank's read is undone.
         """
         if not checkpoint:
-            self.write(layer(self.read(norm_weight, norm_eps)))
+            self.stream._undone(lambda: self.write(layer(self.read(norm_weight, norm_eps))))
             return
 
         def whole(shard: Tensor) -> Tensor:
