@@ -1,7 +1,8 @@
 """What several processes check together; shared by the tests on CPU (gloo) and GPU (NCCL).
 
 One set of processes runs all checks of a world size. A check is a function of a ``Process``; where
-it must hold, every process asserts it.
+it must hold, every process asserts it. After a failure the processes are out of step: a fresh set
+goes on with the next check.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ from flash_attn_res.distributed import (
 from stream_networks import DIM, Network, SwiGlu, assert_equal, assert_gradients
 
 TIMEOUT = 60
+"""Seconds that a collective waits for a peer."""
+
+GRACE = 10
+"""Seconds for the other processes to tell of an error of their own, after one has failed."""
+
+LIMIT = {"cpu": 600, "cuda": 240}
+"""Seconds for all checks of a world size."""
 
 
 @dataclasses.dataclass
@@ -52,6 +60,11 @@ class Process:
     @property
     def last(self) -> bool:
         return self.rank == self.world - 1
+
+    @property
+    def close(self) -> dict[str, float]:
+        """For assert_close of float32 sums of one: a GPU's order depends on a matrix's shape."""
+        return {"rtol": 1e-4, "atol": 1e-4} if self.device.type == "cuda" else {}
 
 
 CHECKS: list[Callable[[Process], None]] = []
@@ -200,13 +213,23 @@ def one_process(given, micro_batches: int, dtype: torch.dtype, eager: bool = Fal
 
 
 def assert_pipeline(result, micro_batches: int = 4) -> None:
+    """A pipeline may err as much as one process does, by the formulas or by this library.
+
+    How those two compare is what the tests of the stream ask.
+    """
     ours, given, _ = result
     dtype = given[0].norms[0].dtype
     exact = one_process(given, micro_batches, torch.float64, eager=True)
     if dtype == torch.float64:
         assert_gradients(ours, exact)
-    else:
-        assert_gradients(ours, exact, one_process(given, micro_batches, dtype, eager=True))
+        return
+    alone = [one_process(given, micro_batches, dtype, eager=eager) for eager in (True, False)]
+
+    def worse(name: str) -> Tensor:
+        found = (gradients[name] for gradients in alone)
+        return max(found, key=lambda value: (value.double() - exact[name]).norm().item())
+
+    assert_gradients(ours, exact, {name: worse(name) for name in exact})
 
 
 @check
@@ -293,6 +316,18 @@ def pipeline_frees_and_counts(process: Process) -> None:
 
 
 @check
+def pipeline_on_a_subgroup(process: Process) -> None:
+    """A group whose ranks are not those of the default group; at world 4, two pipelines."""
+    half = process.world // 2
+    groups = [list(range(process.world))] if half == 1 else [[0, 2], [1, 3]]
+    made = [dist.new_group(ranks, timeout=wait_for(process.device.type)) for ranks in groups]
+    for ranks, group in zip(groups, made, strict=True):
+        if process.rank in ranks:
+            part_of = Process(ranks.index(process.rank), len(ranks), process.device)
+            assert_pipeline(run_pipeline(part_of, 8, 3, virtual=2, group=group))
+
+
+@check
 def pipeline_payloads(process: Process) -> None:
     """Formats of fewer bytes: errors of their own size, and fewer bytes."""
     plain = run_pipeline(process, 8, 3, virtual=2, dtype=torch.float32)
@@ -324,7 +359,7 @@ def pipeline_without_gradients(process: Process) -> None:
         x = torch.cat([x, x]) if process.world == 4 else x
         y = runner.step(*((x,) if 0 in own else ()))
         if layout.num_stages - 1 in own:
-            torch.testing.assert_close(y, network(x))
+            torch.testing.assert_close(y, network(x), **process.close)
     assert len(stages[0].cache) == 0
 
 
@@ -361,6 +396,22 @@ def pipeline_errors_are_seen_by_every_rank(process: Process) -> None:
         stages(given(even), dim=DIM if last else 99)
     with pytest.raises(TypeError, match=f"{where}: dtype is torch.bfloat16, expected .*float32"):
         stages(given(even), dtype=torch.bfloat16 if last else torch.float32)
+    for name, options, value in (
+        ("eps", {"eps": 1e-5}, "1e-05, expected 1e-06"),
+        ("scale", {"scale": 2.0}, "2.0, expected 1.0"),
+        ("key_weight", {"key_weight": False}, "False, expected True"),
+        ("query_dim", {"query_dim": 16}, f"16, expected {DIM}"),
+        ("block_storage", {"block_storage": "float8"}, "float8, expected None"),
+        ("grad_dtype", {"grad_dtype": None}, "None, expected torch.float32"),
+    ):
+        part_of = StageAttnRes(even, process.rank, DIM, **(options if last else {}))
+        with pytest.raises((TypeError, ValueError), match=f"{where}: {name} is {value} as of rank"):
+            stages({process.rank: part_of})
+    # What nobody foresaw is still an error on every rank.
+    with pytest.raises(
+        RuntimeError, match=f"make_stages: rank {world - 1}: AttributeError: .*name"
+    ):
+        stages(given(even), payload=object() if last else None)
     with pytest.raises(TypeError, match=f"{where}: payload is scaled float16, expected plain"):
         stages(given(even), payload=Scaled(torch.float16) if last else None)
     wrong = PipelineLayout.even(8, 4, world + 1)
@@ -426,7 +477,7 @@ def mlp_network(process: Process, dtype: torch.dtype, layers: int = 7, block: in
 @check
 def sequence_shards(process: Process) -> None:
     """Outputs and every gradient, for tokens that the group divides and that it does not."""
-    group = dist.new_group(list(range(process.world)))
+    group = dist.new_group(list(range(process.world)), timeout=wait_for(process.device.type))
     mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world,))
     cuda = process.device.type == "cuda"
     dtype = torch.float32 if cuda else torch.float64
@@ -472,6 +523,82 @@ def sequence_shards(process: Process) -> None:
                 torch.testing.assert_close(ours, exact, **tight)
 
 
+class Parts(nn.Module):
+    """All ranks' parts of a layer in one process, summed as a reduce-scatter does."""
+
+    def __init__(self, layer: SwiGlu, world: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(ColumnRow(layer, rank, world) for rank in range(world))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = (part_of(x) for part_of in self.parts)
+        return sum(rest, first)
+
+
+class Ahead(TokenShards):
+    """Runs phase 1 of a block ahead on the stream that everything runs on, CPUs included."""
+
+    def overlaps(self, device: torch.device) -> bool:
+        return True
+
+    def side_stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+@check
+def sequence_shards_with_phase_1_ahead(process: Process) -> None:
+    """Against one process by the formulas; and on a side stream, the same bits every time."""
+    for dtype in (torch.float32, torch.bfloat16):
+        phase_1_ahead(process, dtype)
+
+
+def phase_1_ahead(process: Process, dtype: torch.dtype) -> None:
+    cuda = process.device.type == "cuda"
+    dim, tokens = (1024, 2049) if cuda else (DIM, 9)
+    torch.manual_seed(5)
+    network = Network(12, 4, dim=dim)
+    network.layers = nn.ModuleList(Parts(SwiGlu(dim), process.world) for _ in range(12))
+    network.to(process.device, dtype)
+    x = torch.randn(tokens, 2, dim).to(process.device, dtype)
+    cotangent = torch.randn(tokens, 2, dim).to(process.device, dtype)
+    shared = [network.attn_res.queries, network.attn_res.key_weight, *network.norms]
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    own = [layer.parts[process.rank] for layer in network.layers]
+    tensors = [*shared, *(parameter for part_of in own for parameter in part_of.parameters())]
+
+    def run(shards: TokenShards) -> dict[str, Tensor]:
+        network.zero_grad()
+        given = x.detach().requires_grad_()
+        stream = shards.start(network.attn_res, given)
+        assert any(group.two_phase for group in stream.stream._plan.groups)
+        for part_of, norm in zip(own, network.norms, strict=False):
+            stream.write(part_of(stream.read(norm)))
+        y = stream.finish(network.norms[-1], gather=False)
+        y.backward(shards.own(cotangent))
+        shards.sync_gradients(shared)
+        found = {names[id(tensor)]: tensor.grad for tensor in tensors}
+        return {**found, "x": given.grad, "y": shards.gather(y.detach(), tokens)}
+
+    def formulas(kind: torch.dtype) -> dict[str, Tensor]:
+        alone = copy.deepcopy(network).to(kind)
+        given = x.to(kind).requires_grad_()
+        y = alone.eager(given)
+        y.backward(cotangent.to(kind))
+        found = {name: parameter.grad for name, parameter in alone.named_parameters()}
+        return {**found, "x": given.grad, "y": y.detach()}
+
+    ahead = run(Ahead())
+    exact, plain = ({n: g[n] for n in ahead} for g in (formulas(torch.float64), formulas(dtype)))
+    assert_gradients(ahead, exact, plain)
+    del exact, plain
+    for repeat in range(20 if cuda else 1):
+        # Memory that is given out anew before its last reader was done holds NaN.
+        for size in (tokens * dim // process.world, 2 * tokens * dim, 2**20 + repeat * 2**16):
+            held = [torch.full((size,), torch.nan).to(x) for _ in range(1 + repeat % 5)]
+            del held
+        assert_equal(run(TokenShards() if cuda else Ahead()), ahead)
+
+
 @check
 def sequence_shards_with_a_gathered_output(process: Process) -> None:
     """A head that each rank computes a part of: the gradients of all ranks' copies are summed."""
@@ -504,7 +631,7 @@ def sequence_shards_overlap_changes_the_form_alone(process: Process) -> None:
         h = stream.read(norm)
         stream.prefetch()
         stream.write(layer(h))
-    torch.testing.assert_close(stream.finish(network.norms[-1]), y)
+    torch.testing.assert_close(stream.finish(network.norms[-1]), y, **process.close)
 
 
 @check
@@ -603,7 +730,7 @@ def sequence_errors(process: Process) -> None:
         with pytest.raises(ValueError, match="a mesh of 2 dimensions, expected one"):
             TokenShards(mesh)
         TokenShards(mesh["tp"])
-    group = dist.new_group([0])
+    group = dist.new_group([0], timeout=wait_for(process.device.type))
     if process.rank > 0:
         with pytest.raises(ValueError, match="not in the group"):
             TokenShards(group)
@@ -675,49 +802,107 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def connect(rank: int, world: int, port: int, device: str) -> Process:
+def wait_for(device: str, seconds: float | None = None) -> datetime.timedelta:
+    """How long a collective waits for a peer; a GPU's own work takes no time to speak of."""
+    return datetime.timedelta(seconds=seconds or (TIMEOUT if device == "cpu" else TIMEOUT / 2))
+
+
+def connect(rank: int, world: int, port: int, device: str, seconds: float | None = None) -> Process:
     torch.set_num_threads(1)
     here = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
+        # Matrix products repeat their bits on every stream.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(here)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
+        timeout=wait_for(device, seconds),
         device_id=here if device == "cuda" else None,
     )
     return Process(rank, world, here)
 
 
-def run_checks(rank: int, world: int, port: int, device: str, folder: str, only: str) -> None:
-    """One process: all checks in turn. The first that fails ends it: the ranks go together."""
-    process = connect(rank, world, port, device)
-    outcome: dict[str, object] = {"failed": "", "seconds": {}}
+def run_checks(
+    rank: int, world: int, port: int, device: str, folder: str, only: str, first: int
+) -> None:
+    """One process: the checks from a number on, until one fails; it tells of each in a file."""
+
+    def tell(**what: object) -> None:
+        with Path(folder, f"{rank}.jsonl").open("a") as file:
+            file.write(json.dumps(what) + "\n")
+
+    index = -1
     try:
-        for function in CHECKS:
-            if only and only not in function.__name__:
-                continue
+        process = connect(rank, world, port, device)
+        for index, function in list(enumerate(chosen(only)))[first:]:
+            tell(begun=index)
+            if rank == 0:
+                print(f"{world} processes: {function.__name__}", flush=True)
             begin = time.perf_counter()
-            try:
-                torch.manual_seed(1000 + len(function.__name__))
-                function(process)
-                dist.barrier()
-            except BaseException:
-                outcome["failed"] = f"{function.__name__}: {traceback.format_exc()}"
-                break
-            outcome["seconds"][function.__name__] = time.perf_counter() - begin
-    finally:
-        Path(folder, f"{rank}.json").write_text(json.dumps(outcome))
-        if not outcome["failed"]:
-            dist.destroy_process_group()
-    os._exit(1 if outcome["failed"] else 0)
+            torch.manual_seed(1000 + len(function.__name__))
+            function(process)
+            dist.barrier()
+            tell(passed=index, seconds=time.perf_counter() - begin)
+        dist.destroy_process_group()
+    except BaseException:
+        tell(failed=index, text=traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
 
 
-def lose_a_peer(rank: int, world: int, port: int, device: str, folder: str, only: str) -> None:
+def chosen(only: str) -> list[Callable[[Process], None]]:
+    """The checks with this in their names."""
+    return [function for function in CHECKS if only in function.__name__]
+
+
+def run_all(world: int, device: str, folder: Path, only: str = "") -> list[str]:
+    """What failed, with what each process says of it; none is left out for another's failure."""
+    names = [function.__name__ for function in chosen(only)]
+    end = time.monotonic() + LIMIT[device]
+    failures: list[str] = []
+    first = 0
+    while first < len(names):
+        round_ = folder / str(first)
+        round_.mkdir()
+        seconds = end - time.monotonic()
+        if seconds < 20:
+            failures.append(f"not run for lack of time: {', '.join(names[first:])}")
+            break
+        codes = spawn(run_checks, world, device, round_, only, first, seconds=seconds)
+        told = [_told(round_ / f"{rank}.jsonl") for rank in range(world)]
+        passed = [max((e["passed"] for e in each if "passed" in e), default=-1) for each in told]
+        if codes == [0] * world and min(passed) == len(names) - 1:
+            break
+        failed = max(first, min(passed) + 1)
+        lines = [f"{names[failed]} at {world} processes:"]
+        for rank, (code, each) in enumerate(zip(codes, told, strict=True)):
+            text = next((e["text"] for e in each if "failed" in e), "")
+            at = names[each[-1].get("begun", -1)] if each and "begun" in each[-1] else "no check"
+            lines.append(f"rank {rank}, exit code {code}: {text or f'no error; it was in {at}'}")
+        failures.append("\n".join(lines))
+        print(failures[-1], flush=True)
+        if not all(any("begun" in event for event in each) for each in told):
+            failures.append("the processes did not find each other; the rest was not run")
+            break
+        first = failed + 1
+    return failures
+
+
+def _told(file: Path) -> list[dict]:
+    """What a process wrote, which may have ended in the middle of a line or before the first."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def lose_a_peer(rank: int, world: int, port: int, device: str, folder: str) -> None:
     """The last process dies in the middle of a step; the others end with an error."""
-    process = connect(rank, world, port, device)
+    if device == "cuda":
+        # An error where the host waits; without it, NCCL's watchdog ends the process by a signal.
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+    process = connect(rank, world, port, device, 20)
     run_pipeline(process, 8, 3, virtual=2)
     begin = time.perf_counter()
 
@@ -728,6 +913,8 @@ def lose_a_peer(rank: int, world: int, port: int, device: str, folder: str, only
 
     try:
         run_pipeline(process, 8, 3, virtual=2, wrap=die)
+        if device == "cuda":
+            torch.cuda.synchronize()
     except RuntimeError as error:
         text = {"error": str(error), "seconds": time.perf_counter() - begin}
         Path(folder, f"{rank}.json").write_text(json.dumps(text))
@@ -735,45 +922,56 @@ def lose_a_peer(rank: int, world: int, port: int, device: str, folder: str, only
     os._exit(0)
 
 
-def spawn(target: Callable, world: int, device: str, folder: Path, only: str = "") -> list[int]:
-    """Exit codes of the processes, none of which is left behind."""
+def spawn(
+    target: Callable,
+    world: int,
+    device: str,
+    folder: Path,
+    *more: object,
+    seconds: float = 120,
+    grace: float = GRACE,
+) -> list[int]:
+    """Exit codes of the processes, none of which is left behind; -9: it had to be ended.
+
+    Args:
+        seconds: for all of it.
+        grace: for the others, after a process has failed.
+    """
     context = mp.get_context("spawn")
     port = free_port()
     workers = [
-        context.Process(target=target, args=(rank, world, port, device, str(folder), only))
+        context.Process(target=target, args=(rank, world, port, device, str(folder), *more))
         for rank in range(world)
     ]
     for worker in workers:
         worker.start()
+    end = time.monotonic() + seconds
     try:
-        deadline = time.monotonic() + 600
-        for worker in workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-        return [worker.exitcode if worker.exitcode is not None else -1 for worker in workers]
+        while any(worker.is_alive() for worker in workers) and time.monotonic() < end:
+            if any(worker.exitcode for worker in workers):
+                end, grace = min(end, time.monotonic() + grace), float("inf")
+            time.sleep(0.05)
     finally:
         for worker in workers:
             if worker.is_alive():
                 worker.kill()
-                worker.join()
+            worker.join()
+    return [-9 if worker.exitcode is None else worker.exitcode for worker in workers]
 
 
 if __name__ == "__main__":  # by hand: python tests/python/distributed_checks.py WORLD [NAME]
     import sys
     import tempfile
 
-    with tempfile.TemporaryDirectory() as where:
-        codes = spawn(
-            lose_a_peer if sys.argv[2:] == ["lose_a_peer"] else run_checks,
-            int(sys.argv[1]),
-            "cuda" if torch.cuda.is_available() else "cpu",
-            Path(where),
-            sys.argv[2] if len(sys.argv) > 2 else "",
-        )
-        for file in sorted(Path(where).iterdir()):
-            outcome = json.loads(file.read_text())
-            print(
-                file.stem,
-                outcome.get("failed", outcome.get("error")) or "passed",
-                outcome["seconds"],
-            )
-        print(codes)
+    where = Path(tempfile.mkdtemp())
+    chosen_device = "cuda" if torch.cuda.is_available() else "cpu"
+    if sys.argv[2:] == ["lose_a_peer"]:
+        print(spawn(lose_a_peer, int(sys.argv[1]), chosen_device, where, grace=60))
+        sys.exit()
+    failed = run_all(int(sys.argv[1]), chosen_device, where, *sys.argv[2:])
+    for event in (e for file in sorted(where.glob("*/0.jsonl")) for e in _told(file)):
+        if "seconds" in event:
+            name = chosen("".join(sys.argv[2:]))[event["passed"]].__name__
+            print(f"{event['seconds']:6.1f} s  {name}")
+    print(f"{len(failed)} failed")
+    sys.exit(bool(failed))
