@@ -291,7 +291,11 @@ class BlockAttnRes(nn.Module):
                 f"{op}: queries is a sharded DTensor; call {op} inside the forward of the module "
                 "that fully_shard wraps, or register it with register_fsdp_forward_method"
             )
-        return fold_query(self.queries, self.key_weight, statistics_dtype(value))
+        # Copies: whoever owns the parameters may free or change them before the backward. FSDP does
+        # when start returns, where it shards this module on its own.
+        dtype = statistics_dtype(value)
+        weight = None if self.key_weight is None else self.key_weight.to(dtype, copy=True)
+        return fold_query(self.queries.to(dtype, copy=True), weight, dtype)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

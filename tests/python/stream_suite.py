@@ -440,6 +440,26 @@ def test_two_passes_add_up(device, dtype) -> None:
         assert torch.equal(tensor.grad, once[name] + once[name]), name
 
 
+@pytest.mark.parametrize("key_weight", [False, True])
+def test_queries_that_change_before_the_backward(key_weight, device) -> None:
+    """The gradient is that of the forward: FSDP may free the parameters, a step change them."""
+    network, x, cotangent = make(6, 2, device, torch.float32, key_weight=key_weight)
+    tensors = tensors_of(network, x)
+    expected = gradients(network(x), tensors, cotangent)
+    for functional in (False, True):
+        y = network(x, functional=functional)
+        with torch.no_grad():
+            held = [parameter.clone() for parameter in network.attn_res.parameters()]
+            for parameter in network.attn_res.parameters():
+                parameter.fill_(torch.nan)
+        found = gradients(y, tensors, cotangent)
+        with torch.no_grad():
+            for parameter, value in zip(network.attn_res.parameters(), held, strict=True):
+                parameter.copy_(value)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_accumulation_over_micro_batches(device) -> None:
     network, _, _ = make(8, 3, device, torch.float64 if device == "cpu" else torch.float32)
     dtype = network.norms[0].dtype

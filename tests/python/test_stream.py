@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
 import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from stream_networks import Network, assert_equal, gradients, make, tensors_of
+from stream_networks import Network, assert_equal, assert_gradients, gradients, make, tensors_of
 from stream_suite import *  # noqa: F403
 
 
@@ -60,8 +64,45 @@ def test_offloaded_saved_tensors() -> None:
     assert_equal(gradients(y, tensors, cotangent), expected)
 
 
+PARALLEL = ("ddp", "fsdp", "fsdp, apart", "fsdp, bfloat16", "fsdp, bfloat16, apart")
+
+
+def wrap_parallel(kind: str, network: Network, world: int) -> torch.nn.Module:
+    """``apart``: the queries are sharded on their own, and so keep their dtype."""
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(network)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    mesh = init_device_mesh("cpu", (world,))
+    policy = MixedPrecisionPolicy()
+    if "bfloat16" in kind:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in network.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if "apart" in kind:
+        fully_shard(network.attn_res, mesh=mesh)
+        register_fsdp_forward_method(network.attn_res, "start")
+    return fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+@contextlib.contextmanager
+def synchronised(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether a backward exchanges gradients, or leaves them where they are for a later one."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        with contextlib.nullcontext() if wanted else model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(wanted)
+        yield
+
+
 def run_parallel(kind: str, rank: int, world: int, port: int, folder: str) -> None:
-    """One process of a data-parallel step; rank 0 stores the gradients."""
+    """One process of data-parallel steps of two micro-batches; rank 0 stores the gradients."""
     import torch.distributed as dist
 
     torch.manual_seed(5)
@@ -72,35 +113,36 @@ def run_parallel(kind: str, rank: int, world: int, port: int, folder: str) -> No
     try:
         network = Network(6, 2)
         x = torch.randn(world, 2, 5, network.attn_res.dim)[rank]
-        if kind == "ddp":
-            model = torch.nn.parallel.DistributedDataParallel(network)
-        else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+        model = wrap_parallel(kind, network, world)
+        dtypes = set()
+        fold = network.attn_res._fold
 
-            mesh = init_device_mesh("cpu", (world,))
-            for layer in network.layers:
-                fully_shard(layer, mesh=mesh)
-            model = fully_shard(network, mesh=mesh)
-        for checkpointed in (False, True):
+        def look(op: str, name: str, value: Tensor) -> Tensor:
+            dtypes.add((network.attn_res.queries.dtype, value.dtype))
+            return fold(op, name, value)
+
+        network.attn_res._fold = look
+        for checkpointed, every in itertools.product((False, True), repeat=2):
             model.zero_grad()
-            for _ in range(2):  # gradients accumulate over micro-batches
-                (model(x, checkpoint=checkpointed).square().mean() / 2).backward()
+            for index, part in enumerate(x.split(1)):
+                with synchronised(model, every or index == 1):
+                    (model(part, checkpoint=checkpointed).square().mean() / 2).backward()
             grads = {}
             for name, parameter in network.named_parameters():
                 gradient = parameter.grad
-                grads[name] = gradient.full_tensor() if kind == "fsdp" else gradient
+                grads[name] = gradient if kind == "ddp" else gradient.full_tensor()
+            if rank == 0:
+                torch.save((grads, dtypes), f"{folder}/{checkpointed}, {every}.pt")
             if kind == "fsdp":  # between its forwards the module holds shards
                 with pytest.raises(TypeError, match="queries is a sharded DTensor"):
                     network.attn_res.start(x)
-            if rank == 0:
-                torch.save(grads, f"{folder}/{checkpointed}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", PARALLEL)
 def test_data_parallel(kind: str, tmp_path) -> None:
+    """Gradients of one process on all data, exchanged after each micro-batch or after the last."""
     import torch.multiprocessing as mp
 
     with socket.socket() as probe:
@@ -119,11 +161,21 @@ def test_data_parallel(kind: str, tmp_path) -> None:
         assert worker.exitcode == 0
     torch.manual_seed(5)
     network = Network(6, 2)
-    x = torch.randn(world, 2, 5, network.attn_res.dim)
-    expected = gradients(
-        network(x.flatten(0, 1)).square().mean(), dict(network.named_parameters()), None
-    )
-    for checkpointed in (False, True):
-        ours = torch.load(tmp_path / f"{checkpointed}.pt")
+    x = torch.randn(world, 2, 5, network.attn_res.dim).flatten(0, 1)
+
+    def alone(dtype: torch.dtype) -> dict[str, Tensor]:
+        module = copy.deepcopy(network).to(dtype)
+        loss = module(x.to(dtype)).square().mean()
+        return gradients(loss, dict(module.named_parameters()), None)
+
+    expected = alone(torch.float32)
+    for checkpointed, every in itertools.product((False, True), repeat=2):
+        ours, dtypes = torch.load(tmp_path / f"{checkpointed}, {every}.pt")
+        if "bfloat16" in kind:
+            queries = torch.float32 if "apart" in kind else torch.bfloat16
+            assert dtypes == {(queries, torch.bfloat16)}
+            assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+            assert_gradients(ours, alone(torch.float64), alone(torch.bfloat16))
+            continue
         for name, gradient in expected.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
