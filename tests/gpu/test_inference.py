@@ -3,17 +3,19 @@ CUDA graphs."""
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import eager
-from flash_attn_res import attend, inference, read
+from flash_attn_res import QuantizedSource, attend, inference, read
 from flash_attn_res.compat import flashinfer, vllm
 from flash_attn_res.inference import BlockBank, Quantized, Runner, SiteWeights
 
@@ -200,6 +202,138 @@ def test_runner_step_allocates_nothing() -> None:
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
+@pytest.mark.parametrize("fp8", [None, "group"])
+@pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
+def test_another_number_of_tokens_takes_no_memory(mode: str, fp8: str | None) -> None:
+    L, D, most = 8, 256, 600
+    toy = Toy(L, D)
+    runner = Runner(toy.weights, block_size=2, max_tokens=most, mode=mode, fp8=fp8)
+    embedding, output = normal(most, D, dtype=BF16), normal(most, D, dtype=BF16)
+
+    def step(tokens: int) -> None:
+        step = runner.start(embedding[:tokens])
+        for _ in range(L):
+            step.read()
+            step.write(output[:tokens])
+        step.finish()
+
+    step(most)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for tokens in range(1, most, 5):  # more than a runner keeps views for
+        step(tokens)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("storage", [None, "float8"])
+@pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_first_step_of_a_size_in_a_graph(side_stream: bool, mode: str, storage: str | None) -> None:
+    """Several graphs of one runner, each captured at the first step of its size. They hold when the
+    views of their sizes are no longer kept."""
+    L, D, sizes = 12, 512, (5, 64, 300)
+    toy = Toy(L, D)
+    given = {"block_size": 4, "max_tokens": 300, "mode": mode, "storage": storage}
+    runner = Runner(toy.weights, **given, side_stream=side_stream)
+    plain = Runner(toy.weights, **given)
+    embedding, outputs = normal(300, D, dtype=BF16), normal(L, 300, D, dtype=BF16)
+
+    def step(runner: Runner, tokens: int) -> Tensor:
+        step = runner.start(embedding[:tokens])
+        for index in range(L):
+            step.read()
+            step.write(outputs[index, :tokens])
+        return step.finish()
+
+    graphs = {}
+    for tokens in sizes:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step(runner, tokens)
+        graphs[tokens] = (graph, y)
+    for tokens in range(100, 200):
+        step(runner, tokens)
+    embedding.normal_()
+    for tokens in (*sizes, *sizes):
+        graph, y = graphs[tokens]
+        runner.bank.data.view(torch.uint8).fill_(0xFF)  # NaN in bfloat16 and in float8
+        graph.replay()
+        assert y.isfinite().all()
+        assert torch.equal(y, step(plain, tokens))
+
+
+# Phase 1, a merge with everything and a one-shot read, and their backward passes.
+FIRST_CALL = """
+import sys
+
+import torch
+
+from flash_attn_res import attend, read
+
+T, D = int(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(5)
+
+
+def leaf(*shape, factor=1.0, dtype=torch.bfloat16):
+    return (torch.randn(*shape, device="cuda") * factor).to(dtype).requires_grad_()
+
+
+sources = [leaf(T, D) for _ in range(4)]
+partial, update, weight = leaf(T, D), leaf(T, D), leaf(D)
+queries = leaf(8, D, factor=D**-0.5, dtype=torch.float32)
+leaves = [*sources, partial, update, weight, queries]
+cotangents = [leaf(8, T, D).detach(), leaf(T, D).detach(), leaf(T, D).detach()]
+# What is PyTorch's own, its allocator and the thread of its backward passes, is ready.
+(partial * update).sum().backward()
+
+
+def step():
+    phase1 = attend(sources, queries)
+    site = (phase1.out[0], phase1.lse[0])
+    merged = read(
+        queries[0], phase1=site, partial=partial, update=update, norm_weight=weight
+    ).x
+    mixed = read(queries[1], sources=sources, norm_weight=weight).x
+    results = [phase1.out, merged, mixed]
+    return [*results, *torch.autograd.grad(results, leaves, cotangents)]
+
+
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = step()
+graph.replay()
+for result, again in zip(captured, step(), strict=True):
+    assert result.isfinite().all()
+    assert torch.equal(result, again)
+print("captured")
+"""
+
+
+@pytest.mark.parametrize(("T", "D"), [(16, 7168), (600, 2048), (33, 100)])
+def test_the_first_call_of_a_process_is_captured(T: int, D: int) -> None:
+    """Nothing is set up by a first call outside of the graph."""
+    command = [sys.executable, "-c", FIRST_CALL, str(T), str(D)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "captured"
+
+
+def test_fp8_and_round_mix_are_refused_at_once() -> None:
+    toy = Toy(4, 64)
+    given = {"block_size": 2, "max_tokens": 3, "fp8": "token", "round_mix": True}
+    with pytest.raises(ValueError, match=r"round_mix was given with fp8 and torch\.bfloat16"):
+        Runner(toy.weights, **given)
+    single = normal(3, 64)
+    step = Runner(toy.weights, **given, dtype=torch.float32).start(single)
+    assert isinstance(step.read(), Quantized)
+    x, scale = torch.empty(3, 64, dtype=FP8, device="cuda"), torch.empty(3, 1, device="cuda")
+    source = single.to(BF16)
+    with pytest.raises(ValueError, match=r"^read: mix_rounding kStorage with x in float8"):
+        inference.read_out(x=x, x_scale=scale, sources=[source], norm=True, round_mix=True)
+
+
 @pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
 def test_runner_is_that_of_the_cpu(mode: str) -> None:
     L, D, T = 24, 512, 9
@@ -295,30 +429,153 @@ def test_runner_quantises_in_a_graph(fp8: str) -> None:
         assert ((ours - exact).norm() <= 0.04 * exact.norm()).item()
 
 
-@pytest.mark.parametrize("T", [7, 128, 2048])
-def test_tokens_do_not_depend_on_their_batch(T: int) -> None:
-    N, D = 8, 7168
-    bank, query = normal(T, N, D, dtype=BF16), normal(D, factor=D**-0.5)
-    prefix, delta = normal(T, D, dtype=BF16), normal(T, D, dtype=BF16)
-    weight = normal(D, dtype=BF16)
-    together, alone = poisoned(T, D, dtype=BF16), poisoned(T, D, dtype=BF16)
-    totals = [torch.empty_like(prefix) for _ in range(2)]
+MANY = 8192
+D_K3 = 7168
+Run = Callable[[slice, dict[str, Tensor]], None]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of the results; -1 stands for T
 
-    def site(rows: slice, x: Tensor, total: Tensor) -> None:
+
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """The rows of some tokens: the first axis that has them all."""
+    return tensor[rows] if tensor.shape[0] == MANY else tensor[:, rows]
+
+
+def values(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=BF16, device="cuda")
+
+
+def one_shot() -> tuple[Shapes, Run]:
+    bank, query = values(MANY, 9, D_K3), normal(D_K3, factor=D_K3**-0.5)
+
+    def run(rows: slice, out: dict[str, Tensor]) -> None:
+        inference.read_out(query, sources=bank[rows].movedim(1, 0), **out)
+
+    return {"x": ((-1, D_K3), BF16)}, run
+
+
+def advance() -> tuple[Shapes, Run]:
+    o, partial, update = (values(MANY, D_K3) for _ in range(3))
+    lse, query = normal(MANY), normal(D_K3, factor=D_K3**-0.5)
+    weight = values(D_K3)
+
+    def run(rows: slice, out: dict[str, Tensor]) -> None:
         inference.read_out(
             query,
-            x=x[rows],
+            phase1=(o[rows], lse[rows]),
+            partial=partial[rows],
+            update=update[rows],
+            norm_weight=weight,
+            **out,
+        )
+
+    return {"x": ((-1, D_K3), BF16), "partial_out": ((-1, D_K3), BF16)}, run
+
+
+def kimi_k3_site(fp8: str | None = None, power_of_two: bool = False) -> tuple[Shapes, Run]:
+    bank, query = values(MANY, 8, D_K3), normal(D_K3, factor=D_K3**-0.5)
+    prefix, delta, weight = values(MANY, D_K3), values(MANY, D_K3), values(D_K3)
+
+    def run(rows: slice, out: dict[str, Tensor]) -> None:
+        inference.read_out(
+            query,
             sources=bank[rows].movedim(1, 0),
             partial=prefix[rows],
             update=delta[rows],
-            partial_out=total[rows],
             norm_weight=weight,
+            power_of_two_scale=power_of_two,
+            **out,
         )
 
-    site(slice(0, T), together, totals[0])
-    for t in range(0, T, max(1, T // 16)):
-        site(slice(t, t + 1), alone, totals[1])
-        assert torch.equal(alone[t], together[t])
+    results: Shapes = {
+        "x": ((-1, D_K3), BF16 if fp8 is None else FP8),
+        "partial_out": ((-1, D_K3), BF16),
+        "snapshot": ((-1, D_K3), BF16),
+        "mix": ((-1, D_K3), BF16),
+    }
+    if fp8 is not None:
+        columns = inference.scale_columns(D_K3, fp8 == "group")
+        results["x_scale"] = ((-1, columns), torch.float32)
+    return results, run
+
+
+def phase_1() -> tuple[Shapes, Run]:
+    S = 24
+    bank, queries = values(8, MANY, D_K3), normal(S, D_K3, factor=D_K3**-0.5)
+
+    def run(rows: slice, out: dict[str, Tensor]) -> None:
+        inference.attend_out(bank[:, rows], queries, **out)
+
+    return {"out": ((S, -1, D_K3), BF16), "lse": ((S, -1), torch.float32)}, run
+
+
+def stored_bank(layout: str) -> BlockBank:
+    bank = BlockBank(8, MANY, D_K3, layout=layout, device="cuda", storage="float8")
+    for row in range(8):
+        bank.write(row, values(MANY, D_K3))
+    return bank
+
+
+def stored_site() -> tuple[Shapes, Run]:
+    stored = stored_bank("tnd").stored(8)
+    query, prefix = normal(D_K3, factor=D_K3**-0.5), values(MANY, D_K3)
+
+    def run(rows: slice, out: dict[str, Tensor]) -> None:
+        sources = QuantizedSource(stored.values[:, rows], stored.scale[:, rows])
+        inference.read_out(query, sources=sources, partial=prefix[rows], norm=True, **out)
+
+    return {"x": ((-1, D_K3), BF16)}, run
+
+
+def stored_phase_1() -> tuple[Shapes, Run]:
+    S = 24
+    stored = stored_bank("ntd").stored(8)
+    queries = normal(S, D_K3, factor=D_K3**-0.5)
+
+    def run(rows: slice, out: dict[str, Tensor]) -> None:
+        sources = QuantizedSource(stored.values[:, rows], stored.scale[:, rows])
+        inference.attend_out(sources, queries, **out)
+
+    return {"out": ((S, -1, D_K3), BF16), "lse": ((S, -1), torch.float32)}, run
+
+
+BATCHES: dict[str, Callable[[], tuple[Shapes, Run]]] = {
+    "one-shot": one_shot,
+    "advance": advance,
+    "Kimi K3 site": kimi_k3_site,
+    "phase 1": phase_1,
+    "float8 x": functools.partial(kimi_k3_site, "token"),
+    "float8 x in groups": functools.partial(kimi_k3_site, "group", power_of_two=True),
+    "float8 bank": stored_site,
+    "phase 1 over a float8 bank": stored_phase_1,
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_tokens_do_not_depend_on_their_batch(case: str) -> None:
+    """The bits of a token are those that it has among 8192, alone, among 7 and among 128."""
+    shapes, run = BATCHES[case]()
+
+    def results(count: int) -> dict[str, Tensor]:
+        found = {}
+        for name, (shape, dtype) in shapes.items():
+            sizes = [count if size == -1 else size for size in shape]
+            found[name] = torch.empty(sizes, dtype=dtype, device="cuda")
+            found[name].view(torch.uint8).fill_(0xFF)  # NaN in each of the dtypes
+        return found
+
+    together = results(MANY)
+    run(slice(0, MANY), together)
+    for name, result in together.items():
+        assert result.to(BF16).isfinite().all(), name
+    for size in (1, 7, 128):
+        for first in (0, 2999, MANY - size):
+            rows = slice(first, first + size)
+            few = results(size)
+            run(rows, few)
+            for name, result in few.items():
+                whole = rows_of(together[name], rows).contiguous()
+                same = torch.equal(result.view(torch.uint8), whole.view(torch.uint8))
+                assert same, f"{name} of tokens {first} to {first + size - 1}"
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
