@@ -157,6 +157,17 @@ def weight(op: str, name: str, given: object, like_name: str, like: Tensor) -> T
     return checked
 
 
+def no_transform(op: str) -> None:
+    """Refuses ``torch.func`` transforms, which know no rule for the operators: jvp would give 0."""
+    if torch.compiler.is_compiling():  # the transform itself is traced, and refuses them
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op}: a transform of torch.func (grad, vmap, jvp, ...) is active, expected none: "
+            "gradients are those of torch.autograd; torch.func.functional_call works"
+        )
+
+
 # Comparisons rather than math.isfinite: torch.compile may trace these with symbolic numbers.
 
 

@@ -122,8 +122,10 @@ def attend(
 
     Raises:
         ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
+        RuntimeError: a transform of ``torch.func`` is active.
     """
     op = "attend"
+    _check.no_transform(op)
     items, like, like_name, num_sources = _list_sources(op, sources)
     assert like is not None
     queries = _check.query(op, "queries", queries, 2, like_name, like)
@@ -203,8 +205,10 @@ def read(
 
     Raises:
         ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
+        RuntimeError: a transform of ``torch.func`` is active.
     """
     op = "read"
+    _check.no_transform(op)
     items, like, like_name, num_sources = _list_sources(op, sources, empty_ok=True)
     updates = [update] if isinstance(update, Tensor) else list(update or ())
     _check.count(op, "update", len(updates), 0, _check.MAX_UPDATES)
@@ -323,10 +327,12 @@ def stochastic_add(terms: Sequence[Tensor], seed: int | Tensor, *, site: int = 0
 
     Raises:
         ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
+        RuntimeError: a transform of ``torch.func`` is active.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
     op = "stochastic_add"
+    _check.no_transform(op)
     if not 1 <= len(terms) <= _check.MAX_STOCHASTIC_TERMS:
         raise ValueError(
             f"{op}: terms has {len(terms)} items, expected 1 to {_check.MAX_STOCHASTIC_TERMS}"

@@ -244,12 +244,14 @@ class BlockAttnRes(nn.Module):
         Args:
             embedding: [..., D], the input of the first sublayer; its dtype is the stream's.
             return_probs: collect each site's probabilities in ``stream.probabilities``.
-            functional: whether to use pure operators; by default while compiling. ``torch.func``
-                transforms need it.
+            functional: whether to use pure operators; by default while compiling.
 
         Raises:
             ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
+            RuntimeError: ``block_storage`` with pure operators, or a transform of ``torch.func``
+                (``functional_call`` is none).
         """
+        _check.no_transform("start")
         queries = self._fold("start", "embedding", embedding)
         if self.rounding_seed is not None and embedding.dtype != torch.bfloat16:
             raise TypeError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from flash_attn_res import BlockAttnRes, attend, quantize, read
+from flash_attn_res import BlockAttnRes, attend, quantize, read, stochastic_add
 
 OPS = torch.ops.flash_attn_res
 
@@ -245,6 +245,32 @@ def test_functional_call() -> None:
     called = torch.func.functional_call(network, parameters, (x,))
     network.load_state_dict(parameters)
     assert torch.equal(called, network(x))
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_transforms_are_refused(transform) -> None:
+    """Not one of them could be right: jvp would go through with tangents of zero."""
+    network, queries = Network(3), torch.randn(2, 16)
+    calls = {
+        "attend": lambda x: attend([x, x], queries).out.sum(),
+        "read": lambda x: read(queries[0], sources=[x, x]).x.sum(),
+        "stochastic_add": lambda x: stochastic_add([x, x], 1).sum(),
+        "start": lambda x: network(x, functional=True).sum(),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"{name}: a transform of torch.func"):
+            transform(call, torch.randn(5, 16))
+    with pytest.raises(RuntimeError, match=r"start: a transform of torch.func"):
+        transform(lambda x: network(x).sum(), torch.randn(5, 16))
 
 
 def test_export() -> None:
