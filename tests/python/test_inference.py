@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -142,6 +143,52 @@ def test_compiles_in_full() -> None:
     got = torch.compile(site, fullgraph=True, backend="aot_eager")(sources, query, update)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_the_schedule_in_the_documentation(T: int) -> None:
+    """The block of docs/inference.md has the bits of the functional API, tokens fewer than most."""
+    page = pathlib.Path(__file__).resolve().parents[2] / "docs" / "inference.md"
+    found = re.findall(r"<!-- test: own_schedule -->\n```python\n(.*?)```", page.read_text(), re.S)
+    (example,) = found
+    S, D, n = 4, 72, 2
+    w, g, norms = (v(S, D, dtype=torch.bfloat16) for _ in range(3))
+    given = {"S": S, "D": D, "w": w / D**0.5, "g": g, "norms": norms, "device": "cpu"}
+    namespace: dict[str, Any] = {**given, "max_tokens": 5, "num_rows": 4}
+    exec(compile(example, "inference.md", "exec"), namespace)
+    bank, prefix, u = namespace["bank"], namespace["prefix"], namespace["u"]
+    bank.fill_(float("nan"))  # rows behind those that are read may hold anything
+    rows = [v(T, D, dtype=torch.bfloat16) for _ in range(n)]
+    for index, row in enumerate(rows):
+        bank[:T, index] = row
+    prefix[:T] = first = v(T, D, dtype=torch.bfloat16)
+    delta = given_delta = v(T, D, dtype=torch.bfloat16)
+    sublayers: list[Callable[[Tensor], Tensor]] = [torch.sin, torch.cos, torch.tanh, torch.sin]
+    with Operators() as ran:
+        got = namespace["run_block"](T, n, given_delta, sublayers)
+    assert not [name for name in ran.names if "empty" in name or "copy" in name or "mul" in name]
+
+    site = read(u[0], sources=rows, partial=first, update=delta, norm_weight=norms[0], eps=1e-5)
+    assert site.partial is not None
+    rows.append(site.partial)
+    phase1 = attend(rows, u[1:], eps=1e-5)
+    total = None
+    for s, sublayer in enumerate(sublayers):
+        if s > 0:
+            site = read(
+                u[s],
+                phase1=(phase1.out[s - 1], phase1.lse[s - 1]),
+                partial=total,
+                update=delta,
+                norm_weight=norms[s],
+                eps=1e-5,
+            )
+            total = site.partial
+        delta = sublayer(site.x)
+    assert torch.equal(bank[:T, n], rows[n])
+    assert total is not None
+    assert torch.equal(prefix[:T], total)
+    assert torch.equal(got, delta)
 
 
 # --------------------------------------------------------------------------------------------- fp8
