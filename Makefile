@@ -92,7 +92,7 @@ bench: install build-cpp ## measure every suite that this machine's device has
 	@$(VENV)/bin/flash-attn-res bench --out benchmarks/results $(ARGS)
 
 report: install ## make the tables and plots of README and docs from benchmarks/results
-	@$(VENV)/bin/flash-attn-res report
+	@$(VENV)/bin/flash-attn-res report --results benchmarks/results
 
 docs: install ## build the documentation site in build/site
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet

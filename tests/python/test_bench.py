@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from flash_attn_res.cli import main
 from flash_attn_res.cli.accuracy import peers
-from flash_attn_res.cli.bench import decode, harness, kernels, report, step, tables
+from flash_attn_res.cli.bench import accuracy, decode, harness, kernels, report, step, tables
 from flash_attn_res.cli.bench.plots import PLOTS, exponent
 from test_cli_errors import Capture, error_of
 
@@ -94,11 +95,16 @@ def test_a_run_of_some_cases_keeps_the_others(folder: Path, tmp_path: Path) -> N
         whole = load(quick)
         del whole["quick"]
         (tmp_path / quick.name).write_text(json.dumps(whole))
-    before = load(tmp_path / "cpu-decode.json")["rows"]
+    path = tmp_path / "cpu-decode.json"
+    document = load(path)
+    for row in document["rows"]:
+        del row["commit"]  # as files were before
+    path.write_text(json.dumps(document | {"commit": "an earlier one"}))
+    before = load(path)["rows"]
     bench("decode", "--out", tmp_path, "--tokens", 3, "--op", "advance", "--ours", "--rounds", 1)
     after = load(tmp_path / "cpu-decode.json")["rows"]
     assert list(map(harness.identity, after)) == list(map(harness.identity, before))
-    changed = [a for a, b in zip(after, before, strict=True) if a != b]
+    changed = [a for a in after if a["commit"] != "an earlier one"]
     assert [(row["package"], row["op"], row["shape"]["T"]) for row in changed] == [
         (harness.OURS, "advance", 3)
     ]
@@ -125,9 +131,14 @@ def test_a_report_of_a_folder(folder: Path, capsys: Capture) -> None:
         assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "--check"]) == 0
     (folder / "report.md").write_text("something else")
+    (folder / "cpu-step-step-overhead.png").write_bytes(b"no picture")
     capsys.readouterr()
     assert main([*arguments, "--check"]) == 1
-    assert "run flash-attn-res report" in capsys.readouterr().out
+    complaint = capsys.readouterr().out
+    for name in ("report.md", "cpu-step-step-overhead.png"):
+        assert str(folder / name) in complaint
+    assert "decode" not in complaint
+    assert "run flash-attn-res report" in complaint
 
 
 def test_pages_of_a_checkout(tmp_path: Path, capsys: Capture) -> None:
@@ -139,19 +150,144 @@ def test_pages_of_a_checkout(tmp_path: Path, capsys: Capture) -> None:
     readme.write_text("<!-- generated: kernels -->\nold\n<!-- end of generated: kernels -->\n")
     arguments = ["report", "--results", str(results)]
     assert main([*arguments, "--check"]) == 1
-    assert "README.md differ from the results: run make report" in capsys.readouterr().out
+    complaint = capsys.readouterr().out
+    assert complaint.startswith("report: README.md, docs/images/")
+    assert "differ from the results: run make report" in complaint
     assert main(arguments) == 0
     assert "| phase 1 forward |" in readme.read_text()
     assert main([*arguments, "--check"]) == 0
     found = report.Results(results, report.load_all(results))
+    images = tmp_path / "docs" / "images"
     for name, plot in PLOTS.items():
         drawn = any(plot.select(document) for document in found.of(plot.suite))
-        assert (tmp_path / "docs" / "images" / f"{name}.png").exists() == drawn
+        assert (images / f"{name}.png").exists() == drawn
     for path in results.glob("*-kernels.json"):
         path.write_text(json.dumps(load(path) | {"quick": True}))
     assert tables.missing("flash-attn-res bench kernels") in report.block(
         "kernels", report.Results(results, report.load_all(results))
     )
+
+
+def test_pictures_are_held_to_what_they_were_drawn_from(tmp_path: Path, capsys: Capture) -> None:
+    """To the rows, and to what a headline says of the machine."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "README.md").touch()
+    path = results / "h100-decode.json"
+    shutil.copy(RESULTS / path.name, path)
+    arguments = ["report", "--results", str(results)]
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    document = load(path)
+    row, *others = document["rows"]
+    for changed in (
+        document | {"rows": [row | {"us_cold": row["us_cold"] + 1}, *others]},
+        document | {"rows": others},
+        document | {"device": "another GPU"},
+        document | {"date": "2027-01-01"},
+    ):
+        path.write_text(json.dumps(changed))
+        capsys.readouterr()
+        assert main([*arguments, "--check"]) == 1
+        assert "docs/images/decode.png differ from the results" in capsys.readouterr().out
+    path.write_text(json.dumps(document))
+    assert main([*arguments, "--check"]) == 0
+    (tmp_path / "docs" / "images" / "decode.png").unlink()
+    assert main([*arguments, "--check"]) == 1
+
+
+def test_which_results_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this folder; a checkout's pages are written by who is in it."""
+    root, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    for folder in (root / "docs", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(report, "checkout", lambda: root)
+    own = Path("benchmark-results")
+    monkeypatch.chdir(elsewhere)
+    assert report.default_folder() == own
+    monkeypatch.chdir(root / "docs")
+    assert report.default_folder() == root / "benchmarks" / "results"
+    own.mkdir()
+    assert report.default_folder() == own
+    monkeypatch.setattr(report, "checkout", lambda: None)
+    assert report.default_folder() == own
+
+
+def test_tables_say_which_commits_they_are_of() -> None:
+    document = {"commit": "0123456789abcdef0123456789abcdef01234567"}
+    rows = [{}, {"commit": "fedcba9"}, {"commit": "fedcba9"}, {"commit": "abcdef0-dirty"}]
+    expected = "Measured at `0123456`, `abcdef0-dirty`, `fedcba9`."
+    assert tables.measured_at(document, rows) == expected
+    for path in RESULTS.glob("*.json"):
+        document = load(path)
+        for suite, table, _ in tables.TABLES.values():
+            # Tables of the studies have no caption of their own.
+            if suite == document.get("suite") and suite not in ("fp8-error", "insights"):
+                text = table(document)
+                assert "Measured at `" in text or text.startswith("Not measured yet"), path
+
+
+def test_a_run_of_some_packages_keeps_the_errors_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the suite accuracy writes them, each row with its commit."""
+    path = tmp_path / "accuracy.json"
+    device = torch.device("cpu")
+
+    def rows(*packages: str) -> list[harness.Row]:
+        return [
+            {"package": package, "storage": "bf16", "family": family, "op": "advance"}
+            | {"shape": {"N": 2}, "tensor": "output"}
+            for package in packages
+            for family in ("gaussian", "flat")
+        ]
+
+    monkeypatch.setenv("FLASH_ATTN_RES_COMMIT", "aaaaaaa")
+    whole = harness.Store(path, "accuracy", device, quick=False, part=False)
+    failures = [{"package": "liger", "error": "none"}, {"package": "seed", "error": "none"}]
+    whole.write(rows(harness.OURS, "eager"), None, failures=failures)
+    monkeypatch.setenv("FLASH_ATTN_RES_COMMIT", "bbbbbbb")
+
+    def table(*given: Any) -> tuple[Any, dict[str, Any]]:
+        return SimpleNamespace(rows=rows("seed", "eager")[:3], failures=[]), {"seed": 0}
+
+    monkeypatch.setattr(accuracy.command, "run_table", table)
+    options = SimpleNamespace()
+    request = harness.Request(device, False, ["seed", "eager"], [], [], options)  # type: ignore
+    request.store = harness.Store(path, "accuracy", device, quick=False, part=True)
+    assert accuracy.run(request) == []
+    document = harness.load_results(path)
+    found = [(row["package"], row["family"], row["commit"]) for row in document["rows"]]
+    assert found == [
+        (harness.OURS, "gaussian", "aaaaaaa"),
+        (harness.OURS, "flat", "aaaaaaa"),
+        ("eager", "gaussian", "bbbbbbb"),
+        ("eager", "flat", "aaaaaaa"),
+        ("seed", "gaussian", "bbbbbbb"),
+        ("seed", "flat", "bbbbbbb"),
+    ]
+    assert document["failures"] == failures[:1]
+
+
+LINEAR = 1.15
+"""Largest exponent of a step's time over depth or tokens: proportional, and some noise."""
+
+
+def test_steps_stay_linear() -> None:
+    """In the committed results: twice as deep, or twice as many tokens, take twice as long."""
+    series: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for path in RESULTS.glob("*-step.json"):
+        for row in load(path)["rows"]:
+            if "series" in row and "error" not in row and row["package"].startswith(harness.OURS):
+                column = {"L": "layers", "T": "tokens"}[row["series"]]
+                key = (path.stem, row["package"], row["series"])
+                series.setdefault(key, []).append((row[column], row["step_ms"]))
+    if not series:
+        pytest.skip("no series over L or T in benchmarks/results: bench step --scaling makes them")
+    for key, points in series.items():
+        assert len(points) > 2, key
+        found = exponent(*zip(*points, strict=True))
+        assert found < LINEAR, f"{key}: the power is {found:.2f}"
 
 
 def test_report_shows_the_newest_gpu_or_all(tmp_path: Path) -> None:
@@ -260,8 +396,51 @@ def test_bad_results(tmp_path: Path, capsys: Capture) -> None:
     assert "no result files" in error_of(capsys, "report", "--results", str(tmp_path))
     (tmp_path / "cpu.json").write_text("{")
     assert "cpu.json: cannot be read" in error_of(capsys, "report", "--results", str(tmp_path))
+    (tmp_path / "cpu.json").write_text("[]")
+    assert "cpu.json: cannot be read" in error_of(capsys, "report", "--results", str(tmp_path))
     (tmp_path / "cpu.json").write_text('{"rows": "none"}')
     assert "not a result file" in error_of(capsys, "report", "--results", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"suite": None}, "has no suite"),
+        ({"device": None}, "has no device"),
+        ({"driver": 5}, "has no driver"),
+        ({"commit": None}, "has no commit"),
+        ({"date": None}, "has no date"),
+        ({"versions": {}}, "which PyTorch"),
+        ({"rows": [1]}, "a row is no object"),
+        ({"copy_tb_s": None}, "the table of kernels cannot be made"),
+        ({"rows": [{"package": harness.OURS, "case": "A"}]}, "a row lacks 'shape'"),
+    ],
+)
+def test_results_that_lack_something(
+    changes: dict[str, Any], words: str, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "h100-kernels.json"
+    document = load(RESULTS / path.name) | changes
+    path.write_text(json.dumps(document))
+    message = error_of(capsys, "report", "--results", str(tmp_path))
+    assert str(path) in message
+    assert words in message
+
+
+def test_a_row_without_its_percent_is_named(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "h100-kernels.json"
+    document = load(RESULTS / path.name)
+    del document["rows"][3]["percent_of_copy"]
+    path.write_text(json.dumps(document))
+    message = error_of(capsys, "report", "--results", str(tmp_path))
+    assert f"{path}: the table of kernels cannot be made: a row lacks 'percent_of_copy'" in message
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: Capture) -> None:
+    shutil.copy(RESULTS / "h100-decode.json", tmp_path)
+    (tmp_path / "h100-decode-decode.png").mkdir()
+    message = error_of(capsys, "report", "--results", str(tmp_path))
+    assert f"cannot write {tmp_path / 'h100-decode-decode.png'}" in message
 
 
 def test_every_suite_has_its_table() -> None:

@@ -21,13 +21,13 @@ from matplotlib.image import imread
 from flash_attn_res.cli import analysis, checkpoint, data, figures, loop, main, measure
 from flash_attn_res.cli.model import (
     DTYPES,
-    VARIANTS,
     KeyValueCache,
     LanguageModel,
     ModelConfig,
     Probe,
     loss_of,
 )
+from flash_attn_res.cli.options import VARIANTS
 from flash_attn_res.cli.train import Run
 
 TINY = (

@@ -303,10 +303,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         "and plots beside the results."
     )
     parser.add_argument(
-        "--results", metavar="DIR", help="default: those of the checkout, or benchmark-results"
+        "--results",
+        metavar="DIR",
+        help="default: benchmark-results; where there is none, in a checkout, benchmarks/results",
     )
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; leave with 1 where tables are stale"
+        "--check", action="store_true", help="change nothing; leave with 1 where something is stale"
     )
 
 

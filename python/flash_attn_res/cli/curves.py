@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -25,12 +25,15 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from flash_attn_res import __version__
-from flash_attn_res.cli import checkpoint, data, loop
+from flash_attn_res.cli import checkpoint, data, figures, loop
 from flash_attn_res.cli.accuracy.command import chosen
-from flash_attn_res.cli.bench.harness import SCHEMA
+from flash_attn_res.cli.bench.harness import SCHEMA, text_of
 from flash_attn_res.cli.device import choose_device, device_name, revision, set_threads
 from flash_attn_res.cli.errors import CliError
 from flash_attn_res.cli.model import LanguageModel, ModelConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASE, CONTROL = "float32", "float32 perturbed"
 PERTURBATION = 2.0**-22  # of each weight, relative
@@ -91,10 +94,10 @@ def run_curves(arguments: argparse.Namespace) -> int:
             if (name, seed) in done:
                 continue
             with console.status(f"seed {seed}, {name}"):
-                row = train(name, seed, settings, corpus, device)
+                row = train(name, seed, settings, corpus, device) | {"commit": revision()}
             document["rows"].append(row)
             document["seconds"] = round(before + time.perf_counter() - begun, 1)
-            checkpoint.write_atomically(arguments.out, _text(document).encode())
+            checkpoint.write_atomically(arguments.out, text_of(document).encode())
             console.print(
                 f"seed {seed}, {name}: {row['validation'][-1][1]:.4f} nats a byte",
                 highlight=False,
@@ -199,13 +202,6 @@ def _begin(
     return old
 
 
-def _text(document: Mapping[str, Any]) -> str:
-    """JSON with a line for each row."""
-    head = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1)
-    rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in document["rows"])
-    return head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
-
-
 # --------------------------------------------------------------------------------- what it shows
 
 
@@ -284,59 +280,59 @@ COLORS = {
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Left the validation losses; right, by seed, how far each mode is from float32."""
+    """The picture of --plot."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from flash_attn_res.cli.figures import _DOTTED, STYLE
+    with pyplot.rc_context(figures.STYLE):
+        figures.save(figure_of(document), path)
+
+
+def figure_of(document: Mapping[str, Any]) -> Figure:
+    """Left the validation losses; right, by seed, how far each mode is from float32."""
+    from matplotlib import pyplot
 
     curves: dict[str, dict[int, list[list[float]]]] = {}
     for row in document["rows"]:
         curves.setdefault(row["mode"], {})[row["seed"]] = row["validation"]
     steps = document["options"]["steps"]
-    with pyplot.rc_context(STYLE):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
-        for mode, by_seed in curves.items():
-            at = [step for step, _ in next(iter(by_seed.values()))]
-            losses = [[point[1] for point in curve] for curve in by_seed.values()]
-            mean = [_mean(list(column)) for column in zip(*losses, strict=True)]
-            left.plot(at, mean, color=COLORS[mode], label=f"{mode}  {mean[-1]:.4f}", linewidth=1.6)
-        for found in findings(document):
-            if found.difference is None or found.error is None:
-                continue
-            by_seed = curves[found.mode]
-            pairs = [
-                (by_seed[seed], base) for seed, base in curves[BASE].items() if seed in by_seed
-            ]
-            gaps = [[a[1] - b[1] for a, b in zip(own, base, strict=True)] for own, base in pairs]
-            at = [step for step, _ in pairs[0][0]]
-            mean = [_mean(list(column)) for column in zip(*gaps, strict=True)]
-            for gap in gaps:
-                right.plot(at, gap, color=COLORS[found.mode], linewidth=0.8, alpha=0.35)
-            label = f"{found.mode}  {found.difference:+.4f} ± {found.error:.4f}"
-            right.plot(at, mean, "o-", color=COLORS[found.mode], label=label, **_DOTTED)
-        right.axhline(0, color=COLORS[BASE], linewidth=1.2)
-        left.set_title("Validation loss, mean over seeds")
-        left.set_ylabel("nats per byte")
-        low, high = right.get_ylim()
-        right.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))  # room for text
-        spread = next((f.spread for f in findings(document) if f.mode == BASE), 0.0)
-        right.set_title("From float32 of the same seed: mean (dots), seeds (thin)")
-        right.text(
-            0.02,
-            0.02,
-            f"standard deviation between seeds of float32: {spread:.4f}",
-            transform=right.transAxes,
-            fontsize=10,
-        )
-        left.legend(loc="upper right", title="at the end")
-        right.legend(loc="upper right", title="at the end, ± standard error", fontsize=10)
-        for axes in (left, right):
-            axes.set_xlabel("step")
-            axes.set_xlim(0, steps * 1.02)
-        temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.25)
-        pyplot.close(figure)
-        temporary.replace(path)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    for mode, by_seed in curves.items():
+        at = [step for step, _ in next(iter(by_seed.values()))]
+        losses = [[point[1] for point in curve] for curve in by_seed.values()]
+        mean = [_mean(list(column)) for column in zip(*losses, strict=True)]
+        left.plot(at, mean, color=COLORS[mode], label=f"{mode}  {mean[-1]:.4f}", linewidth=1.6)
+    for found in findings(document):
+        if found.difference is None or found.error is None:
+            continue
+        by_seed = curves[found.mode]
+        pairs = [(by_seed[seed], base) for seed, base in curves[BASE].items() if seed in by_seed]
+        gaps = [[a[1] - b[1] for a, b in zip(own, base, strict=True)] for own, base in pairs]
+        at = [step for step, _ in pairs[0][0]]
+        mean = [_mean(list(column)) for column in zip(*gaps, strict=True)]
+        for gap in gaps:
+            right.plot(at, gap, color=COLORS[found.mode], linewidth=0.8, alpha=0.35)
+        label = f"{found.mode}  {found.difference:+.4f} ± {found.error:.4f}"
+        right.plot(at, mean, "o-", color=COLORS[found.mode], label=label, **figures.DOTTED)
+    right.axhline(0, color=COLORS[BASE], linewidth=1.2)
+    left.set_title("Validation loss, mean over seeds")
+    left.set_ylabel("nats per byte")
+    low, high = right.get_ylim()
+    right.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))  # room for text
+    spread = next((f.spread for f in findings(document) if f.mode == BASE), 0.0)
+    right.set_title("From float32 of the same seed: mean (dots), seeds (thin)")
+    right.text(
+        0.02,
+        0.02,
+        f"standard deviation between seeds of float32: {spread:.4f}",
+        transform=right.transAxes,
+        fontsize=10,
+    )
+    left.legend(loc="upper right", title="at the end")
+    right.legend(loc="upper right", title="at the end, ± standard error", fontsize=10)
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.set_xlim(0, steps * 1.02)
+    return figure

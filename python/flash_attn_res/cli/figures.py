@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from flash_attn_res.cli.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,9 +47,20 @@ STYLE: Any = {
     "savefig.dpi": 160,
 }
 
-_DOTTED: dict[str, Any] = {"linewidth": 2.2, "markersize": 6, "markeredgecolor": "white"}
+DOTTED: dict[str, Any] = {"linewidth": 2.2, "markersize": 6, "markeredgecolor": "white"}
 _ANNOTATED_SOURCES = 10  # up to here the heat map's cells have room for their numbers
 _LABELLED_SITES = 36  # up to here every site has a label
+
+
+def drawn_of(summary: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], Figure]]:
+    """The figures that the variants of the run allow, by the names of their files."""
+    figures: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+        "loss.png": loss_curves,
+        "magnitude.png": magnitudes,
+    }
+    if any(entry["depth"]["attention"] for entry in summary["variants"].values()):
+        figures["depth_attention.png"] = depth_attention
+    return figures
 
 
 def draw_all(summary: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -56,23 +70,23 @@ def draw_all(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figures: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
-        "loss.png": loss_curves,
-        "magnitude.png": magnitudes,
-    }
-    if any(entry["depth"]["attention"] for entry in summary["variants"].values()):
-        figures["depth_attention.png"] = depth_attention
     paths = []
     with pyplot.rc_context(STYLE):
-        for name, draw in figures.items():
-            figure = draw(summary)
-            path = folder / name
-            temporary = folder / f".{name}"
-            figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.25)
-            pyplot.close(figure)
-            temporary.replace(path)
-            paths.append(path)
+        for name, draw in drawn_of(summary).items():
+            save(draw(summary), folder / name)
+            paths.append(folder / name)
     return paths
+
+
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Writes a figure as PNG, whole or not at all, and lets go of it."""
+    from matplotlib import pyplot
+
+    png = io.BytesIO()
+    options = {"bbox_inches": "tight", "pad_inches": 0.25, **options}
+    figure.savefig(png, format="png", **options)
+    pyplot.close(figure)
+    write_atomically(path, png.getvalue())
 
 
 def loss_curves(summary: Mapping[str, Any]) -> Figure:
@@ -96,7 +110,7 @@ def loss_curves(summary: Mapping[str, Any]) -> Figure:
         at = [step for step, _ in entry["validation"]]
         losses = [loss for _, loss in entry["validation"]]
         label = f"{LABELS[name]}  {losses[-1]:.3f}"
-        left.plot(at, losses, "o-", color=COLORS[name], label=label, **_DOTTED)
+        left.plot(at, losses, "o-", color=COLORS[name], label=label, **DOTTED)
     left.set_title("Loss: validation (dots), training (faint)")
     left.set_ylabel("nats per byte")
     left.set_ylim(top=max(loss for e in variants.values() for _, loss in e["validation"]) * 1.03)
@@ -112,7 +126,7 @@ def loss_curves(summary: Mapping[str, Any]) -> Figure:
             loss - other
             for (_, loss), (_, other) in zip(own["validation"], plain["validation"], strict=True)
         ]
-        right.plot(at, gaps, "o-", color=COLORS[name], label=LABELS[name], **_DOTTED)
+        right.plot(at, gaps, "o-", color=COLORS[name], label=LABELS[name], **DOTTED)
     if compared:
         right.axhline(0, color=COLORS["plain"], linewidth=2)
         right.annotate(

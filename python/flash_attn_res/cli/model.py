@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn_res import BlockAttnRes
+from flash_attn_res.cli import options
 from flash_attn_res.cli.errors import CliError
 
 VOCABULARY = 256
-VARIANTS = ("plain", "block", "full")
 NORM_EPS = 1e-6
 ROTARY_BASE = 10_000.0
 EMBEDDING_STD = 1.0
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.DTYPES}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from rich.table import Table as RichTable
 from flash_attn_res.cli import checkpoint
 from flash_attn_res.cli.accuracy import families, peers, states, table
 from flash_attn_res.cli.accuracy.modes import MODES
-from flash_attn_res.cli.bench.harness import SCHEMA, describe_machine
+from flash_attn_res.cli.bench.harness import describe_machine, write_results
 from flash_attn_res.cli.device import choose_device, set_threads
 from flash_attn_res.cli.errors import CliError
 
@@ -32,12 +31,21 @@ def run_accuracy(arguments: argparse.Namespace) -> int:
     packages = chosen(
         "--packages", arguments.packages, known, [name for name in known if name not in SLOW]
     )
-    run_table(arguments, packages)
+    if arguments.out is not None:
+        checkpoint.check_file("--out", arguments.out)
+    found, more = run_table(arguments, packages)
+    if arguments.out is not None:
+        machine = describe_machine(choose_device(arguments.device))
+        rows = [{**row, "commit": machine["commit"]} for row in found.rows]
+        write_results(arguments.out, "accuracy", machine, None, rows, arguments.quick, **more)
+        Console(stderr=True).print(f"Wrote {arguments.out}", highlight=False, soft_wrap=True)
     return 0
 
 
-def run_table(arguments: argparse.Namespace, packages: Sequence[str]) -> table.Table:
-    """Checks the other options, measures, prints, and stores under --out."""
+def run_table(
+    arguments: argparse.Namespace, packages: Sequence[str]
+) -> tuple[table.Table, dict[str, Any]]:
+    """Checks the other options, measures and prints; also what else a result file has to say."""
     console = Console(stderr=True)
     device = choose_device(arguments.device)
     set_threads(arguments.threads)
@@ -47,8 +55,6 @@ def run_table(arguments: argparse.Namespace, packages: Sequence[str]) -> table.T
         raise CliError(
             f"--checkpoint is for the family {families.DEPTH!r}, which --families leaves out"
         )
-    if arguments.out is not None:
-        checkpoint.check_file("--out", arguments.out)
 
     begin = time.perf_counter()
     found, origin = measure(plan, modes, packages, arguments, console)
@@ -57,11 +63,12 @@ def run_table(arguments: argparse.Namespace, packages: Sequence[str]) -> table.T
     if not out.is_terminal or out.width < WIDTH:
         out = Console(width=WIDTH)
     show(found, out, details=arguments.details)
-    if arguments.out is not None:
-        document = document_of(plan, found, origin, device, seconds, arguments.quick)
-        checkpoint.write_atomically(arguments.out, text_of(document).encode())
-        console.print(f"Wrote {arguments.out}", highlight=False, soft_wrap=True)
-    return found
+    return found, {
+        "seconds": round(seconds, 1),
+        "seed": plan.seed,
+        "hidden_states": origin,
+        "failures": found.failures,
+    }
 
 
 def measure(
@@ -131,39 +138,6 @@ def chosen(
     if len(set(names)) != len(names):
         raise CliError(f"{flag} names one twice: {given}")
     return names
-
-
-# ---------------------------------------------------------------------------------- storing
-
-
-def document_of(
-    plan: table.Plan,
-    found: table.Table,
-    origin: dict[str, Any] | None,
-    device: torch.device,
-    seconds: float,
-    quick: bool,
-) -> dict[str, Any]:
-    """The result file, in the form of the other benchmarks."""
-    return {
-        "schema": SCHEMA,
-        "suite": "accuracy",
-        **({"quick": True} if quick else {}),
-        **describe_machine(device),
-        "copy_tb_s": None,
-        "seconds": round(seconds, 1),
-        "seed": plan.seed,
-        "hidden_states": origin,
-        "failures": found.failures,
-        "rows": found.rows,
-    }
-
-
-def text_of(document: dict[str, Any]) -> str:
-    """JSON with a line for each row: thousands of them, and read by people now and then."""
-    head = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1)
-    rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in document["rows"])
-    return head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
 
 
 # --------------------------------------------------------------------------------- printing

@@ -10,13 +10,21 @@ ON_REQUEST = list(command.SLOW)
 
 
 def run(request: Request) -> list[Row]:
-    """All families; writes once, at the end. Prints what was not run, and returns what of ours."""
+    """All families; writes once, at the end. Prints what was not run, and returns what of ours.
+
+    A run of some packages keeps the rows and failures of the others.
+    """
     from flash_attn_res.cli import build_parser
 
     quick = ["--quick"] if request.quick else []
-    place = ["--device", str(request.device), "--out", str(request.store.path)]
-    arguments = build_parser().parse_args(["accuracy", *quick, *place])
-    found = command.run_table(arguments, [name for name in request.packages if name != OURS])
+    arguments = build_parser().parse_args(["accuracy", *quick, "--device", str(request.device)])
+    found, more = command.run_table(arguments, [name for name in request.packages if name != OURS])
+    others = [
+        entry
+        for entry in request.store.kept("failures")
+        if entry["package"] not in (OURS, *request.packages)
+    ]
+    request.store.write(found.rows, None, **more | {"failures": others + found.failures})
     return [
         {"package": entry["package"], "op": ", ".join(entry["where"]), "error": entry["error"]}
         for entry in found.failures

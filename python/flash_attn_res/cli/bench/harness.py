@@ -255,6 +255,7 @@ def short_name(device: torch.device) -> str:
 IDENTITY = (
     *("package", "op", "case", "shape", "dtype", "threads"),
     *("layers", "block_size", "tokens", "dim", "checkpointed", "series"),
+    *("storage", "family", "tensor"),
 )
 """Of a row, what says which measurement it is; the rest is the measurement."""
 
@@ -262,6 +263,15 @@ IDENTITY = (
 def identity(row: Row) -> str:
     """Equal for two rows that measure the same."""
     return json.dumps([row.get(name) for name in IDENTITY], sort_keys=True)
+
+
+MEMBERS = ("suite", "device", "driver", "commit", "date")
+"""Texts that every result file has."""
+
+
+def commit_of(document: Mapping[str, Any], row: Row) -> str:
+    """Which code a row measures: its own commit, in files of a single run the file's."""
+    return str(row.get("commit", document["commit"]))
 
 
 def load_results(path: Path) -> dict[str, Any]:
@@ -279,7 +289,22 @@ def load_results(path: Path) -> dict[str, Any]:
             f"{path}: schema {document.get('schema', 'none')}, expected {SCHEMA}: measure again "
             "with flash-attn-res bench of this version"
         )
+    for name in MEMBERS:
+        if not isinstance(document.get(name), str):
+            raise CliError(f"{path}: has no {name}, which every result file has")
+    versions = document.get("versions")
+    if not isinstance(versions, dict) or not isinstance(versions.get("torch"), str):
+        raise CliError(f"{path}: its versions do not say which PyTorch it was measured with")
+    if not all(isinstance(row, dict) for row in document["rows"]):
+        raise CliError(f"{path}: a row is no object")
     return document
+
+
+def text_of(document: Mapping[str, Any]) -> str:
+    """JSON with a line for each row: there are thousands, and people read them now and then."""
+    head = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in document["rows"])
+    return head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
 
 
 def write_results(
@@ -289,17 +314,22 @@ def write_results(
     copy: float | None,
     rows: list[Row],
     quick: bool = False,
+    **more: Any,
 ) -> None:
-    """Writes a result file, whole or not at all; ``copy`` is in bytes per second."""
+    """Writes a result file, whole or not at all; ``copy`` is in bytes per second.
+
+    ``more`` are further members of the file.
+    """
     document = {
         "schema": SCHEMA,
         "suite": suite,
         **({"quick": True} if quick else {}),
         **machine,
         "copy_tb_s": None if copy is None else round(copy / 1e12, 4),
+        **more,
         "rows": rows,
     }
-    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(path, text_of(document).encode())
 
 
 @dataclasses.dataclass
@@ -321,14 +351,19 @@ class Store:
         if self.part and self.path.exists():
             self.before = load_results(self.path)
 
-    def write(self, rows: list[Row], copy: float | None) -> None:
+    def kept(self, member: str) -> list[Row]:
+        """What a run of some of the cases keeps of a list in the file."""
+        same = self.before.get("device") == device_name(self.device)
+        return list(self.before.get(member, [])) if same else []
+
+    def write(self, rows: list[Row], copy: float | None, **more: Any) -> None:
         """Writes the file, whole or not at all; ``copy`` is in bytes per second."""
         machine = describe_machine(self.device)
         new = {identity(row): {**row, "commit": machine["commit"]} for row in rows}
-        kept = self.before.get("rows", []) if self.before.get("device") == machine["device"] else []
+        old = [{**row, "commit": commit_of(self.before, row)} for row in self.kept("rows")]
         # In the place of the old ones: the order of a file is that of its tables.
-        merged = [new.pop(identity(row), row) for row in kept] + list(new.values())
-        write_results(self.path, self.suite, machine, copy, merged, self.quick)
+        merged = [new.pop(identity(row), row) for row in old] + list(new.values())
+        write_results(self.path, self.suite, machine, copy, merged, self.quick, **more)
 
 
 def failed(rows: list[Row], package: str, key: Row, error: str) -> None:

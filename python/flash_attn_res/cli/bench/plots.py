@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flash_attn_res.cli import figures
 from flash_attn_res.cli.bench.harness import OURS, Row
-from flash_attn_res.cli.bench.tables import Document, main_shapes, measured
+from flash_attn_res.cli.bench.tables import OP_NAMES, Document, main_shapes, measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +48,76 @@ LABELS = {
 FAINT = "#66707c"
 
 
+KEY = "flash-attn-res"
+"""Of a PNG's metadata: the hash of what the picture was drawn from."""
+HEAD = ("device", "driver", "versions", "date", "copy_tb_s", "quick", "options")
+"""What the plots take from a document beside its rows."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Something to draw, and the hash of all that it is drawn from."""
+
+    name: str
+    document: Document
+    fingerprint: str
+    draw: Callable[[], Figure]
+    style: Any
+
+    def save(self, path: Path) -> None:
+        """Draws it into a PNG file, with the hash in its metadata."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        with pyplot.rc_context({**figures.STYLE, **self.style}):
+            figures.save(self.draw(), path, metadata={KEY: self.fingerprint})
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the file was drawn from the same."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as image:
+                return bool(image.info.get(KEY) == self.fingerprint)
+        except (OSError, UnidentifiedImageError):
+            return False
+
+
+def fingerprint(draw: Callable[..., Figure], *given: Any) -> str:
+    """Changes with what is drawn and with the code of ``draw`` itself."""
+    text = json.dumps([inspect.getsource(draw), *given], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def picture(name: str, document: Document) -> Picture:
+    """One of :data:`PLOTS`, of a document that has rows for it."""
+    plot = PLOTS[name]
+    rows = plot.select(document)
+    head = {member: document.get(member) for member in HEAD}
+    return Picture(
+        name,
+        document,
+        fingerprint(plot.draw, name, head, rows),
+        lambda: plot.draw(document, rows),
+        {"font.size": 10, "axes.titlesize": 11, "savefig.dpi": 150},
+    )
+
+
+def demo_pictures(summary: Mapping[str, Any]) -> list[Picture]:
+    """Those that the demo draws, from what it leaves; none from times and losses alone."""
+    if not all("depth" in entry for entry in summary["variants"].values()):
+        return []
+    shown = {name: value for name, value in summary.items() if name != "file"}
+    return [
+        Picture(
+            file.removesuffix(".png"), summary, fingerprint(draw, shown), partial(draw, summary), {}
+        )
+        for file, draw in figures.drawn_of(summary).items()
+    ]
+
+
 @dataclass(frozen=True)
 class Plot:
     """One picture: of which suite, of which rows, how, and what makes those rows."""
@@ -52,22 +127,6 @@ class Plot:
     draw: Callable[[Document, list[Row]], Figure]
     command: str
     text: str  #: what stands where a picture cannot be seen
-
-
-def save(plot: Plot, document: Document, path: Path) -> None:
-    """Draws the picture into a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from flash_attn_res.cli.figures import STYLE
-
-    with pyplot.rc_context({**STYLE, "font.size": 10, "axes.titlesize": 11}):
-        figure = plot.draw(document, plot.select(document))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.2)
-        pyplot.close(figure)
 
 
 # ----------------------------------------------------------------------------------- what is shared
@@ -156,18 +215,11 @@ def grouped_bars(
 
 # ------------------------------------------------------------------------------------------ kernels
 
-KERNEL_OPS = {
-    "phase1_fwd": "phase 1\nforward",
-    "phase1_bwd": "phase 1\nbackward",
-    "oneshot_fwd": "one-shot\nforward",
-    "oneshot_bwd": "one-shot\nbackward",
-    "oneshot_norm_fwd": "one-shot + norm\nforward",
-    "oneshot_norm_bwd": "one-shot + norm\nbackward",
-    "merge_fwd": "merge\nforward",
-    "merge_bwd": "merge\nbackward",
-    "advance_fwd": "advance\nforward",
-    "advance_bwd": "advance\nbackward",
-}
+
+def bar_name(op: str) -> str:
+    """An operation and its direction, in two lines."""
+    name, _, direction = op.rpartition("_")
+    return f"{OP_NAMES[name]}\n{'forward' if direction == 'fwd' else 'backward'}"
 
 
 def kernel_rows(document: Document) -> list[Row]:
@@ -181,6 +233,8 @@ def kernels(document: Document, rows: list[Row]) -> Figure:
 
     shapes = main_shapes(document)
     packages = packages_of(rows)
+    there = {row["op"] for row in rows}
+    ops = [op for name in OP_NAMES for op in (f"{name}_fwd", f"{name}_bwd") if op in there]
     figure, grid = pyplot.subplots(
         len(shapes),
         1,
@@ -190,10 +244,10 @@ def kernels(document: Document, rows: list[Row]) -> Figure:
         layout="constrained",
     )
     for axes, shape in zip(grid[:, 0], shapes, strict=True):
-        groups: dict[str, dict[str, float]] = {name: {} for name in KERNEL_OPS.values()}
+        groups: dict[str, dict[str, float]] = {bar_name(op): {} for op in ops}
         for row in rows:
             if tuple(row["shape"].items()) == shape:
-                groups[KERNEL_OPS[row["op"]]][row["package"]] = row["percent_of_copy"]
+                groups[bar_name(row["op"])][row["package"]] = row["percent_of_copy"]
         grouped_bars(axes, groups, packages, lambda value: f"{value:.0f}")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--", zorder=0)
         axes.set_ylim(0, 118)
@@ -348,13 +402,6 @@ def _by(column: str) -> Callable[[Row], Any]:
 
 # ------------------------------------------------------------------------------------ small batches
 
-DECODE_OPS = {
-    "advance": "advance",
-    "oneshot": "one-shot",
-    "k3_site": "Kimi K3 site",
-    "phase1": "phase 1",
-}
-
 
 def decode(document: Document, rows: list[Row]) -> Figure:
     """Microseconds over T, cold and warm, with the time of a copy of the bytes."""
@@ -380,7 +427,7 @@ def decode(document: Document, rows: list[Row]) -> Figure:
         axes.plot(tokens, limit, color="0.6", linestyle="--", label="copy of as many bytes")
         sizes = " ".join(f"{axis}={size}" for axis, size in (("N", N), ("S", S)) if size > 1)
         axes.set(xscale="log", yscale="log", xlabel="tokens")
-        axes.set_title(f"{DECODE_OPS[op]} {sizes}".strip())
+        axes.set_title(f"{OP_NAMES[op]} {sizes}".strip())
         ticks = [t for t in (1, 16, 256, 4096) if t <= tokens[-1]]
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.set_ylim(bottom=min(row["us_warm"] for row in rows) / 2)
@@ -397,13 +444,6 @@ def decode(document: Document, rows: list[Row]) -> Figure:
 
 
 # ----------------------------------------------------------------------------------------- accuracy
-
-ACCURACY_OPS = {
-    "phase1": "phase 1",
-    "oneshot_norm": "one-shot with norm",
-    "advance": "advance",
-    "network": "whole networks",
-}
 
 
 def accuracy_rows(document: Document) -> list[Row]:
@@ -431,7 +471,7 @@ def accuracy(document: Document, rows: list[Row]) -> Figure:
         grouped_bars(axes, tensors, packages, lambda value: f"{value:.0e}".replace("e-0", "e-"))
         axes.set_yscale("log")
         axes.margins(y=0.12)
-        axes.set_title(ACCURACY_OPS[op])
+        axes.set_title(OP_NAMES[op])
         axes.set_ylabel("relative L2 error")
     for axes in list(grid.flat)[len(worst) :]:
         axes.set_visible(False)
@@ -443,6 +483,13 @@ def accuracy(document: Document, rows: list[Row]) -> Figure:
         "Smaller is better; the worst of all families and numbers of sources.",
     )
     return figure
+
+
+def storage_curves(document: Document, rows: list[Row]) -> Figure:
+    """Training curves of the storage modes."""
+    from flash_attn_res.cli.curves import figure_of
+
+    return figure_of({**document, "rows": rows})
 
 
 PLOTS = {
@@ -483,5 +530,12 @@ PLOTS = {
         accuracy,
         "flash-attn-res bench accuracy",
         "Relative errors against float64",
+    ),
+    "storage-curves": Plot(
+        "storage-curves",
+        measured,
+        storage_curves,
+        "flash-attn-res curves",
+        "Training curves of the storage modes",
     ),
 }

@@ -10,28 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flash_attn_res.cli.bench.harness import load_results
-from flash_attn_res.cli.bench.plots import PLOTS, Plot, save
+from flash_attn_res.cli.bench.plots import PLOTS, Picture, Plot, demo_pictures, picture
 from flash_attn_res.cli.bench.tables import TABLES, demo, missing
-from flash_attn_res.cli.checkpoint import write_atomically
+from flash_attn_res.cli.checkpoint import make_folder, write_atomically
 from flash_attn_res.cli.device import checkout
 from flash_attn_res.cli.errors import CliError
 
 BLOCK = re.compile(r"<!-- generated: (\w+(?: all)?) -->\n.*?<!-- end of generated: \1 -->", re.S)
 IMAGES = "docs/images"
+Made = TypeVar("Made")
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    """0, or 1 where --check finds a table that is not that of the results."""
-    root = checkout()
-    if arguments.results:
-        folder = Path(arguments.results)
-    else:
-        folder = root / "benchmarks" / "results" if root else Path("benchmark-results")
+    """0, or 1 where --check finds a table or a picture that is not that of the results."""
+    folder = Path(arguments.results) if arguments.results else default_folder()
     if not folder.is_dir():
         raise CliError(f"--results: {folder} is no folder; flash-attn-res bench makes one")
     found = load_all(folder)
@@ -41,6 +38,17 @@ def run_report(arguments: argparse.Namespace) -> int:
     if not found:
         raise CliError(f"--results: {folder} has no result files of flash-attn-res bench")
     return _write_report(folder, found, check=arguments.check)
+
+
+def default_folder() -> Path:
+    """What `bench` has left here; else, for who is inside of the checkout, its results.
+
+    From elsewhere the pages of a checkout are nobody's business.
+    """
+    here, root = Path("benchmark-results"), checkout()
+    if here.is_dir() or root is None or not Path.cwd().is_relative_to(root):
+        return here
+    return root / "benchmarks" / "results"
 
 
 class Results:
@@ -59,19 +67,53 @@ class Results:
 
     def for_plot(self, plot: Plot) -> dict[str, Any] | None:
         """The first that has what the plot shows."""
-        return next((document for document in self.of(plot.suite) if plot.select(document)), None)
+        return next((d for d in self.of(plot.suite) if made(d, "plot", plot.select, d)), None)
+
+    def demo(self) -> dict[str, Any] | None:
+        """What the demo has left: the summary.json of a run of `train`."""
+        path = self.folder / "demo.json"
+        return {**read_json(path), "file": str(path)} if path.exists() else None
+
+    def pictures(self) -> list[Picture]:
+        """All that there is something to draw from."""
+        found = [
+            picture(name, document)
+            for name, plot in PLOTS.items()
+            if (document := self.for_plot(plot))
+        ]
+        summary = self.demo()
+        return found + (made(summary, "figures", demo_pictures, summary) if summary else [])
+
+
+def made(document: Mapping[str, Any], what: str, make: Callable[..., Made], *given: Any) -> Made:
+    """What is made of a document, or an error that names its file."""
+    try:
+        return make(*given)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        lacks = f"a row lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CliError(
+            f"{document['file']}: the {what} of {document.get('suite', 'the demo')} cannot be "
+            f"made: {lacks}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CliError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CliError(f"{path}: cannot be read: no JSON object")
+    return value
 
 
 def load_all(folder: Path) -> dict[str, dict[str, Any]]:
     """Result files by their name without suffix; other JSON files are passed over."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            rows = json.loads(path.read_text()).get("rows")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CliError(f"{path}: cannot be read: {error}") from None
-        if rows is not None:  # neither the demo's summary nor the C++ benchmark's
-            found[path.stem] = load_results(path)
+        if "rows" in read_json(path):  # neither the demo's summary nor the C++ benchmark's
+            found[path.stem] = {**load_results(path), "file": str(path)}
     return found
 
 
@@ -80,8 +122,8 @@ def block(name: str, results: Results) -> str:
     if name == "plots":
         return plots_block(results)
     if name == "demo":
-        path = results.folder / "demo.json"
-        return demo(json.loads(path.read_text())) if path.exists() else "Run `make demo`."
+        summary = results.demo()
+        return made(summary, "table", demo, summary) if summary else "Run `make demo`."
     name, _, everywhere = name.partition(" ")
     if name not in TABLES:
         raise CliError(f"a page asks for the table {name!r}; known: {', '.join(TABLES)}")
@@ -89,7 +131,8 @@ def block(name: str, results: Results) -> str:
     documents = [document for document in results.of(suite) if document["rows"]]
     if not documents:
         return missing(command)
-    return "\n\n".join(table(document) for document in documents[: None if everywhere else 1])
+    shown = documents[: None if everywhere else 1]
+    return "\n\n".join(made(document, "table", table, document) for document in shown)
 
 
 def plots_block(results: Results) -> str:
@@ -118,25 +161,33 @@ def _fill_pages(results: Results, root: Path, *, check: bool) -> int:
             stale.append(str(page.relative_to(root)))
             if not check:
                 write_atomically(page, filled.encode())
+    drawn = {f"{IMAGES}/{each.name}.png": each for each in results.pictures()}
     if check:
+        stale += [name for name, each in drawn.items() if not each.is_at(root / name)]
         if stale:
             print(f"report: {', '.join(stale)} differ from the results: run make report")
         return 1 if stale else 0
     print(f"filled {', '.join(stale)}" if stale else "all tables were up to date")
     for name, plot in PLOTS.items():
-        document = results.for_plot(plot)
-        if document is None:
+        if results.for_plot(plot) is None:
             print(f"skipped {name}: {missing(plot.command)}")
-            continue
-        save(plot, document, root / IMAGES / f"{name}.png")
-        print(f"drew {IMAGES}/{name}.png")
+    _draw(root, drawn)
     return 0
+
+
+def _draw(folder: Path, pictures: Mapping[str, Picture]) -> None:
+    """Into files that their names place in the folder."""
+    for name, each in pictures.items():
+        path = folder / name
+        make_folder("report", path.parent)
+        made(each.document, "plot", each.save, path)
+        print(f"drew {name}")
 
 
 def _write_report(folder: Path, found: dict[str, dict[str, Any]], *, check: bool) -> int:
     """`report.md` and the plots beside the results, file by file."""
     parts = ["# Benchmark results"]
-    pictures = []
+    pictures = {}
     for stem, document in found.items():
         suite = document["suite"]
         parts.append(f"## {suite}, {document['device']}")
@@ -144,26 +195,27 @@ def _write_report(folder: Path, found: dict[str, dict[str, Any]], *, check: bool
             parts.append("A quick run: small cases, few rounds.")
         for own, table, _ in TABLES.values():
             if own == suite and document["rows"]:
-                parts.append(table(document))
+                parts.append(made(document, "table", table, document))
         for name, plot in PLOTS.items():
             if plot.suite != suite:
                 continue
-            if not plot.select(document):
+            if not made(document, "plot", plot.select, document):
                 print(f"skipped {name} of {stem}: {missing(plot.command)}")
                 continue
-            pictures.append((plot, document, f"{stem}-{name}.png"))
+            pictures[f"{stem}-{name}.png"] = picture(name, document)
             parts.append(f"![{plot.text}]({stem}-{name}.png)")
         parts += _failures(document["rows"])
     text = "\n\n".join(parts) + "\n"
     path = folder / "report.md"
     if check:
-        same = path.exists() and path.read_text() == text
-        if not same:
-            print(f"report: {path} differs from the results: run flash-attn-res report")
-        return 0 if same else 1
-    for plot, document, picture in pictures:
-        save(plot, document, folder / picture)
-        print(f"drew {folder / picture}")
+        stale = [name for name, each in pictures.items() if not each.is_at(folder / name)]
+        if not path.exists() or path.read_text() != text:
+            stale.insert(0, path.name)
+        if stale:
+            names = ", ".join(str(folder / name) for name in stale)
+            print(f"report: {names} differ from the results: run flash-attn-res report")
+        return 1 if stale else 0
+    _draw(folder, pictures)
     write_atomically(path, text.encode())
     print(f"wrote {path}")
     return 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flash_attn_res.cli.bench.harness import COMPILED, OURS, Row
+from flash_attn_res.cli.bench.harness import COMPILED, OURS, Row, commit_of
+from flash_attn_res.cli.figures import LABELS
 
 Document = Mapping[str, Any]
 
@@ -18,6 +20,24 @@ def measured(document: Document) -> list[Row]:
 def missing(command: str) -> str:
     """What stands where a table has no data yet."""
     return f"Not measured yet: `{command}` measures it."
+
+
+def measured_at(document: Document, rows: Sequence[Row]) -> str:
+    """The end of a caption: which commits the rows are of."""
+    # A commit may be written at full length, and "-dirty" where the code had been changed.
+    short = {re.sub(r"^([0-9a-f]{7})[0-9a-f]+", r"\1", commit_of(document, row)) for row in rows}
+    return f"Measured at {', '.join(f'`{commit}`' for commit in sorted(short))}."
+
+
+OP_NAMES = {
+    "phase1": "phase 1",
+    "oneshot": "one-shot",
+    "oneshot_norm": "one-shot + norm",
+    "merge": "merge",
+    "advance": "advance",
+    "k3_site": "Kimi K3 site",
+    "network": "whole networks",
+}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -73,12 +93,10 @@ def cpu(document: Document) -> str:
     threads = document["rows"][0]["threads"]
     caption = (
         f"{document['device']}, {threads} threads, torch {document['versions']['torch']}, "
-        f"copy {document['copy_tb_s'] * 1e3:.1f} GB/s; medians, `make bench` measures it here."
+        f"copy {document['copy_tb_s'] * 1e3:.1f} GB/s; medians, `make bench` measures it here. "
+        + measured_at(document, measured(document))
     )
     return caption + "\n\n" + markdown(header, rows)
-
-
-VARIANTS = {"plain": "plain", "block": "Block AttnRes", "full": "Full AttnRes"}
 
 
 def demo(document: Document) -> str:
@@ -89,7 +107,7 @@ def demo(document: Document) -> str:
         memory = entry["memory"]
         rows.append(
             [
-                VARIANTS[variant],
+                LABELS[variant],
                 f"{entry['validation_loss']:.4f}",
                 f"{entry['timing']['step_ms']:.0f}",
                 "" if ratio is None else f"{100 * (ratio - 1):+.1f} %",
@@ -129,12 +147,12 @@ def main_shapes(document: Document) -> list[tuple[tuple[str, int], ...]]:
     return list(dict.fromkeys(tuple(row["shape"].items()) for row in rows))
 
 
-def kernels_caption(document: Document) -> str:
+def kernels_caption(document: Document, rows: Sequence[Row]) -> str:
     return (
         f"{document['device']}, driver {document['driver']}, "
         f"torch {document['versions']['torch']}, "
         f"bfloat16; percent of a device copy ({document['copy_tb_s']:.2f} TB/s, bytes read and "
-        "written) measured in the same run."
+        f"written) measured in the same run. {measured_at(document, rows)}"
     )
 
 
@@ -155,7 +173,8 @@ def kernels(document: Document) -> str:
                 "" if row is None else f"{row['percent_of_copy']:.0f} % ({row['us']:.0f} us)"
             )
         lines.append(line)
-    return kernels_caption(document) + "\n\n" + markdown(header, lines)
+    shown = [row for row in rows if tuple(row["shape"].items()) in shapes]
+    return kernels_caption(document, shown) + "\n\n" + markdown(header, lines)
 
 
 def peers(document: Document) -> str:
@@ -191,16 +210,11 @@ def peers(document: Document) -> str:
         f"- {reason} ({', '.join(dict.fromkeys(ops))})" for reason, ops in reasons.items()
     )
     table = markdown(["operation", "shape", "this package", *packages], lines)
-    caption = f"{kernels_caption(document)} Versions: {versions}."
+    shown = [row for row in measured(document) if row["case"] in MAIN_SHAPES]
+    caption = f"{kernels_caption(document, shown)} Versions: {versions}."
     return f"{caption}\n\n{table}\n\nWhere there is a dash:\n\n{notes}"
 
 
-DECODE_OPS = {
-    "advance": "advance",
-    "oneshot": "one-shot",
-    "k3_site": "Kimi K3 site",
-    "phase1": "phase 1",
-}
 DECODE_TOKENS = (1, 16, 128, 1024, 8192)
 
 
@@ -216,7 +230,7 @@ def decode(document: Document) -> str:
     lines = []
     for (op, N, S, package), by_tokens in cases.items():
         sizes = [f"{axis}={size}" for axis, size in (("N", N), ("S", S)) if size > 1]
-        line = [" ".join([DECODE_OPS[op], *sizes]), package]
+        line = [" ".join([OP_NAMES[op], *sizes]), package]
         for tokens in columns:
             cell = by_tokens.get(tokens)
             line.append("" if cell is None else f"{cell['us_cold']:.1f} ({cell['us_warm']:.1f})")
@@ -226,7 +240,8 @@ def decode(document: Document) -> str:
         f"{document['device']}, torch {document['versions']['torch']}, bfloat16, "
         f"D={document['rows'][0]['shape']['D']}, "
         f"{'single calls' if document['driver'] == 'none' else 'CUDA graph replays'}: "
-        "microseconds a call with a cold L2 cache (with a warm one)."
+        "microseconds a call with a cold L2 cache (with a warm one). "
+        + measured_at(document, measured(document))
     )
     return caption + "\n\n" + markdown(header, lines)
 
@@ -253,7 +268,7 @@ def storage(document: Document) -> str:
         f"{document['device']}, driver {document['driver']}, torch "
         f"{document['versions']['torch']}: time and percent of a device copy "
         f"({document['copy_tb_s']:.2f} TB/s) of the storage's own bytes. Mixtures and gradients "
-        "are bfloat16."
+        f"are bfloat16. {measured_at(document, measured(document))}"
     )
     return caption + "\n\n" + markdown(header, lines)
 
@@ -297,7 +312,8 @@ def accuracy(document: Document) -> str:
     ]
     caption = (
         f"{document['device']}, torch {document['versions']['torch']}: relative L2 error against "
-        "float64, the worst of all families and numbers of sources."
+        "float64, the worst of all families and numbers of sources. "
+        + measured_at(document, document["rows"])
     )
     return caption + "\n\n" + markdown(["", *(title for *_, title in columns)], lines)
 
@@ -331,34 +347,31 @@ def storage_errors(document: Document) -> str:
     caption = (
         f"{document['device']}, torch {document['versions']['torch']}: relative L2 error against "
         "float64 on the values before they are stored, the median (the worst) of all families and "
-        "numbers of sources. Empty: the mode changes nothing there."
+        "numbers of sources. Empty: the mode changes nothing there. "
+        + measured_at(document, document["rows"])
     )
     return caption + "\n\n" + markdown(["", *STORAGE_MODES], lines)
 
 
 def curves(document: Document) -> str:
     """Validation losses of the storage modes, beside the spread between seeds."""
-    ends: dict[str, dict[int, float]] = {}
-    for row in document["rows"]:
-        ends.setdefault(row["mode"], {})[row["seed"]] = row["validation"][-1][1]
+    from flash_attn_res.cli.curves import findings
 
-    def deviation(values: list[float]) -> float:
-        mean = sum(values) / len(values)
-        return (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
-
-    lines = []
-    for mode, losses in ends.items():
-        values = list(losses.values())
-        gaps = [loss - ends["float32"][seed] for seed, loss in losses.items()]
-        mean, error = sum(gaps) / len(gaps), deviation(gaps) / len(gaps) ** 0.5
-        line = [mode, f"{sum(values) / len(values):.4f}", f"{deviation(values):.4f}"]
-        lines.append([*line, "" if mode == "float32" else f"{mean:+.4f} ± {error:.4f}"])
+    lines = [
+        [
+            found.mode,
+            f"{found.loss:.4f}",
+            f"{found.spread:.4f}",
+            "" if found.difference is None else f"{found.difference:+.4f} ± {found.error:.4f}",
+        ]
+        for found in findings(document)
+    ]
     options = document["options"]
     caption = (
         f"`flash-attn-res curves`: {options['layers']} Transformer layers, width {options['dim']}, "
         f"blocks of {options['block_size']} sublayers, {options['steps']} steps on the Python "
         f"standard library's sources, {options['seeds']} seeds, on {document['device']}, torch "
-        f"{document['versions']['torch']}."
+        f"{document['versions']['torch']}. {measured_at(document, document['rows'])}"
     )
     header = ["stream", "validation loss, nats/byte", "spread of seeds", "from float32, same seed"]
     return caption + "\n\n" + markdown(header, lines)
@@ -382,7 +395,8 @@ def neighbours(document: Document) -> str:
         ]
         for shape, ops in cases.items()
     ]
-    return kernels_caption(document) + "\n\n" + markdown(header, lines)
+    shown = [row for ops in cases.values() for row in ops.values()]
+    return kernels_caption(document, shown) + "\n\n" + markdown(header, lines)
 
 
 def insights(document: Document) -> str:
@@ -466,9 +480,7 @@ def step(document: Document) -> str:
     caption = (
         f"{document['device']}, torch {document['versions']['torch']}, "
         f"{rows[0].get('dtype', 'bfloat16')}, eager; SwiGLU sublayers. Medians over "
-        "interleaved rounds, and of the rounds' ratios to plain. Measured at "
-        + ", ".join(sorted({f"`{row['commit']}`" for row in rows}))
-        + "."
+        "interleaved rounds, and of the rounds' ratios to plain. " + measured_at(document, rows)
     )
     header = ["network", "residual", "forward ms", "step ms", "peak GiB"]
     return caption + "\n\n" + markdown(header, lines)
