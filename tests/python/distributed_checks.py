@@ -224,12 +224,17 @@ def assert_pipeline(result, micro_batches: int = 4) -> None:
         assert_gradients(ours, exact)
         return
     alone = [one_process(given, micro_batches, dtype, eager=eager) for eager in (True, False)]
+    assert_gradients(ours, exact, worse(exact, *alone))
 
-    def worse(name: str) -> Tensor:
-        found = (gradients[name] for gradients in alone)
-        return max(found, key=lambda value: (value.double() - exact[name]).norm().item())
 
-    assert_gradients(ours, exact, {name: worse(name) for name in exact})
+def worse(exact: dict[str, Tensor], *found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of several results, by name the one with the larger error."""
+
+    def error(name: str, index: int) -> float:
+        return (found[index][name].double() - exact[name]).norm().item()
+
+    each = range(len(found))
+    return {name: found[max(each, key=lambda i, n=name: error(n, i))][name] for name in exact}
 
 
 @check
@@ -579,18 +584,23 @@ def phase_1_ahead(process: Process, dtype: torch.dtype) -> None:
         found = {names[id(tensor)]: tensor.grad for tensor in tensors}
         return {**found, "x": given.grad, "y": shards.gather(y.detach(), tokens)}
 
-    def formulas(kind: torch.dtype) -> dict[str, Tensor]:
+    def one_process_s(kind: torch.dtype, eager: bool) -> dict[str, Tensor]:
         alone = copy.deepcopy(network).to(kind)
-        given = x.to(kind).requires_grad_()
-        y = alone.eager(given)
+        alone.zero_grad()
+        given = x.to(kind).detach().requires_grad_()
+        y = alone.eager(given) if eager else alone(given)
         y.backward(cotangent.to(kind))
-        found = {name: parameter.grad for name, parameter in alone.named_parameters()}
-        return {**found, "x": given.grad, "y": y.detach()}
+        every = {name: parameter.grad for name, parameter in alone.named_parameters()}
+        every |= {"x": given.grad, "y": y.detach()}
+        return {name: every[name] for name in ahead}
 
     ahead = run(Ahead())
-    exact, plain = ({n: g[n] for n in ahead} for g in (formulas(torch.float64), formulas(dtype)))
-    assert_gradients(ahead, exact, plain)
-    del exact, plain
+    exact = one_process_s(torch.float64, eager=True)
+    # In bfloat16 the collectives round in another order than one process: they may err as much
+    # as they do where nothing runs ahead.
+    others = [one_process_s(dtype, eager) for eager in (True, False)]
+    assert_gradients(ahead, exact, worse(exact, *others, run(TokenShards(overlap=False))))
+    del exact, others
     for repeat in range(20 if cuda else 1):
         # Memory that is given out anew before its last reader was done holds NaN.
         for size in (tokens * dim // process.world, 2 * tokens * dim, 2**20 + repeat * 2**16):
