@@ -51,22 +51,34 @@ def test_the_kernels_of_a_gpu() -> None:
     general = "void flash_attn_res::cuda::attend_mix_kernel<__nv_bfloat16>(AttendMixParams)"
     assert served.names_in([hopper, "Memset (Device)", general]) == ["hopper::attend", "attend_mix"]
 
-    def why(op: str, dtype: torch.dtype, minor: int, *kernels: str) -> str:
+    def why(op: str, dtype: str, minor: int, *kernels: str) -> str:
         return served.note(op, dtype, (9, minor), list(kernels)) or ""
 
-    assert why("phase1_fwd", torch.bfloat16, 0, "hopper::attend") == ""
-    assert why("oneshot_norm_fwd", torch.bfloat16, 1, "read_rows") == ""
-    assert "this GPU has 9.1" in why("phase1_fwd", torch.bfloat16, 1, "attend_mix")
-    assert "take bfloat16" in why("phase1_fwd", torch.float16, 0, "attend_mix")
-    assert "16-bit" in why("advance_bwd", torch.float32, 0, "read_backward_staged")
-    assert "for this shape" in why("advance_bwd", torch.float16, 0, "read_backward_staged")
-    assert "saw no kernel" in why("advance_bwd", torch.float16, 0)
+    assert why("phase1_fwd", "bfloat16", 0, "hopper::attend") == ""
+    assert why("oneshot_norm_fwd", "bfloat16", 1, "read_rows") == ""
+    assert "this GPU has 9.1" in why("phase1_fwd", "bfloat16", 1, "attend_mix")
+    assert "float8 and float16 ones with" in why("phase1_fwd", "float32", 0, "attend_mix")
+    assert "gradients in bfloat16" in why("phase1_bwd", "float16", 0, "attend_dsources")
+    assert "for this shape" in why("phase1_fwd", "float16", 0, "attend_mix")
+    assert "for this shape" in why("phase1_bwd", "float8 blocks", 0, "attend_dsources")
+    assert why("advance_bwd", "float32", 0, "read_backward_staged").endswith("16-bit values")
+    assert "for this shape" in why("advance_bwd", "float16", 0, "read_backward_staged")
+    assert "saw no kernel" in why("advance_bwd", "float16", 0)
     entries = [
         {"op": "advance_fwd", "shape": shape, "dtype": "float16", "kernels": ["read_rows"]}
         | {"note": None}
         for shape in served.SHAPES
     ]
-    assert served.lines(entries) == ["  advance_fwd       float16   all shapes: read_rows"]
+    assert served.lines(entries) == ["  advance_fwd       float16        all shapes: read_rows"]
+
+
+def test_every_operation_that_is_listed_runs() -> None:
+    for op, dtype in served.CASES:
+        run = served.prepared(op, {"N": 3, "S": 2, "T": 5, "D": 256}, dtype, torch.device("cpu"))
+        run()
+        run()
+    listed = {op.rpartition("_")[0] for op, _ in served.CASES}
+    assert listed == {"phase1", "oneshot", "oneshot_norm", "merge", "advance", "k3_site"}
 
 
 def test_wrong_result_is_found(

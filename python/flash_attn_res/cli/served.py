@@ -1,7 +1,8 @@
 """Which kernels serve which shapes on a GPU, as they run: for `flash-attn-res doctor`.
 
-Each operation of the training path runs once under PyTorch's profiler. What is listed is what was
-launched, so that no second copy of the library's choices can be wrong about them.
+Each operation runs once under PyTorch's profiler: those of the training path, phase 1 over stored
+blocks, and the site of Kimi K3. What is listed is what was launched, so that no second copy of the
+library's choices can be wrong about them.
 """
 
 from __future__ import annotations
@@ -11,18 +12,26 @@ from typing import Any
 
 import torch
 
+from flash_attn_res.cli.bench.harness import Run
 from flash_attn_res.cli.bench.kernels import Site
+from flash_attn_res.cli.bench.storage import Case
 
 OPS = (
-    *("phase1_fwd", "phase1_bwd", "oneshot_norm_fwd", "oneshot_norm_bwd"),
-    *("advance_fwd", "advance_bwd"),
+    *("phase1_fwd", "phase1_bwd", "oneshot_fwd", "oneshot_bwd", "oneshot_norm_fwd"),
+    *("oneshot_norm_bwd", "merge_fwd", "merge_bwd", "advance_fwd", "advance_bwd", "k3_site_fwd"),
 )
 SHAPES = [
     {"N": N, "S": S, "T": T, "D": D}
     for N, S, D in ((4, 8, 2048), (8, 24, 7168))
     for T in (16, 1024)
 ]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = ("bfloat16", "float16", "float32")
+STORED = {"float8 blocks": "float8", "float16 blocks": "float16"}
+"""Of the sources of phase 1, with scales; its results and gradients are bfloat16."""
+CASES = [
+    *((op, dtype) for op in OPS for dtype in DTYPES),
+    *((op, blocks) for op in OPS if op.startswith("phase1") for blocks in STORED),
+]
 _NAME = re.compile(r"flash_attn_res::cuda::((?:hopper::)?\w+?)_kernel\b")
 
 
@@ -31,30 +40,45 @@ def served(device: torch.device) -> list[dict[str, Any]]:
     capability = torch.cuda.get_device_capability(device)
     entries = []
     with torch.cuda.device(device):
-        for op in OPS:
+        for op, dtype in CASES:
             for shape in SHAPES:
-                for dtype in DTYPES:
-                    entry: dict[str, Any] = {
-                        "op": op,
-                        "shape": shape,
-                        "dtype": str(dtype).removeprefix("torch."),
-                    }
-                    try:
-                        kernels = launched(op, shape, dtype, device)
-                    except (RuntimeError, torch.OutOfMemoryError) as error:
-                        entry |= {"kernels": [], "note": " ".join(str(error).split())}
-                    else:
-                        entry |= {"kernels": kernels, "note": note(op, dtype, capability, kernels)}
-                    entries.append(entry)
+                entry: dict[str, Any] = {"op": op, "shape": shape, "dtype": dtype}
+                try:
+                    kernels = launched(prepared(op, shape, dtype, device), device)
+                except (RuntimeError, torch.OutOfMemoryError) as error:
+                    entry |= {"kernels": [], "note": " ".join(str(error).split())}
+                else:
+                    entry |= {"kernels": kernels, "note": note(op, dtype, capability, kernels)}
+                entries.append(entry)
             torch.cuda.empty_cache()
     return entries
 
 
-def launched(op: str, shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> list[str]:
+def prepared(op: str, shape: dict[str, int], dtype: str, device: torch.device) -> Run:
+    """One operation, ready to run."""
+    if dtype in STORED:
+        raw = [
+            torch.randn(shape["T"], shape["D"], device=device).bfloat16() for _ in range(shape["N"])
+        ]
+        queries = torch.randn(shape["S"], shape["D"], device=device) / shape["D"] ** 0.5
+        case = Case(STORED[dtype], raw, queries)
+        case.fwd()  # the backward reads what it leaves
+        run: Run = getattr(case, op.removeprefix("phase1_"))
+        return run
+    site = Site(**shape, device=device, dtype=getattr(torch, dtype))
+    if op == "k3_site_fwd":  # the bank's rows, the prefix, an update, the norm
+        prefix, update, out = site.row(), site.row(), site.row()
+        return site.read(
+            site.N + 1, True, site.sources(), partial=prefix, update=update, partial_out=out
+        )[0]
+    run, _ = getattr(site, op)()
+    return run
+
+
+def launched(run: Run, device: torch.device) -> list[str]:
     """The kernels of one run, in their order."""
     from torch.profiler import ProfilerActivity, profile
 
-    run, _ = getattr(Site(**shape, device=device, dtype=dtype), op)()
     run()
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -69,9 +93,7 @@ def names_in(events: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def note(
-    op: str, dtype: torch.dtype, capability: tuple[int, int], kernels: list[str]
-) -> str | None:
+def note(op: str, dtype: str, capability: tuple[int, int], kernels: list[str]) -> str | None:
     """Why the Hopper kernels did not run, where they did not and there are some."""
     if not kernels:
         return "PyTorch's profiler saw no kernel of ours"
@@ -80,10 +102,11 @@ def note(
     if capability != (9, 0):
         major, minor = capability
         return f"the Hopper kernels need capability 9.0, this GPU has {major}.{minor}"
-    if op.startswith("phase1") and dtype != torch.bfloat16:
-        return "the Hopper kernels of phase 1 take bfloat16"
-    if dtype == torch.float32:
-        return "the Hopper kernels take 16-bit values"
+    if dtype == "float32":
+        stored = ", or float8 and float16 ones with scales" if op.startswith("phase1") else ""
+        return f"the Hopper kernels take 16-bit values{stored}"
+    if op == "phase1_bwd" and dtype == "float16":
+        return "the Hopper backward of phase 1 takes output gradients in bfloat16"
     return "no Hopper kernel is planned for this shape"
 
 
@@ -98,5 +121,5 @@ def lines(entries: list[dict[str, Any]]) -> list[str]:
     for (op, dtype, kernels, why), shapes in groups.items():
         which = "all shapes" if len(shapes) == len(SHAPES) else "; ".join(shapes)
         reason = f" ({why})" if why else ""
-        table.append(f"  {op:17} {dtype:9} {which}: {kernels or 'none'}{reason}")
+        table.append(f"  {op:17} {dtype:14} {which}: {kernels or 'none'}{reason}")
     return table
