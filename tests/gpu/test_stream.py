@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stream_networks import Network, assert_equal, assert_gradients, gradients, make, tensors_of
 from stream_suite import *  # noqa: F403
-from stream_suite import exact_and_plain
+from stream_suite import check_compiled_layers, check_compiled_network, exact_and_plain
 
 
 @pytest.fixture
@@ -71,6 +71,32 @@ def test_a_captured_step(block_size: int, checkpointed: bool) -> None:
         graph.replay()
         for ours, expected in zip(captured, step(), strict=True):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_compiled_layers(block_size: int, checkpointed: bool, dtype: torch.dtype) -> None:
+    network, x, cotangent = make(8, block_size, "cuda:0", dtype)
+    check_compiled_layers(network, x, cotangent, checkpointed)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+def test_a_compiled_network(block_size: int, dtype: torch.dtype) -> None:
+    """The last block is of two sublayers with blocks of three, of the full size with four."""
+    network, x, cotangent = make(8, block_size, "cuda:0", dtype)
+    check_compiled_network(network, x, cotangent)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_an_exported_network(block_size: int, dtype: torch.dtype) -> None:
+    network, x, _ = make(8, block_size, "cuda:0", dtype)
+    x = x.detach()
+    program = torch.export.export(network, (x,))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "flash_attn_res.read.default" in called
+    for given in (x, torch.randn_like(x)):
+        y, expected = program.module()(given), network(given, functional=True)
+        assert (y - expected).norm() <= 32 * torch.finfo(dtype).eps * expected.norm()
 
 
 def test_no_synchronisation() -> None:

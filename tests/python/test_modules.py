@@ -183,6 +183,22 @@ def test_state_dict_survives_save_and_load() -> None:
     assert torch.equal(other(x), network(x))
 
 
+def test_a_resumed_run_rounds_as_one_that_was_not_interrupted() -> None:
+    network = Network(4, stochastic_rounding=3).bfloat16()
+    assert set(network.attn_res.state_dict()) == {"queries", "key_weight", "rounding_seed"}
+    x = torch.randn(2, D).bfloat16()
+    network(x)
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    expected = [network(x) for _ in range(3)]
+    file.seek(0)
+    other = Network(4, stochastic_rounding=8).bfloat16()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    found = [other(x) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], found[1])
+
+
 def test_printing() -> None:
     module = BlockAttnRes(12, D, 5)
     assert repr(module) == "BlockAttnRes(12, dim=32, block_size=5, eps=1e-06)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import os
+import shutil
 import socket
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from stream_networks import Network, assert_equal, assert_gradients, gradients, make, tensors_of
 from stream_suite import *  # noqa: F403
+from stream_suite import check_compiled_layers
 
 
 @pytest.fixture
@@ -26,23 +29,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def test_compiled_layers(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layers(backend: str, checkpointed: bool, dtype: torch.dtype) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if backend == "inductor" and (dtype != torch.float32 or compiler is None):
+        pytest.skip("Inductor compiles C++: one dtype, where there is a compiler")
     network, x, cotangent = make(6, 3, "cpu", dtype)
-    torch._dynamo.reset()
-    compiled = [
-        torch.compile(layer, fullgraph=True, backend="aot_eager") for layer in network.layers
-    ]
-    tensors = tensors_of(network, x)
-    found = []
-    for layers in (network.layers, compiled):
-        stream = network.attn_res.start(x)
-        for layer, norm in zip(layers, network.norms, strict=False):
-            stream.write(layer(stream.read(norm)))
-        found.append(gradients(stream.finish(network.norms[-1]), tensors, cotangent))
-    largest = max(g.norm() for g in found[0].values())
-    eps = torch.finfo(dtype).eps
-    for name, gradient in found[0].items():
-        assert (found[1][name] - gradient).norm() <= 100 * eps * (gradient.norm() + largest), name
+    check_compiled_layers(network, x, cotangent, checkpointed, backend=backend)
 
 
 def test_a_stream_from_outside_of_the_compiled_function() -> None:
