@@ -19,6 +19,8 @@ from flash_attn_res.cli import data
 from flash_attn_res.cli.checkpoint import make_folder
 from flash_attn_res.cli.device import choose_device, set_threads
 from flash_attn_res.cli.errors import CliError
+from flash_attn_res.cli.figures import site_names
+from flash_attn_res.cli.model import LanguageModel
 from flash_attn_res.cli.sample import load_model
 
 _BATCH = 4  # sequences
@@ -43,11 +45,13 @@ def run_inspect(arguments: argparse.Namespace) -> int:
             raise CliError("--variant and --text are for a trained run, not for FILE.py:FUNCTION")
         model, inputs = _from_file(Path(file), function)
         batches: Iterator[tuple[Any, ...]] = iter([inputs])
+        names = None
     else:
         model, batches = _trained(arguments)
+        names = site_names(model.config.sublayers)
     model = model.to(device).eval()
     try:
-        opened = lens.DepthLens(model)
+        opened = lens.DepthLens(model, names)
     except ValueError as error:
         raise CliError(f"{arguments.path}: {error}") from error
     users = _named_errors(arguments.path) if file.endswith(".py") else contextlib.nullcontext()
@@ -59,9 +63,12 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise CliError(f"{arguments.path}: {error}") from error
     title = f"Depth lens: {Path(arguments.path).name}"
-    lens.write_json(report, folder / "depth.json")
-    lens.write_png(report, folder / "depth.png", title)
-    lens.write_html(report, folder / "depth.html", title)
+    try:
+        lens.write_json(report, folder / "depth.json")
+        lens.write_png(report, folder / "depth.png", title)
+        lens.write_html(report, folder / "depth.html", title)
+    except OSError as error:
+        raise CliError(f"--out: cannot write {error.filename}: {error.strerror}") from error
     for network in report.networks:
         print(f"{network.name}: {len(network.sites)} sites, {network.tokens} tokens")
         for source, name in enumerate(network.source_names):
@@ -73,7 +80,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _trained(arguments: argparse.Namespace) -> tuple[nn.Module, Iterator[tuple[Any, ...]]]:
+def _trained(arguments: argparse.Namespace) -> tuple[LanguageModel, Iterator[tuple[Any, ...]]]:
     model = load_model(Path(arguments.path), arguments.variant)
     seq_len = model.config.seq_len
     corpus = data.load_corpus(arguments.text or [], seq_len)

@@ -12,13 +12,14 @@ The command ``flash-attn-res inspect`` does this for a trained run or for any mo
 """
 
 from flash_attn_res.lens.recorder import DepthLens, DepthReport, NetworkReading, SiteReading
-from flash_attn_res.lens.views import html, write_html, write_json, write_png
+from flash_attn_res.lens.views import figure, html, write_html, write_json, write_png
 
 __all__ = [
     "DepthLens",
     "DepthReport",
     "NetworkReading",
     "SiteReading",
+    "figure",
     "html",
     "write_html",
     "write_json",

@@ -12,6 +12,7 @@ from flash_attn_res.lens.recorder import DepthReport, NetworkReading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DATA = "/*REPORT*/null"
 _TITLE = "<!--TITLE-->"
@@ -41,25 +42,30 @@ def write_json(report: DepthReport, path: str | os.PathLike[str]) -> None:
 
 
 def write_png(report: DepthReport, path: str | os.PathLike[str], title: str = "Depth lens") -> None:
+    """Writes :func:`figure` to a file."""
+    figure(report, title).savefig(path, dpi=150, format="png")
+
+
+def figure(report: DepthReport, title: str = "Depth lens") -> Figure:
     """Heat map of the probabilities and entropy of every site, a row for each network."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as NewFigure
 
     networks = report.networks
     heights = [min(max(0.27 * len(n.sites), 3.0), 24.0) + 1.3 for n in networks]
     widest = max(len(n.source_names) for n in networks)
-    figure = Figure(figsize=(min(max(0.55 * widest, 4.0), 22.0) + 5.5, sum(heights) + 0.6))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
-    rows = figure.subplots(
+    drawn = NewFigure(figsize=(min(max(0.55 * widest, 4.0), 22.0) + 5.5, sum(heights) + 0.6))
+    FigureCanvasAgg(drawn)
+    drawn.set_layout_engine("constrained")
+    rows = drawn.subplots(
         len(networks), 2, squeeze=False, height_ratios=heights, width_ratios=(2.6, 1)
     )
     for network, (left, right) in zip(networks, rows, strict=True):
         image = _heat_map(left, network)
-        figure.colorbar(image, ax=left, fraction=0.04, pad=0.02, label="mean probability")
+        drawn.colorbar(image, ax=left, fraction=0.04, pad=0.02, label="mean probability")
         _entropy(right, network)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
-    figure.savefig(path, dpi=150, format="png")
+    drawn.suptitle(title, fontsize=14, fontweight="bold")
+    return drawn
 
 
 def _heat_map(axes: Axes, network: NetworkReading) -> Any:

@@ -10,7 +10,7 @@ the operation it raises :class:`UnsupportedError` with the reason. Nothing is ti
 The packages are installed with this one, or where PyTorch must stay as it is in a folder for
 PYTHONPATH; the seed always in a folder of its own:
 
-    pip install 'flash-attn-res[peers]'
+    pip install '.[peers]'    (in a checkout)
     pip install --target SITE --no-deps flash-linear-attention fla-core liger-kernel \
         fast-attnres einops
     pip install --target SEED --no-deps flash-attn-res==0.1.12

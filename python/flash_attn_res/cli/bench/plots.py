@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flash_attn_res import lens
 from flash_attn_res.cli import figures
 from flash_attn_res.cli.bench.harness import OURS, Row
 from flash_attn_res.cli.bench.tables import OP_NAMES, Document, main_shapes, measured
@@ -71,7 +72,7 @@ class Picture:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        with pyplot.rc_context({**figures.STYLE, **self.style}):
+        with pyplot.rc_context(self.style):
             figures.save(self.draw(), path, metadata={KEY: self.fingerprint})
 
     def is_at(self, path: Path) -> bool:
@@ -101,7 +102,7 @@ def picture(name: str, document: Document) -> Picture:
         document,
         fingerprint(plot.draw, name, head, rows),
         lambda: plot.draw(document, rows),
-        {"font.size": 10, "axes.titlesize": 11, "savefig.dpi": 150},
+        {**figures.STYLE, "font.size": 10, "axes.titlesize": 11, "savefig.dpi": 150},
     )
 
 
@@ -112,10 +113,27 @@ def demo_pictures(summary: Mapping[str, Any]) -> list[Picture]:
     shown = {name: value for name, value in summary.items() if name != "file"}
     return [
         Picture(
-            file.removesuffix(".png"), summary, fingerprint(draw, shown), partial(draw, summary), {}
+            file.removesuffix(".png"),
+            summary,
+            fingerprint(draw, shown),
+            partial(draw, summary),
+            figures.STYLE,
         )
         for file, draw in figures.drawn_of(summary).items()
     ]
+
+
+def lens_picture(seen: Mapping[str, Any]) -> Picture:
+    """What `inspect` draws, from its depth.json."""
+    shown = {name: value for name, value in seen.items() if name != "file"}
+    report, title = lens.DepthReport.from_dict(shown), "Depth lens: demo"
+    return Picture(
+        "depth-lens",
+        seen,
+        fingerprint(lens.figure, title, shown),
+        lambda: lens.figure(report, title),
+        {"savefig.dpi": 150},
+    )
 
 
 @dataclass(frozen=True)

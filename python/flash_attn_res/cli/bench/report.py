@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flash_attn_res.cli.bench.harness import load_results
-from flash_attn_res.cli.bench.plots import PLOTS, Picture, Plot, demo_pictures, picture
+from flash_attn_res.cli.bench.plots import (
+    PLOTS,
+    Picture,
+    Plot,
+    demo_pictures,
+    lens_picture,
+    picture,
+)
 from flash_attn_res.cli.bench.tables import TABLES, demo, missing
 from flash_attn_res.cli.checkpoint import make_folder, write_atomically
 from flash_attn_res.cli.device import checkout
@@ -71,7 +78,10 @@ class Results:
 
     def demo(self) -> dict[str, Any] | None:
         """What the demo has left: the summary.json of a run of `train`."""
-        path = self.folder / "demo.json"
+        return self._other("demo.json")
+
+    def _other(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
         return {**read_json(path), "file": str(path)} if path.exists() else None
 
     def pictures(self) -> list[Picture]:
@@ -81,8 +91,11 @@ class Results:
             for name, plot in PLOTS.items()
             if (document := self.for_plot(plot))
         ]
-        summary = self.demo()
-        return found + (made(summary, "figures", demo_pictures, summary) if summary else [])
+        if summary := self.demo():
+            found += made(summary, "figures", demo_pictures, summary)
+        if seen := self._other("depth-lens.json"):
+            found.append(made(seen, "picture", lens_picture, seen))
+        return found
 
 
 def made(document: Mapping[str, Any], what: str, make: Callable[..., Made], *given: Any) -> Made:
@@ -92,7 +105,7 @@ def made(document: Mapping[str, Any], what: str, make: Callable[..., Made], *giv
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         lacks = f"a row lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CliError(
-            f"{document['file']}: the {what} of {document.get('suite', 'the demo')} cannot be "
+            f"{document['file']}: the {what} of {document.get('suite', 'the file')} cannot be "
             f"made: {lacks}"
         ) from error
 
