@@ -269,9 +269,14 @@ def _nothing() -> None:
 class _Stage(PipelineStage):
     """A PipelineStage that tells the rank's cache which micro-batch runs, and counts bytes.
 
+    A PipelineStage has receive buffers for all micro-batches of a step and keeps them from step to
+    step. Here a buffer is on the meta device but for the time from its receive to its use: after a
+    forward the graph alone holds what came, and after a backward nothing does.
+
     Attributes:
         attn_res: the stage's module.
         sent_bytes: what was sent so far, ``"forward"`` and ``"backward"``.
+        peak_buffers: most receive buffers at a time, tensors.
     """
 
     def __init__(
@@ -284,6 +289,39 @@ class _Stage(PipelineStage):
         self.attn_res, self.cache = attn_res, cache
         self.own_stages = layout.stages_of(layout.ranks[stage])
         self.sent_bytes = {"forward": 0, "backward": 0}
+        self.peak_buffers = self._buffers = 0
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_forward_infra(*args, **kwargs)
+        for infos in self.args_recv_info.values():
+            self._move_buffers(infos, "meta")
+        self._buffers = 0
+        return result
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_backward_infra(*args, **kwargs)
+        for infos in self.grad_recv_info.values():
+            self._move_buffers(infos, "meta")
+        self._buffers = 0
+        return result
+
+    def _move_buffers(self, infos: Sequence[Any], device: torch.device | str) -> None:
+        for info in infos:
+            held = getattr(info, "buffer", None)
+            if held is None or held.is_meta == (str(device) == "meta"):
+                continue
+            info.buffer = torch.empty_like(held, device=device).requires_grad_(held.requires_grad)
+            self._buffers += -1 if info.buffer.is_meta else 1
+        self.peak_buffers = max(self.peak_buffers, self._buffers)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._move_buffers(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.has_backward and not self.is_last:
+            self._move_buffers(self.grad_recv_info[bwd_chunk_id], self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.cache.enter(fwd_chunk_id)
@@ -291,6 +329,7 @@ class _Stage(PipelineStage):
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         finally:
             self.cache.leave()
+        self._move_buffers(self.args_recv_info[fwd_chunk_id], "meta")
         if self.stage_index == self.own_stages[-1]:
             self.cache.forget_sources(fwd_chunk_id)
             if not self.has_backward:
@@ -305,6 +344,8 @@ class _Stage(PipelineStage):
         last_backward: bool = False,
     ) -> Any:
         result = super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if not self.is_last and self.has_backward:
+            self._move_buffers(self.grad_recv_info[bwd_chunk_id], "meta")
         if self.stage_index == self.own_stages[0]:
             self.cache.drop(bwd_chunk_id)
         return result
