@@ -30,6 +30,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from flash_attn_res import BlockAttnRes
 from flash_attn_res.distributed import (
     PipelineLayout,
     Plain,
@@ -303,6 +304,15 @@ def pipeline_frees_and_counts(process: Process) -> None:
             sent = torch.zeros(2, dtype=torch.int64)
             for stage in stages:
                 assert len(stage.cache) == 0
+                every = [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]
+                buffers = [getattr(info, "buffer", None) for infos in every for info in infos]
+                assert all(buffer is None or buffer.is_meta for buffer in buffers)
+                # At most two micro-batches' at a time, of a forward and of a backward.
+                received = layout.values_received(stage.stage_index)
+                if not stage.is_last:
+                    received += layout.values_received(stage.stage_index + 1)
+                assert received <= 2 * stage.peak_buffers
+                assert stage.peak_buffers <= 2 * received < M * received
                 sent += torch.tensor([stage.sent_bytes["forward"], stage.sent_bytes["backward"]])
             sent = sent.to(process.device)
             dist.all_reduce(sent)
@@ -714,6 +724,42 @@ def chunked_prefill(process: Process) -> None:
                 stream.write(part_of(stream.read(norm)))
             done.append(stream.finish(network.norms[-1]))
         torch.testing.assert_close(torch.cat(done), network(x), rtol=1e-4, atol=1e-4)
+
+
+@check
+def sequence_shards_that_differ_are_an_error_on_every_rank(process: Process) -> None:
+    last, final = process.last, process.world - 1
+    x = torch.randn(10, 2, DIM).to(process.device)
+
+    def start(given: Tensor, block: int = 2, dim: int = 0) -> None:
+        attn_res = BlockAttnRes(4, given.shape[-1], block, device=process.device)
+        TokenShards(dim=dim).start(attn_res, given)
+
+    with pytest.raises(
+        ValueError, match=rf"rank {final}: .*shape is \[7, 2, 32\], expected \[10, 2"
+    ):
+        start(x[:7] if last else x)
+    with pytest.raises(
+        ValueError, match=rf"rank {final}: .*dtype is torch.bfloat16, expected torch.f"
+    ):
+        start(x.bfloat16() if last else x)
+    with pytest.raises(
+        ValueError, match=rf"rank {final}: block_size is 4, expected 2 as of rank 0"
+    ):
+        start(x, 4 if last else 2)
+    with pytest.raises(
+        ValueError, match=rf"rank {final}: the dimension of tokens is 1, expected 0"
+    ):
+        start(x, dim=1 if last else 0)
+    # A shape that is new to one rank alone.
+    start(x)
+    start(x[:4])
+    if not last:
+        start(x)
+    dist.barrier()
+    if last:
+        with pytest.raises(ValueError, match=rf"rank {final}: .*shape is \[6, 2, 32\], expected"):
+            start(x[:6])
 
 
 @check

@@ -17,7 +17,11 @@ stream of the GPU (``overlap``).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,6 +44,17 @@ _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all
 _reduce_scatter = (
     getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 )
+
+
+@dataclasses.dataclass
+class _Starts:
+    """The streams that this process started in a group; all its ranks start each of them."""
+
+    count: int = 0
+    alike: set[str] = dataclasses.field(default_factory=set)  # kinds in which all ranks agree
+
+
+_starts: weakref.WeakKeyDictionary[dist.ProcessGroup, _Starts] = weakref.WeakKeyDictionary()
 
 
 class _Gather(Function):
@@ -162,12 +177,21 @@ class TokenShards:
     def start(self, attn_res: BlockAttnRes, embedding: Tensor, **options: Any) -> ShardedStream:
         """A stream over this rank's tokens; ``embedding`` is the whole, the same on every rank.
 
+        The ranks' streams must be alike. Each start leaves a note in the group's store, and before
+        the first one of its kind a rank waits for the others' notes and compares.
+
         Args:
             attn_res: whose queries every rank holds in full.
             embedding: [..., T, ..., D].
             options: of :meth:`BlockAttnRes.start`.
+
+        Raises:
+            ValueError: ranks start with other shapes, dtypes or networks; it names one.
+            RuntimeError: a rank does not start within the group's timeout.
         """
         whole = self._leading("start", embedding)
+        if self.size > 1 and not torch.compiler.is_compiling():
+            self._compare(attn_res, whole)
         return ShardedStream(self, attn_res, self.take(whole), whole.shape[self.dim], **options)
 
     def chunks(self, tokens: int, chunk: int) -> Iterator[slice]:
@@ -232,6 +256,34 @@ class TokenShards:
             self._side[device] = torch.cuda.Stream(device)
         return self._side[device]
 
+    def _compare(self, attn_res: BlockAttnRes, whole: Tensor) -> None:
+        """Raises where this start is not that of the other ranks; see :meth:`start`."""
+        mine = {
+            "the embedding's shape": list(whole.shape),
+            "the embedding's dtype": str(whole.dtype),
+            "the dimension of tokens": self.dim,
+            "num_sublayers": attn_res.num_sublayers,
+            "block_size": attn_res.block_size,
+        }
+        starts = _starts.setdefault(self.group, _Starts())
+        starts.count += 1
+        store = dist.distributed_c10d._get_process_group_store(self.group)
+        text, key = json.dumps([starts.count, mine]), f"flash_attn_res start {self.rank}"
+        if str(mine) in starts.alike:
+            store.set(key, text)
+            return
+        # Kept under its number: this rank may be on its way before the others have read it.
+        store.set(f"{key} {starts.count}", text)
+        seconds = _timeout(self.group, whole.device)
+        notes = [_note(store, rank, starts.count, seconds) for rank in range(self.size)]
+        for rank, note in enumerate(notes):
+            for name, value in notes[0].items():
+                if note[name] != value:
+                    raise ValueError(
+                        f"start: rank {rank}: {name} is {note[name]}, expected {value} as of rank 0"
+                    )
+        starts.alike.add(str(mine))
+
     def _pad(self, whole: Tensor, tokens: int) -> Tensor:
         missing = tokens - whole.shape[self.dim]
         if not missing:
@@ -248,6 +300,34 @@ class TokenShards:
                 f"the tokens in dimension {self.dim} and the width in the last"
             )
         return whole
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """How long collectives of a group wait for a rank, in seconds."""
+    options = getattr(group._get_backend(device), "options", None)
+    limit = getattr(options, "_timeout", None)
+    return 1800.0 if limit is None else float(limit.total_seconds())
+
+
+def _note(store: dist.Store, rank: int, number: int, seconds: float) -> dict[str, Any]:
+    """What a rank says of its start of this number."""
+    own = f"flash_attn_res start {rank} {number}"
+    latest = f"flash_attn_res start {rank}"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ahead = json.loads(store.get(latest)) if store.check([latest]) else (0, {})
+        found = json.loads(store.get(own)) if store.check([own]) else ahead
+        if found[0] == number:
+            return dict(found[1])
+        if found[0] > number:
+            raise RuntimeError(
+                f"start: rank {rank} is at start {found[0]} of this group, another rank at "
+                f"{number}: one of them has failed or was left out"
+            )
+        time.sleep(0.001)
+    raise RuntimeError(
+        f"start: rank {rank} has not come to start {number} of this group within {seconds:g} s"
+    )
 
 
 class ShardedStream:
