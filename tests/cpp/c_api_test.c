@@ -664,3 +664,16 @@ const char* c_api_library_errors(void) {
   CHECK(last_error_has("sources[1]"));
   return NULL;
 }
+
+const char* c_api_no_cuda(void) {
+  attend_example e;
+  make_attend_example(&e);
+  flash_attn_res_context context = flash_attn_res_default_context();
+  context.device.type = FLASH_ATTN_RES_CUDA;
+  if (!FLASH_ATTN_RES_TEST_CUDA) {
+    CHECK(flash_attn_res_attend_workspace_bytes(&e.args, context.device) == 0);
+    CHECK(flash_attn_res_attend(&e.args, &context) == FLASH_ATTN_RES_UNSUPPORTED_DEVICE);
+    CHECK(last_error_has("attend: this build of flash_attn_res has no CUDA kernels"));
+  }
+  return NULL;
+}

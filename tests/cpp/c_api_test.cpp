@@ -29,5 +29,6 @@ C_API_TEST(BadLists, c_api_bad_lists)
 C_API_TEST(BadStructs, c_api_bad_structs)
 C_API_TEST(StructGrowth, c_api_struct_growth)
 C_API_TEST(LibraryErrors, c_api_library_errors)
+C_API_TEST(NoCuda, c_api_no_cuda)
 
 }  // namespace

@@ -25,6 +25,7 @@ const char* c_api_bad_lists(void);
 const char* c_api_bad_structs(void);
 const char* c_api_struct_growth(void);
 const char* c_api_library_errors(void);
+const char* c_api_no_cuda(void);
 
 #ifdef __cplusplus
 }

@@ -95,8 +95,9 @@ def test_blocks_that_show_a_file_are_that_file() -> None:
 
 
 def test_cpp_in_the_documentation_is_compiled() -> None:
-    """It is part of a program that is built and run by the tests of the C++ package."""
-    program = (ROOT / "examples" / "cpp" / "main.cpp").read_text()
+    """It is part of programs that are built and run by the tests of the C++ package."""
+    programs = [ROOT / "examples/cpp/main.cpp", ROOT / "tests/cpp/documentation_test.cpp"]
+    text = "".join(path.read_text() for path in programs)
     shown = [
         block["code"]
         for page in PAGES
@@ -106,7 +107,7 @@ def test_cpp_in_the_documentation_is_compiled() -> None:
     ]
     assert shown
     for code in shown:
-        assert code in program
+        assert code in text
 
 
 def test_commands_in_the_documentation_exist() -> None:
