@@ -31,7 +31,6 @@ CUDA_OPTIONS += -DCMAKE_CUDA_ARCHITECTURES=$(patsubst 100,100a,$(patsubst 90,90a
 endif
 OPTIONS := -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python $(CUDA_OPTIONS)
 
-READY := $(VENV)/bootstrap.stamp
 PACKAGE := build/python/package-$(CUDA).stamp
 CPP_SOURCES := $(shell find include src bindings cmake -type f) CMakeLists.txt
 # The time of a folder changes with what files it has: an editable install lists them.
@@ -44,9 +43,13 @@ help: ## list the targets
 
 # ------------------------------------------------------------------------------- what others need
 
-.PHONY: bootstrap
+# Compilers and Python for the package alone; with the libraries of the C++ tests and benchmarks.
+.PHONY: bootstrap bootstrap-cpp
 bootstrap:
-	@tools/bootstrap
+	@tools/bootstrap package
+
+bootstrap-cpp: bootstrap
+	@tools/bootstrap development
 
 # The package, installed so that changes of the Python sources count at once.
 $(PACKAGE): $(CPP_SOURCES) $(PYTHON_FOLDERS) pyproject.toml | bootstrap
@@ -61,11 +64,11 @@ install: bootstrap $(PACKAGE) ## build and install the package into .venv
 
 # The core without PyTorch, optimised, with its tests and benchmarks.
 .PHONY: build-cpp build-asan
-build-cpp: bootstrap
+build-cpp: bootstrap-cpp
 	@cmake --preset cpu $(OPTIONS) --log-level=WARNING
 	@cmake --build --preset cpu
 
-build-asan: bootstrap
+build-asan: bootstrap-cpp
 	@cmake --preset asan --log-level=WARNING
 	@cmake --build --preset asan
 
@@ -83,6 +86,9 @@ test: install build-cpp build-asan ## run all tests: C++, C++ with sanitizers, P
 	ctest --preset asan -j $(JOBS) --output-junit test-results/ctest.xml || status=1; \
 	$(VENV)/bin/python -m pytest -n $(JOBS) --junit-xml=build/python-tests.xml || status=1; \
 	$(VENV)/bin/python tools/summarize_tests.py "$${results[@]}" || status=1; \
+	if grep -qs "no browser here" build/python-tests.xml; then \
+	  echo "! NOT TESTED: the page of the depth lens. No browser is installed here: apt-get install chromium"; \
+	fi; \
 	exit $$status
 
 bench: install build-cpp ## measure every suite that this machine's device has
@@ -102,7 +108,7 @@ gpu-test: ## run tests/gpu on this machine's GPU and record the outcome
 	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$(PYTHON); fi; \
 	"$$python" tools/gpu_test.py $(if $(SANITIZE),--sanitize)
 
-lint: install ## check format, layering, C++ (clang-tidy) and Python (ruff, mypy)
+lint: bootstrap-cpp install ## check format, layering, C++ (clang-tidy) and Python (ruff, mypy)
 	@cmake --preset cpu -DFLASH_ATTN_RES_CUDA=OFF --log-level=WARNING
 	@JOBS=$(JOBS) tools/lint
 
