@@ -58,6 +58,30 @@ def test_offloaded_saved_tensors() -> None:
     assert_equal(gradients(y, tensors, cotangent), expected)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_sharded_sublayer_that_failed_may_be_tried_again(checkpointed: bool) -> None:
+    import torch.distributed as dist
+
+    from flash_attn_res.distributed import TokenShards
+
+    def fail(h: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network, x, cotangent = make(6, 2, "cpu", torch.float32)
+        tensors = tensors_of(network, x)
+        expected = gradients(network(x), tensors, cotangent)
+        stream = TokenShards(dim=1).start(network.attn_res, x)
+        for layer, norm in zip(network.layers, network.norms, strict=False):
+            with pytest.raises(ArithmeticError):
+                stream.sublayer(fail, norm, checkpoint=checkpointed)
+            stream.sublayer(layer, norm, checkpoint=checkpointed)
+        assert_equal(gradients(stream.finish(network.norms[-1]), tensors, cotangent), expected)
+    finally:
+        dist.destroy_process_group()
+
+
 PARALLEL = ("ddp", "fsdp", "fsdp, apart", "fsdp, bfloat16", "fsdp, bfloat16, apart")
 
 
