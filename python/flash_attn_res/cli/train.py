@@ -25,13 +25,14 @@ from rich.console import Console
 from torch import Tensor
 
 from flash_attn_res import __version__
-from flash_attn_res.cli import analysis, checkpoint, data, figures, loop, measure, options, report
+from flash_attn_res.cli import analysis, checkpoint, data, figures, loop, measure, options
 from flash_attn_res.cli.device import choose_device, device_name, set_threads
 from flash_attn_res.cli.errors import CliError
 from flash_attn_res.cli.model import LanguageModel, ModelConfig
 from flash_attn_res.cli.options import TrainOptions
 from flash_attn_res.cli.progress import ProgressView
 from flash_attn_res.cli.sample import CHECKPOINT_NAME
+from flash_attn_res.cli.summary import print_table, timing, write_summary
 
 VALIDATION_WINDOWS = 64
 PROFILE_BATCHES = 4
@@ -304,9 +305,9 @@ def _finish(run: Run, console: Console) -> None:
     _remove_others(run)
     with console.status("measuring memory, drawing figures"):
         summary = summarise(run)
-        report.write_summary(summary, folder / "summary.json")
+        write_summary(summary, folder / "summary.json")
         drawn = figures.draw_all(summary, folder)
-    report.print_table(summary, console)
+    print_table(summary, console)
     console.print(f"\nFigures: {'  '.join(str(path) for path in drawn)}", soft_wrap=True)
     console.print(f"Numbers: {folder / 'summary.json'}", soft_wrap=True)
     console.print(f"Text:    flash-attn-res sample {folder} --prompt 'def '", soft_wrap=True)
@@ -337,7 +338,7 @@ def summarise(run: Run) -> dict[str, Any]:
             "parameters": sum(weight.numel() for weight in lane.model.parameters()),
             "validation_loss": lane.validation[-1][1],
             "validation_bits_per_byte": lane.validation[-1][1] / math.log(2),
-            "timing": report.timing(lane.step_seconds, plain),
+            "timing": timing(lane.step_seconds, plain),
             "memory": None
             if memory is None
             else {"peak_bytes": memory.peak, "baseline_bytes": memory.baseline},
