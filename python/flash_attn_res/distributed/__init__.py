@@ -8,7 +8,7 @@ Not imported by ``import flash_attn_res``: it needs a PyTorch with torch.distrib
 """
 
 from flash_attn_res.distributed.layout import PipelineLayout, paper_volume
-from flash_attn_res.distributed.payload import Payload, Plain, Scaled
+from flash_attn_res.distributed.payload import Payload, Plain, Scaled, Stored
 from flash_attn_res.distributed.pipeline import BlockCache, StageAttnRes, make_stages
 from flash_attn_res.distributed.sequence import ShardedStream, TokenShards
 
@@ -20,6 +20,7 @@ __all__ = [
     "Scaled",
     "ShardedStream",
     "StageAttnRes",
+    "Stored",
     "TokenShards",
     "make_stages",
     "paper_volume",

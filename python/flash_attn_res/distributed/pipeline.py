@@ -49,9 +49,10 @@ from torch.distributed.pipelining import PipelineStage
 
 from flash_attn_res import _check
 from flash_attn_res.distributed.layout import PipelineLayout, check_stage, spans
-from flash_attn_res.distributed.payload import Payload, Plain, decode, encode
+from flash_attn_res.distributed.payload import Payload, Plain, Stored, decode, encode
 from flash_attn_res.modules import BlockAttnRes
 from flash_attn_res.plan import PartialPlan, part
+from flash_attn_res.storage import QuantizedSource
 from flash_attn_res.tape import Given, TapeStream
 
 
@@ -61,11 +62,13 @@ class MicroBatch:
 
     Attributes:
         sources: [..., D] the completed sources that the rank has, the embedding first.
+        stored: in a storage mode, all of them as they are stored; ``sources`` has the numbers.
         needs_grad: whether each of them needs a gradient.
         grads: source -> [..., D], the gradients added up so far.
     """
 
     sources: list[Tensor] = dataclasses.field(default_factory=list)
+    stored: list[QuantizedSource] = dataclasses.field(default_factory=list)
     needs_grad: list[bool] = dataclasses.field(default_factory=list)
     grads: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -96,7 +99,7 @@ class BlockCache:
     def forget_sources(self, index: int) -> None:
         """No later stage reads them; the graphs hold what the backwards need."""
         micro_batch = self._kept[index]
-        micro_batch.sources, micro_batch.needs_grad = [], []
+        micro_batch.sources, micro_batch.stored, micro_batch.needs_grad = [], [], []
 
     def drop(self, index: int) -> None:
         """The micro-batch has ended on this rank."""
@@ -188,12 +191,19 @@ class StageAttnRes(BlockAttnRes):
                 f"{op}: missing block: this rank should have kept the sources 0-{known - 1} and "
                 f"has {spans(range(len(held.sources)))}; run the stages that make_stages gave"
             )
-        values = self._decode(op, tensors)
+        values, stored = self._decode(op, tensors)
         partial = values.pop() if layout.has_partial(stage) else None
         received = layout.received(stage)
         grad = torch.is_grad_enabled()
+        # A stream begins with values; it stores them again, but for what is stored already.
+        like = values[0] if values else partial
+        kept = held.sources[:known]
+        for source, item in enumerate(held.stored[:known]):
+            stored[source] = item
+            if source > 0 and like is not None:
+                kept[source] = item.dequantize(like.dtype)
         given = Given(
-            sources=[*held.sources[:known], *values],
+            sources=[*kept, *values],
             needs_grad=[
                 *held.needs_grad[:known],
                 *(grad and value.requires_grad for value in values),
@@ -202,7 +212,7 @@ class StageAttnRes(BlockAttnRes):
             partial=partial,
             grads=held.grads,
         )
-        return self._begin("resume", given, return_probs)
+        return self._begin("resume", given, return_probs, stored)
 
     def export(self, stream: TapeStream) -> tuple[Tensor, ...]:
         """Ends the forward pass of a stage that is not the last: what the next one receives.
@@ -213,12 +223,21 @@ class StageAttnRes(BlockAttnRes):
         layout, stage = self.layout, self.stage
         if stage == layout.num_stages - 1:
             raise RuntimeError(f"export: {self.where}: the last stage ends with finish")
-        sources, partial = stream.export(layout.known(stage + 1), not layout.has_partial(stage + 1))
-        held = self._held()
-        held.sources, held.needs_grad = stream.sources, stream.sources_need_grad
+        first = layout.known(stage + 1)
+        sources, partial = stream.export(first, not layout.has_partial(stage + 1))
+        held, tape = self._held(), stream._tape
+        held.sources = stream.sources if tape.storage is None else list(tape.sources)
+        held.stored, held.needs_grad = list(tape.stored), stream.sources_need_grad
         stream.release()
         values = sources if partial is None else [*sources, partial]
-        return tuple(item for value in values for item in encode(self.payload, value))
+        sent: list[Tensor] = []
+        formats = formats_of(layout, stage + 1, self.payload)
+        for source, (value, form) in enumerate(zip(values, formats, strict=True), start=first):
+            stored = None
+            if source < len(held.stored) and isinstance(form, Stored):
+                stored = held.stored[source] if form.mode == self.block_storage else None
+            sent += encode(form, value, stored)
+        return tuple(sent)
 
     def _held(self) -> MicroBatch:
         """What the rank keeps of the micro-batch; of its own, a stage alone keeps nothing."""
@@ -226,32 +245,44 @@ class StageAttnRes(BlockAttnRes):
             return self.cache.current
         return MicroBatch()
 
-    def _decode(self, op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _decode(
+        self, op: str, tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], dict[int, QuantizedSource]]:
+        """The values, and by source what came as this stage stores it."""
         received = self.layout.received(self.stage)
-        count = self.layout.values_received(self.stage)
-        each = len(tensors) // count
-        if not tensors or len(tensors) % count:
+        formats = formats_of(self.layout, self.stage, self.payload)
+        like = torch.empty((1, self.dim), dtype=self.stream_dtype, device="meta")
+        counts = [len(form.encode(like)) for form in formats]
+        if len(tensors) != sum(counts):
             parts = f"the sources {spans(received)}" if received else "no source"
             if self.layout.has_partial(self.stage):
                 parts += " and the running sum"
             raise ValueError(
                 f"{op}: missing block: {len(tensors)} tensors were given, expected {parts}, "
-                f"{count} values"
+                f"{len(formats)} values in {sum(counts)} tensors"
             )
-        values = []
-        for index in range(count):
-            parts_of = tensors[each * index : each * (index + 1)]
-            values.append(decode(self.payload, parts_of, self._dtype_of(parts_of[0])))
+        values: list[Tensor] = []
+        stored: dict[int, QuantizedSource] = {}
+        rest = iter(tensors)
+        for source, (form, count) in enumerate(zip(formats, counts, strict=True), received.start):
+            parts_of = [next(rest) for _ in range(count)]
+            dtype = parts_of[0].dtype if isinstance(form, Plain) else self.stream_dtype
+            values.append(decode(form, parts_of, dtype))
+            if isinstance(form, Stored) and form.mode == self.block_storage:
+                stored[source] = form.unpack(parts_of)
         for index, value in enumerate(values):
             _check.leading(op, f"value {index}", value)
             _check.value(op, f"value {index}", value, "value 0", values[0])
             _check.same_dtype(op, f"value {index}", value, "value 0", values[0])
-        return values
+        return values, stored
 
-    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if isinstance(self.payload, Plain) else self.stream_dtype
-
-    def _begin(self, op: str, given: Given, return_probs: bool) -> TapeStream:
+    def _begin(
+        self,
+        op: str,
+        given: Given,
+        return_probs: bool,
+        stored: Mapping[int, QuantizedSource] | None = None,
+    ) -> TapeStream:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"{op}: {self.where}: a stage is not compiled as a whole; compile its layers"
@@ -259,7 +290,19 @@ class StageAttnRes(BlockAttnRes):
         like = given.sources[-1]
         queries = self._fold(f"{op}: {self.where}", "the value", like)
         plan = self._partial_plans[like.dtype if torch.is_grad_enabled() else None]
-        return TapeStream(self, like, queries, plan, return_probs, given)
+        stream = TapeStream(self, like, queries, plan, return_probs, given)
+        for source, item in (stored or {}).items():
+            stream._tape.stored[source] = item
+            if source > 0:
+                stream._tape.sources[source] = item.values
+        return stream
+
+
+def formats_of(layout: PipelineLayout, stage: int, payload: Payload) -> list[Payload]:
+    """How each value that a stage receives travels, the running sum last."""
+    plain = Plain() if isinstance(payload, Stored) else payload
+    formats = [payload if source > 0 else plain for source in layout.received(stage)]
+    return [*formats, plain] if layout.has_partial(stage) else formats
 
 
 def _nothing() -> None:
@@ -447,13 +490,14 @@ def _wires(
     layout, stage = attn_res.layout, attn_res.stage
     value = torch.empty(shape, dtype=dtype, device="meta")
 
-    def wire(count: int) -> tuple[Tensor, ...]:
-        parts = [item for _ in range(count) for item in payload.encode(value)]
+    def wire(stage: int) -> tuple[Tensor, ...]:
+        formats = formats_of(layout, stage, payload)
+        parts = [item for form in formats for item in form.encode(value)]
         return tuple(item.requires_grad_() for item in parts)
 
-    inputs = wire(layout.values_received(stage)) if stage > 0 else (value,)
+    inputs = wire(stage) if stage > 0 else (value,)
     last = stage == layout.num_stages - 1
-    return inputs, (value,) if last else wire(layout.values_received(stage + 1))
+    return inputs, (value,) if last else wire(stage + 1)
 
 
 def _find(
