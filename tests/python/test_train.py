@@ -19,6 +19,7 @@ import torch
 from matplotlib.image import imread
 
 from flash_attn_res.cli import analysis, checkpoint, data, figures, loop, main, measure
+from flash_attn_res.cli.bench import plots
 from flash_attn_res.cli.model import (
     DTYPES,
     KeyValueCache,
@@ -345,6 +346,20 @@ def test_figures_of_some_variants(variants: str, tmp_path: Path) -> None:
     assert (folder / "loss.png").exists()
     assert (folder / "magnitude.png").exists()
     assert (folder / "depth_attention.png").exists() == (variants != "plain")
+
+
+def test_report_draws_the_depths_of_the_demo(run: Path, tmp_path: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (picture,) = plots.demo_pictures(summary | {"file": "demo.json"})
+    path = tmp_path / f"{picture.name}.png"
+    picture.save(path)
+    assert picture.name == "depth_attention"
+    assert picture.is_at(path)
+    summary["variants"]["block"]["depth"]["attention"][1][0] += 0.1
+    (other,) = plots.demo_pictures(summary)
+    assert not other.is_at(path)
+    del summary["variants"]["block"]["depth"]
+    assert plots.demo_pictures(summary) == []
 
 
 def test_a_run_removes_what_an_earlier_one_left(tmp_path: Path) -> None:

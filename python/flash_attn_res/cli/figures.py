@@ -52,17 +52,6 @@ _ANNOTATED_SOURCES = 10  # up to here the heat map's cells have room for their n
 _LABELLED_SITES = 36  # up to here every site has a label
 
 
-def drawn_of(summary: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], Figure]]:
-    """The figures that the variants of the run allow, by the names of their files."""
-    figures: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
-        "loss.png": loss_curves,
-        "magnitude.png": magnitudes,
-    }
-    if any(entry["depth"]["attention"] for entry in summary["variants"].values()):
-        figures["depth_attention.png"] = depth_attention
-    return figures
-
-
 def draw_all(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     """Writes the figures that the variants of the run allow, and returns their paths."""
     import matplotlib
@@ -70,9 +59,15 @@ def draw_all(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    figures: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+        "loss.png": loss_curves,
+        "magnitude.png": magnitudes,
+    }
+    if any(entry["depth"]["attention"] for entry in summary["variants"].values()):
+        figures["depth_attention.png"] = depth_attention
     paths = []
     with pyplot.rc_context(STYLE):
-        for name, draw in drawn_of(summary).items():
+        for name, draw in figures.items():
             save(draw(summary), folder / name)
             paths.append(folder / name)
     return paths

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,19 +106,19 @@ def picture(name: str, document: Document) -> Picture:
 
 
 def demo_pictures(summary: Mapping[str, Any]) -> list[Picture]:
-    """Those that the demo draws, from what it leaves; none from times and losses alone."""
+    """That of the demo which a page shows; none where times and losses alone are kept."""
     if not all("depth" in entry for entry in summary["variants"].values()):
         return []
+    draw = figures.depth_attention
     shown = {name: value for name, value in summary.items() if name != "file"}
     return [
         Picture(
-            file.removesuffix(".png"),
+            "depth_attention",
             summary,
             fingerprint(draw, shown),
-            partial(draw, summary),
+            lambda: draw(summary),
             figures.STYLE,
         )
-        for file, draw in figures.drawn_of(summary).items()
     ]
 
 
