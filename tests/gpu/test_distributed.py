@@ -17,8 +17,9 @@ def test_checks(tmp_path: Path) -> None:
     assert not failures, "\n\n".join(failures)
 
 
-def test_a_lost_peer_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pipeline", "shards"])
+def test_a_lost_peer_is_an_error(kind: str, tmp_path: Path) -> None:
     """In Python, or by NCCL's watchdog, which ends the process; in no case a hang."""
-    survivor, lost = spawn(lose_a_peer, 2, "cuda", tmp_path, grace=TIMEOUT)
+    survivor, lost = spawn(lose_a_peer, 2, "cuda", tmp_path, kind, grace=TIMEOUT)
     assert lost == 9
     assert survivor in (3, -6)

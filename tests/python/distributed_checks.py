@@ -881,6 +881,130 @@ def pipeline_of_fsdp_stages(process: Process) -> None:
         assert_pipeline((ours, given, None))
 
 
+# ------------------------------------------------------------------------------ three AdamW steps
+
+
+def adamw(process: Process, parameters) -> torch.optim.Optimizer:
+    # On a GPU in float32: a larger eps keeps gradients that are but rounding from being steps.
+    eps = 1e-2 if process.device.type == "cuda" else 1e-8
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=eps, weight_decay=0.1)
+
+
+def assert_trained(process: Process, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+    tolerance = 1e-3 if process.device.type == "cuda" else 1e-7
+    for name, (ours, expected) in pairs.items():
+        ours = ours.full_tensor() if hasattr(ours, "full_tensor") else ours
+        torch.testing.assert_close(
+            ours, expected, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def exact_dtype(process: Process) -> torch.dtype:
+    return torch.float32 if process.device.type == "cuda" else torch.float64
+
+
+@check
+def steps_of_a_pipeline(process: Process) -> None:
+    network = make_network(process, 8, 3, exact_dtype(process))
+    layout = PipelineLayout.even(8, 3, process.world, 2)
+    x = torch.randn(3, 8, 5, DIM).to(network.norms[0])  # of three steps, four micro-batches each
+    target = torch.randn_like(x)
+    own = {stage: Stage(network, layout, stage) for stage in layout.stages_of(process.rank)}
+    stages = make_stages(own, (2, 5, DIM), x.dtype, device=process.device)
+    runner = ScheduleInterleaved1F1B(stages, 4, loss_fn=square_loss, scale_grads=False)
+    embed = torch.ones_like(x[0, 0, 0]).requires_grad_()
+    ours = adamw(process, [p for module in own.values() for p in module.parameters()])
+    alone = adamw(process, [embed, *network.parameters()])
+    last = layout.num_stages - 1 in own
+    for batch, goal in zip(x, target, strict=True):
+        ours.zero_grad()
+        alone.zero_grad()
+        inputs = (batch,) if 0 in own else ()
+        runner.step(*inputs, target=goal if last else None, losses=[] if last else None)
+        for part_of, goal_of in zip(batch.chunk(4), goal.chunk(4), strict=True):
+            square_loss(network(part_of * embed), goal_of).backward()
+        ours.step()
+        alone.step()
+    for stage, module in own.items():
+        sites, sublayers = layout.sites(stage), layout.sublayers(stage)
+        rows = slice(sites.start, sites.stop)
+        whole = network.attn_res
+        pairs = {
+            "queries": (module.attn_res.queries, whole.queries[rows]),
+            "key weights": (module.attn_res.key_weight, whole.key_weight[rows]),
+        }
+        if stage == 0:
+            pairs["embedding"] = (module.embed, embed)
+        for local, index in enumerate(sublayers):
+            for name, parameter in module.layers[local].named_parameters():
+                pairs[f"{index} {name}"] = (parameter, network.layers[index].get_parameter(name))
+        for local, index in enumerate(sites):
+            pairs[f"norm {index}"] = (module.norms[local], network.norms[index])
+        assert_trained(process, pairs)
+
+
+@check
+def steps_of_sequence_shards(process: Process) -> None:
+    network = mlp_network(process, exact_dtype(process), 8, 3)
+    for layer in network.layers:
+        layer.down.bias.requires_grad_(False)
+    parts = [ColumnRow(layer, process.rank, process.world) for layer in network.layers]
+    mine = copy.deepcopy(network)
+    shared = [mine.attn_res.queries, mine.attn_res.key_weight, *mine.norms]
+    ours = adamw(process, [*shared, *(p for part_of in parts for p in part_of.parameters())])
+    alone = adamw(process, network.parameters())
+    shards = TokenShards()
+    for _ in range(3):
+        x = torch.randn(8, 2, DIM).to(network.norms[0])
+        target = torch.randn_like(x)
+        ours.zero_grad()
+        alone.zero_grad()
+        square_loss(network(x), target).backward()
+        stream = shards.start(mine.attn_res, x)
+        for part_of, norm in zip(parts, mine.norms, strict=False):
+            stream.write(part_of(stream.read(norm)))
+        local = stream.finish(mine.norms[-1], gather=False)
+        square_loss(local, shards.own(target)).backward()
+        shards.sync_gradients(shared)
+        ours.step()
+        alone.step()
+    pairs = {
+        "queries": (mine.attn_res.queries, network.attn_res.queries),
+        "key weights": (mine.attn_res.key_weight, network.attn_res.key_weight),
+    }
+    for index, norm in enumerate(network.norms):
+        pairs[f"norm {index}"] = (mine.norms[index], norm)
+    for index, (part_of, layer) in enumerate(zip(parts, network.layers, strict=True)):
+        a, b = layer.up.weight.chunk(2)
+        pairs[f"{index} a"] = (part_of.a, a[part_of.rows])
+        pairs[f"{index} b"] = (part_of.b, b[part_of.rows])
+        pairs[f"{index} down"] = (part_of.down, layer.down.weight[:, part_of.rows])
+    assert_trained(process, pairs)
+
+
+@check
+def steps_of_fully_shard(process: Process) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    network = make_network(process, 6, 2, exact_dtype(process))
+    sharded = copy.deepcopy(network)
+    mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world,))
+    for layer in sharded.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    ours, alone = adamw(process, sharded.parameters()), adamw(process, network.parameters())
+    for _ in range(3):
+        x = torch.randn(process.world, 2, 5, DIM).to(network.norms[0])
+        ours.zero_grad()
+        alone.zero_grad()
+        network(x.flatten(0, 1)).square().mean().backward()
+        sharded(x[process.rank]).square().mean().backward()
+        ours.step()
+        alone.step()
+    expected = dict(network.named_parameters())
+    assert_trained(process, {n: (p, expected[n]) for n, p in sharded.named_parameters()})
+
+
 # ------------------------------------------------------------------------------- running them
 
 
@@ -985,22 +1109,19 @@ def _told(file: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def lose_a_peer(rank: int, world: int, port: int, device: str, folder: str) -> None:
+def lose_a_peer(
+    rank: int, world: int, port: int, device: str, folder: str, kind: str = "pipeline"
+) -> None:
     """The last process dies in the middle of a step; the others end with an error."""
     if device == "cuda":
         # An error where the host waits; without it, NCCL's watchdog ends the process by a signal.
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     process = connect(rank, world, port, device, 20)
-    run_pipeline(process, 8, 3, virtual=2)
+    step = step_of_shards if kind == "shards" else step_of_pipeline
+    step(process, lambda: None)
     begin = time.perf_counter()
-
-    def die(module: nn.Module) -> nn.Module:
-        if process.last:
-            module.register_forward_pre_hook(lambda *_: os._exit(9))
-        return module
-
     try:
-        run_pipeline(process, 8, 3, virtual=2, wrap=die)
+        step(process, (lambda: os._exit(9)) if process.last else lambda: None)
         if device == "cuda":
             torch.cuda.synchronize()
     except RuntimeError as error:
@@ -1008,6 +1129,27 @@ def lose_a_peer(rank: int, world: int, port: int, device: str, folder: str) -> N
         Path(folder, f"{rank}.json").write_text(json.dumps(text))
         os._exit(3)
     os._exit(0)
+
+
+def step_of_pipeline(process: Process, hook: Callable[[], None]) -> None:
+    def hooked(module: nn.Module) -> nn.Module:
+        module.register_forward_pre_hook(lambda *_: hook())
+        return module
+
+    run_pipeline(process, 8, 3, virtual=2, wrap=hooked)
+
+
+def step_of_shards(process: Process, hook: Callable[[], None]) -> None:
+    """Forward and backward; the hook runs in a layer in the middle."""
+    network = mlp_network(process, torch.float32, 4, 2)
+    x = torch.randn(8, 2, DIM).to(process.device)
+    stream = TokenShards().start(network.attn_res, x)
+    for index, (layer, norm) in enumerate(zip(network.layers, network.norms, strict=False)):
+        h = stream.read(norm)
+        if index == 2:
+            hook()
+        stream.write(layer(h) / process.world)
+    stream.finish(network.norms[-1]).sum().backward()
 
 
 def spawn(
@@ -1053,8 +1195,8 @@ if __name__ == "__main__":  # by hand: python tests/python/distributed_checks.py
 
     where = Path(tempfile.mkdtemp())
     chosen_device = "cuda" if torch.cuda.is_available() else "cpu"
-    if sys.argv[2:] == ["lose_a_peer"]:
-        print(spawn(lose_a_peer, int(sys.argv[1]), chosen_device, where, grace=60))
+    if sys.argv[2:3] == ["lose_a_peer"]:
+        print(spawn(lose_a_peer, int(sys.argv[1]), chosen_device, where, *sys.argv[3:], grace=60))
         sys.exit()
     failed = run_all(int(sys.argv[1]), chosen_device, where, *sys.argv[2:])
     for event in (e for file in sorted(where.glob("*/0.jsonl")) for e in _told(file)):

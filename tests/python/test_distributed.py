@@ -17,9 +17,10 @@ def test_checks(world: int, tmp_path: Path) -> None:
     assert not failures, "\n\n".join(failures)
 
 
-def test_a_lost_peer_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pipeline", "shards"])
+def test_a_lost_peer_is_an_error(kind: str, tmp_path: Path) -> None:
     world = 2
-    codes = spawn(lose_a_peer, world, "cpu", tmp_path, grace=TIMEOUT)
+    codes = spawn(lose_a_peer, world, "cpu", tmp_path, kind, grace=TIMEOUT)
     assert codes == [3] * (world - 1) + [9]
     for rank in range(world - 1):
         outcome = json.loads((tmp_path / f"{rank}.json").read_text())
