@@ -342,7 +342,14 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "find_spec",
         lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest),
     )
-    message = error_of(capsys, "train", *TINY, "--out", str(tmp_path / "runs"))
-    assert "matplotlib" in message
-    assert "pip install matplotlib numpy rich safetensors" in message
-    assert not (tmp_path / "runs").exists()
+    out = tmp_path / "out"
+    for command in (
+        ["train", *TINY, "--out", str(out)],
+        ["inspect", "model.py:make", "--out", str(out)],
+        ["curves", "--out", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")],
+        ["report", "--results", str(tmp_path)],
+    ):
+        message = error_of(capsys, *command)
+        assert "the package matplotlib is missing" in message
+        assert "pip install matplotlib numpy rich safetensors" in message
+    assert not out.exists()

@@ -29,7 +29,7 @@ from flash_attn_res.cli import checkpoint, data, figures, loop
 from flash_attn_res.cli.accuracy.command import chosen
 from flash_attn_res.cli.bench.harness import SCHEMA, text_of
 from flash_attn_res.cli.device import choose_device, device_name, revision, set_threads
-from flash_attn_res.cli.errors import CliError
+from flash_attn_res.cli.errors import CliError, need
 from flash_attn_res.cli.model import LanguageModel, ModelConfig
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def run_curves(arguments: argparse.Namespace) -> int:
     modes = chosen("--modes", arguments.modes, MODES, list(MODES))
     checkpoint.check_file("--out", arguments.out)
     if arguments.plot is not None:
+        need("matplotlib")
         checkpoint.check_file("--plot", arguments.plot)
     device = choose_device(arguments.device)
     set_threads(arguments.threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class CliError(Exception):
     """Something that the user can correct: `main` prints the message and returns `exit_code`."""
@@ -9,3 +11,9 @@ class CliError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def need(package: str) -> None:
+    """Finds out before the work whether a package is there that is imported after it."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)

@@ -18,7 +18,7 @@ from flash_attn_res import lens
 from flash_attn_res.cli import data
 from flash_attn_res.cli.checkpoint import make_folder
 from flash_attn_res.cli.device import choose_device, set_threads
-from flash_attn_res.cli.errors import CliError
+from flash_attn_res.cli.errors import CliError, need
 from flash_attn_res.cli.figures import site_names
 from flash_attn_res.cli.model import LanguageModel
 from flash_attn_res.cli.sample import load_model
@@ -30,6 +30,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     """Runs the model on its inputs under the lens and writes what was seen."""
     if arguments.batches < 1:
         raise CliError(f"--batches must be at least 1, not {arguments.batches}")
+    need("matplotlib")
     device = choose_device(arguments.device)
     set_threads(arguments.threads)
     folder = Path(arguments.out)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import platform
 import signal
@@ -27,7 +26,7 @@ from torch import Tensor
 from flash_attn_res import __version__
 from flash_attn_res.cli import analysis, checkpoint, data, figures, loop, measure, options
 from flash_attn_res.cli.device import choose_device, device_name, set_threads
-from flash_attn_res.cli.errors import CliError
+from flash_attn_res.cli.errors import CliError, need
 from flash_attn_res.cli.model import LanguageModel, ModelConfig
 from flash_attn_res.cli.options import TrainOptions
 from flash_attn_res.cli.progress import ProgressView
@@ -187,8 +186,7 @@ class Run:
 def run_train(arguments: argparse.Namespace) -> int:
     """The command: resolve the options, train, report."""
     console = Console()
-    if importlib.util.find_spec("matplotlib") is None:  # found out now, not after training
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+    need("matplotlib")
     opts, stored = _options_and_checkpoint(arguments)
     device = choose_device(opts.device)
     set_threads(opts.threads)

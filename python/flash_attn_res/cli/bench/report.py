@@ -26,7 +26,7 @@ from flash_attn_res.cli.bench.plots import (
 from flash_attn_res.cli.bench.tables import TABLES, demo, missing
 from flash_attn_res.cli.checkpoint import make_folder, write_atomically
 from flash_attn_res.cli.device import checkout
-from flash_attn_res.cli.errors import CliError
+from flash_attn_res.cli.errors import CliError, need
 
 BLOCK = re.compile(r"<!-- generated: (\w+(?: all)?) -->\n.*?<!-- end of generated: \1 -->", re.S)
 IMAGES = "docs/images"
@@ -35,6 +35,7 @@ Made = TypeVar("Made")
 
 def run_report(arguments: argparse.Namespace) -> int:
     """0, or 1 where --check finds a table or a picture that is not that of the results."""
+    need("matplotlib")
     folder = Path(arguments.results) if arguments.results else default_folder()
     if not folder.is_dir():
         raise CliError(f"--results: {folder} is no folder; flash-attn-res bench makes one")
