@@ -486,9 +486,65 @@ def step(document: Document) -> str:
     return caption + "\n\n" + markdown(header, lines)
 
 
+DISTRIBUTED_PACKAGES = {
+    "plain": "plain residual",
+    "flash_attn_res": "this package",
+    "flash_attn_res, no overlap": "this package, `overlap=False`",
+}
+
+
+def distributed(document: Document) -> str:
+    """Over two devices: a pipeline's step, and a tensor-parallel prefill with its profile."""
+    rows = measured(document)
+    if not rows:
+        return missing("benchmarks/python/distributed.py")
+    steps, prefills = [], []
+    for row in rows:
+        network = " ".join(
+            f"{axis}={row[name]}"
+            for axis, name in (("L", "layers"), ("S", "block_size"), ("T", "tokens"), ("D", "dim"))
+        )
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        spread = f"{row['ratio_p10']:.3f} - {row['ratio_p90']:.3f}"
+        package = str(DISTRIBUTED_PACKAGES.get(row["package"], row["package"]))
+        cells = [package, f"{row['ms']:.1f}", f"{row['ratio']:.3f}x", spread, peak]
+        if row["test"] == "pipeline":
+            stages = "1F1B" if row["virtual"] == 1 else f"interleaved, {row['virtual']} a rank"
+            steps.append([f"{network}, {row['micro_batches']} micro-batches, {stages}", *cells])
+            continue
+        ranks = row.get("profile", [])
+        collectives = [rank["all_gather_ms"] + rank["reduce_scatter_ms"] for rank in ranks]
+        profile = (
+            collectives,
+            [rank["phase1_ms"] for rank in ranks],
+            [rank["both_ms"] for rank in ranks],
+        )
+        timed = [" / ".join(f"{value:.1f}" for value in values) for values in profile]
+        prefills.append([network, *cells, *timed])
+    caption = (
+        f"{document['device']}, linked by {document.get('link', 'unknown')}, torch "
+        f"{document['versions']['torch']}, bfloat16, eager; SwiGLU sublayers. Medians over "
+        "interleaved rounds; ratios are of a round's times, with their 10th and 90th percentile. "
+        + measured_at(document, rows)
+    )
+    header = ["network", "residual", "ms", "over plain", "p10 - p90", "peak GiB"]
+    parts = [caption]
+    if steps:
+        parts += ["A training step of a pipeline of two ranks:", markdown(header, steps)]
+    if prefills:
+        header = [*header, "collectives ms", "phase 1 ms", "both at a time ms"]
+        parts += [
+            "Prefill in a tensor-parallel group of two; the last columns are of one run on either "
+            "rank, collectives with their waiting for the other:",
+            markdown(header, prefills),
+        ]
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, tuple[str, Callable[[Document], str], str]] = {
     "accuracy": ("accuracy", accuracy, "flash-attn-res bench accuracy"),
     "decode": ("decode", decode, "flash-attn-res bench decode"),
+    "distributed": ("distributed", distributed, "benchmarks/python/distributed.py"),
     "fp8": ("fp8-error", fp8, "benchmarks/python/fp8_error.py"),
     "cpu": ("cpu", cpu, "flash-attn-res bench cpu"),
     "curves": ("storage-curves", curves, "flash-attn-res curves"),
