@@ -41,6 +41,7 @@ from flash_attn_res.distributed import (
     TokenShards,
     make_stages,
     paper_volume,
+    shared_errors,
 )
 from stream_networks import DIM, Network, SwiGlu, assert_equal, assert_gradients
 
@@ -1137,6 +1138,30 @@ def step_of_pipeline(process: Process, hook: Callable[[], None]) -> None:
         return module
 
     run_pipeline(process, 8, 3, virtual=2, wrap=hooked)
+
+
+def miss_a_block(rank: int, world: int, port: int, device: str, folder: str) -> None:
+    """The last process has lost the blocks that it kept, in the middle of a step."""
+    process = connect(rank, world, port, device, 20)
+    network = make_network(process, 8, 3, torch.float32)
+    layout = PipelineLayout.even(8, 3, world, 2)
+    own = {stage: Stage(network, layout, stage) for stage in layout.stages_of(rank)}
+    stages = make_stages(own, (2, 5, DIM), torch.float32, device=process.device)
+    runner = ScheduleInterleaved1F1B(stages, 4, loss_fn=square_loss, scale_grads=False)
+    if process.last:
+        own[2 * world - 1].register_forward_pre_hook(
+            lambda *_: stages[0].cache.current.sources.clear()
+        )
+    x = torch.randn(8, 5, DIM).to(process.device)
+    try:
+        with shared_errors(stages):
+            inputs = (x,) if rank == 0 else ()
+            target = x if process.last else None
+            runner.step(*inputs, target=target, losses=[] if process.last else None)
+    except RuntimeError as error:
+        Path(folder, f"{rank}.json").write_text(json.dumps({"error": str(error)}))
+        os._exit(3)
+    os._exit(0)
 
 
 def step_of_shards(process: Process, hook: Callable[[], None]) -> None:

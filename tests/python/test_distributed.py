@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed_checks import TIMEOUT, lose_a_peer, run_all, spawn
+from distributed_checks import TIMEOUT, lose_a_peer, miss_a_block, run_all, spawn
 from flash_attn_res.distributed import PipelineLayout, Scaled, StageAttnRes, paper_volume
 
 
@@ -25,6 +25,14 @@ def test_a_lost_peer_is_an_error(kind: str, tmp_path: Path) -> None:
     for rank in range(world - 1):
         outcome = json.loads((tmp_path / f"{rank}.json").read_text())
         assert outcome["seconds"] <= TIMEOUT + 5
+
+
+def test_a_missing_block_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    assert spawn(miss_a_block, 2, "cpu", tmp_path, grace=TIMEOUT) == [3, 3]
+    for rank in range(2):
+        error = json.loads((tmp_path / f"{rank}.json").read_text())["error"]
+        assert error.startswith("rank 1, stage 3: forward of micro-batch 0: RuntimeError: resume:")
+        assert "missing block: this rank should have kept the sources 0-" in error
 
 
 def test_paper_volume() -> None:

@@ -9,7 +9,7 @@ Not imported by ``import flash_attn_res``: it needs a PyTorch with torch.distrib
 
 from flash_attn_res.distributed.layout import PipelineLayout, paper_volume
 from flash_attn_res.distributed.payload import Payload, Plain, Scaled, Stored
-from flash_attn_res.distributed.pipeline import BlockCache, StageAttnRes, make_stages
+from flash_attn_res.distributed.pipeline import BlockCache, StageAttnRes, make_stages, shared_errors
 from flash_attn_res.distributed.sequence import ShardedStream, TokenShards
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "TokenShards",
     "make_stages",
     "paper_volume",
+    "shared_errors",
 ]

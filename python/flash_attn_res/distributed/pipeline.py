@@ -38,8 +38,9 @@ the buffer out, once, and the gradient takes the way back that the block came.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -370,6 +371,9 @@ class _Stage(PipelineStage):
         self.cache.enter(fwd_chunk_id)
         try:
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        except Exception as error:
+            self._tell(f"forward of micro-batch {fwd_chunk_id}", error)
+            raise
         finally:
             self.cache.leave()
         self._move_buffers(self.args_recv_info[fwd_chunk_id], "meta")
@@ -386,7 +390,11 @@ class _Stage(PipelineStage):
         full_backward: bool = True,
         last_backward: bool = False,
     ) -> Any:
-        result = super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        try:
+            result = super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        except Exception as error:
+            self._tell(f"backward of micro-batch {bwd_chunk_id}", error)
+            raise
         if not self.is_last and self.has_backward:
             self._move_buffers(self.grad_recv_info[bwd_chunk_id], "meta")
         if self.stage_index == self.own_stages[0]:
@@ -403,9 +411,53 @@ class _Stage(PipelineStage):
         super().clear_runtime_states()
         self.cache.clear()
 
+    @property
+    def store(self) -> dist.Store:
+        """The group's, which outlasts a collective that hangs."""
+        group = self.group or dist.distributed_c10d._get_default_group()
+        return dist.distributed_c10d._get_process_group_store(group)
+
+    def _tell(self, doing: str, error: Exception) -> None:
+        """Leaves a note for :func:`shared_errors` of the other ranks."""
+        cause = error.__cause__ or error
+        text = f"{self.attn_res.where}: {doing}: {type(cause).__name__}: {cause}"
+        self.store.set(f"flash_attn_res error {self.group_rank}", text)
+
     def _count(self, way: str, ops: list[dist.P2POp]) -> list[dist.P2POp]:
         self.sent_bytes[way] += sum(op.tensor.nbytes for op in ops)
         return ops
+
+
+@contextlib.contextmanager
+def shared_errors(stages: Sequence[PipelineStage]) -> Iterator[None]:
+    """Around ``schedule.step(...)``: an error in a stage is named on every rank that it ends.
+
+    A stage that fails leaves a note in the group's store. The other ranks' step ends when the
+    backend finds out, as the process ends or by the group's timeout, with an error that knows
+    nothing of stages; here it is raised as that of the note. Where the failing process was itself
+    the store's host, as rank 0 is outside of torchrun, the backend's error stands.
+
+    Args:
+        stages: of this rank, as :func:`make_stages` returned them.
+
+    Raises:
+        RuntimeError: naming rank, stage and micro-batch; its cause is this rank's own error.
+    """
+    own = [stage for stage in stages if isinstance(stage, _Stage)]
+    if own:
+        own[0].store.delete_key(f"flash_attn_res error {own[0].group_rank}")
+    try:
+        yield
+    except Exception as error:
+        note = ""
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its host
+            for rank in range(own[0].group_size if own else 0):
+                key = f"flash_attn_res error {rank}"
+                if not note and own[0].store.check([key]):
+                    note = own[0].store.get(key).decode()
+        if note:
+            raise RuntimeError(note) from error
+        raise
 
 
 def make_stages(
