@@ -383,7 +383,13 @@ def pipeline_sends_blocks_as_they_are_stored(process: Process) -> None:
         with torch.no_grad():
             y = runner.step(*((x,) if 0 in own else ()))
             if process.last:
-                assert torch.equal(y, torch.cat([network(batch) for batch in x.chunk(M)]))
+                expected = torch.cat([network(batch) for batch in x.chunk(M)])
+                # A GPU's phase 1 may add up in another order for the sites of a part of a block.
+                if block == 2 or process.device.type == "cpu":
+                    assert torch.equal(y, expected)
+                else:
+                    eps = torch.finfo(dtype).eps
+                    torch.testing.assert_close(y, expected, rtol=64 * eps, atol=64 * eps)
         for stage in stages:
             if stage.is_last:
                 continue
