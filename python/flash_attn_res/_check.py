@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_SOURCES = 512
 MAX_QUERIES = 128
@@ -28,7 +29,31 @@ def shape_text(tensor: Tensor) -> str:
 def tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} is {value.layout}, expected a dense tensor")
+    no_tangent(op, name, value)
     return value
+
+
+def _has_tangent(given: Tensor) -> bool:
+    if forward_ad.unpack_dual(given).tangent is not None:
+        return True
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    # Under torch.func.grad inside of a jvp, the tangent is that of the tensor below the outer of
+    # two wrappers, where it is not seen.
+    functorch = torch._C._functorch
+    wrapped = functorch.is_functorch_wrapped_tensor
+    return wrapped(given) and wrapped(functorch.get_unwrapped(given))
+
+
+def no_tangent(op: str, name: str, given: Tensor) -> None:
+    """Refuses a dual tensor: PyTorch drops tangents at an operator without a forward-mode rule."""
+    if _has_tangent(given):
+        raise NotImplementedError(
+            f"{op}: {name} carries a tangent of forward-mode differentiation, which this package "
+            "does not have; use backward, torch.autograd.grad or torch.func.vjp"
+        )
 
 
 def value(op: str, name: str, given: object, like_name: str, like: Tensor) -> Tensor:
@@ -60,6 +85,19 @@ def value_dtype(op: str, name: str, given: Tensor) -> None:
 def stream_dtype(op: str, dtype: torch.dtype) -> None:
     if dtype not in _STORAGE and dtype != torch.float64:
         raise TypeError(f"{op}: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def result_dtype(op: str, name: str, dtype: object) -> None:
+    """A dtype for a result; None leaves the choice to the operation."""
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{op}: {name} is {dtype!r}, expected a torch.dtype")
+    if dtype not in _STORAGE and dtype != torch.float64:
+        raise TypeError(
+            f"{op}: {name} is {dtype}, expected float32, bfloat16, float16 "
+            "(or float64, with values of float64)"
+        )
 
 
 def leading(op: str, name: str, given: object) -> Tensor:
@@ -160,13 +198,21 @@ def weight(op: str, name: str, given: object, like_name: str, like: Tensor) -> T
 # Comparisons rather than math.isfinite: torch.compile may trace these with symbolic numbers.
 
 
+def number_of(op: str, name: str, given: object) -> None:
+    known = isinstance(given, (int, float, torch.SymFloat, torch.SymInt))
+    if not known and not hasattr(given, "__float__"):
+        raise TypeError(f"{op}: {name} is {given!r}, expected a number")
+
+
 def positive(op: str, name: str, number: float) -> float:
+    number_of(op, name, number)
     if not 0 < number < math.inf:
         raise ValueError(f"{op}: {name} is {number}, expected a number > 0")
     return number
 
 
 def finite(op: str, name: str, number: float) -> float:
+    number_of(op, name, number)
     if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name} is {number}, expected a finite number")
     return number
