@@ -39,19 +39,21 @@ inline void attend_factors(const AttendBackwardParams& p, const AttendBackwardSc
     const float dlse = given(p.dlse) ? float_at(p.dlse, s, t) : 0.0f;
     // exp(logit - lse) sums to 1 up to the rounding of lse: the same relative error in all weights,
     // which sums over tokens would keep, and which dp would magnify where the dp_sn are nearly
-    // equal. The weights are divided by what they do sum to.
-    float delta = 0.0f;
-    float total = 0.0f;
+    // equal. The weights are divided by what they do sum to; in float32, many equal ones would sum
+    // to several ulp less or more.
+    double delta = 0.0;
+    double total = 0.0;
     for (int64_t n = 0; n < p.N; ++n) {
       dp[n] = (dp[n] + w.dp_plain[s * p.N + n]) * gate;
-      delta += prob[n] * dp[n];
-      total += prob[n];
+      delta += static_cast<double>(prob[n]) * static_cast<double>(dp[n]);
+      total += static_cast<double>(prob[n]);
     }
-    delta /= total;
+    const float mean = static_cast<float>(delta / total);
+    const float sum = static_cast<float>(total);
     for (int64_t n = 0; n < p.N; ++n) {
       // With one source the difference is zero by identity, whatever lse was handed in.
-      const float difference = p.N == 1 ? dp[n] * 0.0f : dp[n] - delta;
-      prob[n] = p.N == 1 ? prob[n] : prob[n] / total;  // equal ones come out as 1 / N
+      const float difference = p.N == 1 ? dp[n] * 0.0f : dp[n] - mean;
+      prob[n] = p.N == 1 ? prob[n] : prob[n] / sum;  // equal ones come out as 1 / N
       const float dlogit = prob[n] * (difference + dlse);
       w.key_factor[n] += dlogit * logits[s * p.N + n];
       dp[n] = p.scale * dlogit * inv_rms[n];

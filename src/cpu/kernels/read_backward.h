@@ -103,10 +103,11 @@ inline void read_dots(const ReadBackwardParams& p, const ReadBackwardScratch& w,
 
 /// From p and dp of one token to the factors of u and k (see ReadBackwardScratch).
 inline void read_factors(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t t) {
-  float delta = 0.0f;
+  double sum = 0.0;
   for (int64_t j = 0; j < p.K; ++j) {
-    delta += w.probs[j] * w.dp[j];
+    sum += static_cast<double>(w.probs[j]) * static_cast<double>(w.dp[j]);
   }
+  const float delta = static_cast<float>(sum);
   const float of_two = p.K == 2 ? w.probs[0] * w.probs[1] * (w.dp[1] - w.dp[0]) : 0.0f;
   for (int64_t j = 0; j < p.K; ++j) {
     const float r = float_at(p.inv_rms, t, j);
