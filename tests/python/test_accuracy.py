@@ -71,9 +71,9 @@ def test_ours_is_at_the_level_of_eager_in_float32(documents: list[dict[str, Any]
 
     Of single rows the ratio says little where a gradient is a difference of nearly equal numbers:
     with a peaked softmax it goes from 0.05 to 30, at errors of 1e-7 to 1e-5, as the rounding of one
-    logit falls. That scatter is a few percent of the mean over 6 draws, 5 families and 2 N (measured:
-    at most 1.003), some 30 % over the 12 rows of a family (1.21, peaked), and nothing over all rows
-    (0.96).
+    logit falls. That scatter is a few percent of the mean over 6 draws, 5 families and 2 N (at most
+    1.003 was measured), some 30 % over the 12 rows of a family (1.21, peaked), and nothing over all
+    rows (0.96).
     """
     errors: dict[tuple, dict[str, float]] = defaultdict(dict)
     for draw, document in enumerate(documents):
