@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_SOURCES = 512
 MAX_QUERIES = 128
@@ -28,7 +29,19 @@ def shape_text(tensor: Tensor) -> str:
 def tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} is {value.layout}, expected a dense tensor")
+    no_tangent(op, name, value)
     return value
+
+
+def no_tangent(op: str, name: str, given: Tensor) -> None:
+    """Refuses a dual tensor: PyTorch drops tangents at an operator without a forward-mode rule."""
+    if forward_ad.unpack_dual(given).tangent is not None:
+        raise NotImplementedError(
+            f"{op}: {name} carries a tangent of forward-mode differentiation, which this package "
+            "does not have; use backward or torch.autograd.grad"
+        )
 
 
 def value(op: str, name: str, given: object, like_name: str, like: Tensor) -> Tensor:
@@ -60,6 +73,19 @@ def value_dtype(op: str, name: str, given: Tensor) -> None:
 def stream_dtype(op: str, dtype: torch.dtype) -> None:
     if dtype not in _STORAGE and dtype != torch.float64:
         raise TypeError(f"{op}: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def result_dtype(op: str, name: str, dtype: object) -> None:
+    """A dtype for a result; None leaves the choice to the operation."""
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{op}: {name} is {dtype!r}, expected a torch.dtype")
+    if dtype not in _STORAGE and dtype != torch.float64:
+        raise TypeError(
+            f"{op}: {name} is {dtype}, expected float32, bfloat16, float16 "
+            "(or float64, with values of float64)"
+        )
 
 
 def leading(op: str, name: str, given: object) -> Tensor:
@@ -171,13 +197,21 @@ def no_transform(op: str) -> None:
 # Comparisons rather than math.isfinite: torch.compile may trace these with symbolic numbers.
 
 
+def number_of(op: str, name: str, given: object) -> None:
+    known = isinstance(given, (int, float, torch.SymFloat, torch.SymInt))
+    if not known and not hasattr(given, "__float__"):
+        raise TypeError(f"{op}: {name} is {given!r}, expected a number")
+
+
 def positive(op: str, name: str, number: float) -> float:
+    number_of(op, name, number)
     if not 0 < number < math.inf:
         raise ValueError(f"{op}: {name} is {number}, expected a number > 0")
     return number
 
 
 def finite(op: str, name: str, number: float) -> float:
+    number_of(op, name, number)
     if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name} is {number}, expected a finite number")
     return number

@@ -7,7 +7,7 @@ derivations are in ``docs/math.md``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,7 @@ def attend(
         key_weight = _check.key_weight(op, key_weight, "queries", queries)
     scale = _check.finite(op, "scale", scale)
     eps = _check.positive(op, "eps", eps)
+    _check.result_dtype(op, "dtype", dtype)
 
     folded = fold_query(queries, key_weight, statistics_dtype(like))
     out, lse, logits, _ = torch.ops.flash_attn_res.attend(items, folded, scale, eps, dtype)
@@ -210,7 +211,10 @@ def read(
     op = "read"
     _check.no_transform(op)
     items, like, like_name, num_sources = _list_sources(op, sources, empty_ok=True)
-    updates = [update] if isinstance(update, Tensor) else list(update or ())
+    if update is None or isinstance(update, Tensor):
+        updates: list[Any] = [] if update is None else [update]
+    else:
+        updates = list(_check.sequence(op, "update", update))
     _check.count(op, "update", len(updates), 0, _check.MAX_UPDATES)
 
     values: list[tuple[str, object]] = []
@@ -263,6 +267,7 @@ def read(
         norm_weight = norm_weight.to(statistics) if statistics == torch.float64 else norm_weight
     scale = _check.finite(op, "scale", scale)
     eps = _check.positive(op, "eps", eps)
+    _check.result_dtype(op, "dtype", dtype)
     norm_eps = eps if norm_eps is None else _check.positive(op, "norm_eps", norm_eps)
 
     x, partial_out, mix, logits, _, _ = torch.ops.flash_attn_res.read(

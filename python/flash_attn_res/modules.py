@@ -309,4 +309,16 @@ class BlockAttnRes(nn.Module):
         if self.scale != 1.0:
             parts.append(f"scale={self.scale}")
         parts.append(f"eps={self.eps}")
+        if self.forms != ("auto" if self.block_storage is None else "two_phase"):
+            parts.append(f"forms={self.forms!r}")
+        if self.group_blocks is not None:
+            parts.append(f"group_blocks={self.group_blocks}")
+        if self.grad_dtype != torch.float32:
+            parts.append(f"grad_dtype={self.grad_dtype}")
+        if self.keep_phase1 != "none":
+            parts.append(f"keep_phase1={self.keep_phase1!r}")
+        if self.rounding_seed is not None:
+            parts.append("stochastic_rounding=...")  # the seed is state, perhaps on a GPU
+        if self.block_storage is not None:
+            parts.append(f"block_storage={self.block_storage!r}")
         return ", ".join(parts)

@@ -194,6 +194,8 @@ class Plan:
             group_blocks: blocks that share one phase 1; by default the cheapest number.
         """
         forms = forms if isinstance(forms, str) else tuple(forms)
+        if group_blocks is not None and type(group_blocks) is not int:
+            raise TypeError(f"plan: group_blocks is {group_blocks!r}, expected an integer")
         return _choose(num_sublayers, block_size, costs or Costs(), forms, group_blocks)
 
     @classmethod

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <type_traits>
 
 namespace flash_attn_res {
 
@@ -35,9 +36,22 @@ std::string shape_text(int64_t rows, int64_t cols) {
 
 std::string shape_text(const ConstMatrix& view) { return shape_text(view.rows, view.cols); }
 
-std::string item_name(const char* list, int64_t index) {
-  return std::string(list) + "[" + std::to_string(index) + "]";
-}
+/// What an argument is called, an item of a list with its index: text is made for errors alone, so
+/// that a call that is right allocates nothing.
+struct Name {
+  const char* argument;
+  int64_t index = -1;
+
+  Name(const char* name, int64_t item = -1) : argument(name), index(item) {}  // NOLINT: implicit
+  std::string text() const {
+    return index < 0 ? argument : argument + ("[" + std::to_string(index) + "]");
+  }
+};
+
+std::string operator+(const Name& name, const std::string& text) { return name.text() + text; }
+std::string operator+(const std::string& text, const Name& name) { return text + name.text(); }
+
+Name item_name(const char* list, size_t index) { return {list, static_cast<int64_t>(index)}; }
 
 enum class Presence { kRequired, kOptional };
 enum class Access { kRead, kWrite };
@@ -57,21 +71,29 @@ class Checker {
     }
   }
 
-  void require(bool condition, const std::string& what) {
-    if (!condition) {
-      fail(what);
+  /// `text` is what is wrong, or a function that gives it.
+  template <class Text>
+  void require(bool condition, const Text& text) {
+    if (condition || !ok()) {
+      return;
+    }
+    if constexpr (std::is_invocable_v<Text>) {
+      fail(text());
+    } else {
+      fail(text);
     }
   }
 
   /// A view of [rows, cols]; `axes` names the two, as in "[T, D]".
-  void matrix(const std::string& name, const ConstMatrix& view, int64_t rows, int64_t cols,
+  void matrix(const Name& name, const ConstMatrix& view, int64_t rows, int64_t cols,
               const char* axes, Presence presence, Access access) {
     if (!ok()) {
       return;
     }
     if (!view.present()) {
-      require(presence == Presence::kOptional,
-              name + " is missing, expected shape " + shape_text(rows, cols) + " (" + axes + ")");
+      require(presence == Presence::kOptional, [&] {
+        return name + " is missing, expected shape " + shape_text(rows, cols) + " (" + axes + ")";
+      });
       return;
     }
     if (view.rows < 0 || view.cols < 0) {
@@ -90,37 +112,41 @@ class Checker {
   }
 
   /// The dtype of a value tensor: storage dtypes, or float64 when the call is wide.
-  void value_dtype(const std::string& name, const ConstMatrix& view) {
+  void value_dtype(const Name& name, const ConstMatrix& view) {
     if (!ok() || !view.present()) {
       return;
     }
     if (precision_ == Precision::kWide) {
-      require(view.dtype == DType::kFloat64,
-              name + " is " + name_of(view.dtype) + ", expected float64 like the other values");
+      require(view.dtype == DType::kFloat64, [&] {
+        return name + " is " + name_of(view.dtype) + ", expected float64 like the other values";
+      });
     } else {
       require(view.dtype == DType::kFloat32 || view.dtype == DType::kBFloat16 ||
                   view.dtype == DType::kFloat16,
-              name + " is " + name_of(view.dtype) + ", expected float32, bfloat16 or float16");
+              [&] {
+                return name + " is " + name_of(view.dtype) +
+                       ", expected float32, bfloat16 or float16";
+              });
     }
   }
 
   /// The dtype of queries and statistics: float32, or float64 when the call is wide.
-  void float_dtype(const std::string& name, const ConstMatrix& view) {
+  void float_dtype(const Name& name, const ConstMatrix& view) {
     if (!ok() || !view.present()) {
       return;
     }
     const DType wanted = precision_ == Precision::kWide ? DType::kFloat64 : DType::kFloat32;
     require(view.dtype == wanted,
-            name + " is " + name_of(view.dtype) + ", expected " + name_of(wanted));
+            [&] { return name + " is " + name_of(view.dtype) + ", expected " + name_of(wanted); });
   }
 
-  void value(const std::string& name, const ConstMatrix& view, int64_t rows, int64_t cols,
+  void value(const Name& name, const ConstMatrix& view, int64_t rows, int64_t cols,
              const char* axes, Presence presence, Access access) {
     matrix(name, view, rows, cols, axes, presence, access);
     value_dtype(name, view);
   }
 
-  void statistic(const std::string& name, const ConstMatrix& view, int64_t rows, int64_t cols,
+  void statistic(const Name& name, const ConstMatrix& view, int64_t rows, int64_t cols,
                  const char* axes, Presence presence, Access access) {
     matrix(name, view, rows, cols, axes, presence, access);
     float_dtype(name, view);
@@ -131,11 +157,12 @@ class Checker {
   void value_list(const char* name, std::span<const View> views, int64_t tokens, int64_t dim,
                   Access access) {
     for (int64_t i = 0; ok() && i < static_cast<int64_t>(views.size()); ++i) {
-      const std::string item = item_name(name, i);
+      const Name item = item_name(name, i);
       value(item, views[i], tokens, dim, "[T, D]", Presence::kRequired, access);
-      require(views[i].dtype == views[0].dtype, item + " is " + name_of(views[i].dtype) + " but " +
-                                                    item_name(name, 0) + " is " +
-                                                    name_of(views[0].dtype));
+      require(views[i].dtype == views[0].dtype, [&] {
+        return item + " is " + name_of(views[i].dtype) + " but " + item_name(name, 0) + " is " +
+               name_of(views[0].dtype);
+      });
     }
   }
 
@@ -143,66 +170,73 @@ class Checker {
   void source_list(std::span<const ConstMatrix> sources, std::span<const ConstMatrix> scales,
                    int64_t tokens, int64_t dim) {
     if (scales.empty()) {
-      require(sources.empty() || sources[0].dtype != DType::kFloat8E4M3,
-              "sources[0] is float8_e4m3 but source_scales is empty, expected " +
-                  std::to_string(sources.size()) + " items of shape " + shape_text(tokens, 1) +
-                  " or " + shape_text(tokens, scale_groups(dim)));
+      require(sources.empty() || sources[0].dtype != DType::kFloat8E4M3, [&] {
+        return "sources[0] is float8_e4m3 but source_scales is empty, expected " +
+               std::to_string(sources.size()) + " items of shape " + shape_text(tokens, 1) +
+               " or " + shape_text(tokens, scale_groups(dim));
+      });
       return value_list("sources", sources, tokens, dim, Access::kRead);
     }
-    require(scales.size() == sources.size(),
-            "source_scales has " + std::to_string(scales.size()) + " items, expected " +
-                std::to_string(sources.size()) + ", one for each source, or none");
+    require(scales.size() == sources.size(), [&] {
+      return "source_scales has " + std::to_string(scales.size()) + " items, expected " +
+             std::to_string(sources.size()) + ", one for each source, or none";
+    });
     for (size_t n = 0; ok() && n < sources.size(); ++n) {
-      const std::string item = item_name("sources", static_cast<int64_t>(n));
+      const Name item = item_name("sources", n);
       matrix(item, sources[n], tokens, dim, "[T, D]", Presence::kRequired, Access::kRead);
       quantized_dtype(item, sources[n]);
-      require(sources[n].dtype == sources[0].dtype, item + " is " + name_of(sources[n].dtype) +
-                                                        " but sources[0] is " +
-                                                        name_of(sources[0].dtype));
-      scale(item_name("source_scales", static_cast<int64_t>(n)), scales[n], tokens, dim,
-            Access::kRead);
-      require(scales[n].cols == scales[0].cols,
-              item_name("source_scales", static_cast<int64_t>(n)) + " has shape " +
-                  shape_text(scales[n]) + ", expected that of source_scales[0], " +
-                  shape_text(scales[0]));
-      require(tokens <= 1 || scales[n].stride == scales[0].stride,
-              item_name("source_scales", static_cast<int64_t>(n)) + " has row stride " +
-                  std::to_string(scales[n].stride) + ", expected that of source_scales[0], " +
-                  std::to_string(scales[0].stride));
+      require(sources[n].dtype == sources[0].dtype, [&] {
+        return item + " is " + name_of(sources[n].dtype) + " but sources[0] is " +
+               name_of(sources[0].dtype);
+      });
+      scale(item_name("source_scales", n), scales[n], tokens, dim, Access::kRead);
+      require(scales[n].cols == scales[0].cols, [&] {
+        return item_name("source_scales", n) + " has shape " + shape_text(scales[n]) +
+               ", expected that of source_scales[0], " + shape_text(scales[0]);
+      });
+      require(tokens <= 1 || scales[n].stride == scales[0].stride, [&] {
+        return item_name("source_scales", n) + " has row stride " +
+               std::to_string(scales[n].stride) + ", expected that of source_scales[0], " +
+               std::to_string(scales[0].stride);
+      });
     }
   }
 
   /// The dtype of numbers that stand for values with their scales.
-  void quantized_dtype(const std::string& name, const ConstMatrix& view) {
-    require(view.dtype == DType::kFloat16 || view.dtype == DType::kFloat8E4M3,
-            name + " is " + name_of(view.dtype) + " with scales, expected float16 or float8_e4m3");
+  void quantized_dtype(const Name& name, const ConstMatrix& view) {
+    require(view.dtype == DType::kFloat16 || view.dtype == DType::kFloat8E4M3, [&] {
+      return name + " is " + name_of(view.dtype) + " with scales, expected float16 or float8_e4m3";
+    });
   }
 
   /// Powers of two: one for each token, or one for each group of columns.
-  void scale(const std::string& name, const ConstMatrix& view, int64_t tokens, int64_t dim,
+  void scale(const Name& name, const ConstMatrix& view, int64_t tokens, int64_t dim,
              Access access) {
     matrix(name, view, tokens, view.cols == 1 ? 1 : scale_groups(dim),
            "[T, 1] or [T, ceil(D / 128)]", Presence::kRequired, access);
     require(view.dtype == DType::kFloat8E8M0,
-            name + " is " + name_of(view.dtype) + ", expected float8_e8m0");
+            [&] { return name + " is " + name_of(view.dtype) + ", expected float8_e8m0"; });
   }
 
   static int64_t scale_groups(int64_t dim) { return (dim + kScaleGroup - 1) / kScaleGroup; }
 
   void positive(const char* name, double number) {
-    require(std::isfinite(number) && number > 0,
-            std::string(name) + " is " + std::to_string(number) + ", expected a number > 0");
+    require(std::isfinite(number) && number > 0, [&] {
+      return std::string(name) + " is " + std::to_string(number) + ", expected a number > 0";
+    });
   }
 
   void finite(const char* name, double number) {
-    require(std::isfinite(number),
-            std::string(name) + " is " + std::to_string(number) + ", expected a finite number");
+    require(std::isfinite(number), [&] {
+      return std::string(name) + " is " + std::to_string(number) + ", expected a finite number";
+    });
   }
 
   void count(const char* name, int64_t number, int64_t low, int64_t high) {
-    require(number >= low && number <= high, std::string(name) + " has " + std::to_string(number) +
-                                                 " items, expected " + std::to_string(low) +
-                                                 " to " + std::to_string(high));
+    require(number >= low && number <= high, [&] {
+      return std::string(name) + " has " + std::to_string(number) + " items, expected " +
+             std::to_string(low) + " to " + std::to_string(high);
+    });
   }
 
  private:
@@ -225,17 +259,20 @@ AttendShape check_attend_inputs(Checker& check, const Args& args) {
   const AttendShape shape = {args.queries.rows, args.sources[0].rows,
                              static_cast<int64_t>(args.sources.size()), args.sources[0].cols,
                              args.queries.cols};
-  check.require(shape.dim >= 1, "sources[0] has shape " + shape_text(args.sources[0]) +
-                                    ", expected a width D of at least 1");
+  check.require(shape.dim >= 1, [&] {
+    return "sources[0] has shape " + shape_text(args.sources[0]) +
+           ", expected a width D of at least 1";
+  });
   check.source_list(args.sources, args.source_scales, shape.tokens, shape.dim);
   check.require(args.queries.present(), "queries is missing, expected shape [S, R]");
-  check.require(shape.num_queries >= 1 && shape.num_queries <= kMaxQueries,
-                "queries has shape " + shape_text(args.queries) + ", expected 1 to " +
-                    std::to_string(kMaxQueries) + " queries");
-  check.require(shape.key_dim >= 1 && shape.key_dim <= shape.dim,
-                "queries has shape " + shape_text(args.queries) +
-                    ", expected a width R from 1 to " + std::to_string(shape.dim) +
-                    ", the width of sources[0] " + shape_text(args.sources[0]));
+  check.require(shape.num_queries >= 1 && shape.num_queries <= kMaxQueries, [&] {
+    return "queries has shape " + shape_text(args.queries) + ", expected 1 to " +
+           std::to_string(kMaxQueries) + " queries";
+  });
+  check.require(shape.key_dim >= 1 && shape.key_dim <= shape.dim, [&] {
+    return "queries has shape " + shape_text(args.queries) + ", expected a width R from 1 to " +
+           std::to_string(shape.dim) + ", the width of sources[0] " + shape_text(args.sources[0]);
+  });
   check.statistic("queries", args.queries, shape.num_queries, shape.key_dim, "[S, R]",
                   Presence::kRequired, Access::kRead);
   check.finite("scale", args.scale);
@@ -249,7 +286,7 @@ struct ReadShape {
 
 /// The first value given to a read; absent if there is none.
 struct NamedValue {
-  std::string name;
+  Name name;
   ConstMatrix view;
 };
 
@@ -258,15 +295,15 @@ NamedValue first_value(const ReadArgs& args) {
     return {"phase1_out", args.phase1_out};
   }
   if (!args.sources.empty()) {
-    return {"sources[0]", args.sources[0]};
+    return {{"sources", 0}, args.sources[0]};
   }
   if (args.partial.present()) {
     return {"partial", args.partial};
   }
   if (!args.updates.empty()) {
-    return {"updates[0]", args.updates[0]};
+    return {{"updates", 0}, args.updates[0]};
   }
-  return {};
+  return {"", {}};
 }
 
 NamedValue first_value(const ReadBackwardArgs& args) {
@@ -274,12 +311,12 @@ NamedValue first_value(const ReadBackwardArgs& args) {
     return {"phase1_out", args.phase1_out};
   }
   if (!args.sources.empty()) {
-    return {"sources[0]", args.sources[0]};
+    return {{"sources", 0}, args.sources[0]};
   }
   if (args.partial.present()) {
     return {"partial", args.partial};
   }
-  return {};
+  return {"", {}};
 }
 
 /// Checks what forward and backward of `read` share: terms, query, norm.
@@ -295,30 +332,37 @@ ReadShape check_read_inputs(Checker& check, const Args& args, bool has_partial) 
                         static_cast<int64_t>(args.sources.size()) + (has_partial ? 1 : 0);
   const ReadShape shape = {first.view.rows, first.view.cols,
                            args.query.present() ? args.query.cols : first.view.cols, terms};
-  check.require(shape.dim >= 1, first.name + " has shape " + shape_text(first.view) +
-                                    ", expected a width D of at least 1");
+  check.require(shape.dim >= 1, [&] {
+    return first.name + " has shape " + shape_text(first.view) +
+           ", expected a width D of at least 1";
+  });
   check.value("phase1_out", args.phase1_out, shape.tokens, shape.dim, "[T, D]", Presence::kOptional,
               Access::kRead);
   check.source_list(args.sources, args.source_scales, shape.tokens, shape.dim);
   check.value("partial", args.partial, shape.tokens, shape.dim, "[T, D]", Presence::kOptional,
               Access::kRead);
-  check.require(args.query.present() || terms == 1,
-                "query is missing, expected shape [1, R]: there are " + std::to_string(terms) +
-                    " terms to choose from");
-  check.require(shape.key_dim >= 1 && shape.key_dim <= shape.dim,
-                "query has shape " + shape_text(args.query) + ", expected a width R from 1 to " +
-                    std::to_string(shape.dim) + ", the width of " + first.name + " " +
-                    shape_text(first.view));
+  check.require(args.query.present() || terms == 1, [&] {
+    return "query is missing, expected shape [1, R]: there are " + std::to_string(terms) +
+           " terms to choose from";
+  });
+  check.require(shape.key_dim >= 1 && shape.key_dim <= shape.dim, [&] {
+    return "query has shape " + shape_text(args.query) + ", expected a width R from 1 to " +
+           std::to_string(shape.dim) + ", the width of " + first.name + " " +
+           shape_text(first.view);
+  });
   check.statistic("query", args.query, 1, shape.key_dim, "[1, R]", Presence::kOptional,
                   Access::kRead);
   check.finite("scale", args.scale);
-  check.require(args.norm == OutputNorm::kNone || args.norm == OutputNorm::kRms,
-                "norm is " + std::to_string(static_cast<int>(args.norm)) +
-                    ", expected kNone (0) or kRms (1)");
+  check.require(args.norm == OutputNorm::kNone || args.norm == OutputNorm::kRms, [&] {
+    return "norm is " + std::to_string(static_cast<int>(args.norm)) +
+           ", expected kNone (0) or kRms (1)";
+  });
   check.require(
       args.mix_rounding == MixRounding::kFloat32 || args.mix_rounding == MixRounding::kStorage,
-      "mix_rounding is " + std::to_string(static_cast<int>(args.mix_rounding)) +
-          ", expected kFloat32 (0) or kStorage (1)");
+      [&] {
+        return "mix_rounding is " + std::to_string(static_cast<int>(args.mix_rounding)) +
+               ", expected kFloat32 (0) or kStorage (1)";
+      });
   check.require(args.norm == OutputNorm::kRms || !args.norm_weight.present(),
                 "norm_weight was given but norm is kNone");
   check.value("norm_weight", args.norm_weight, 1, shape.dim, "[1, D]", Presence::kOptional,
@@ -332,23 +376,30 @@ void check_x(Checker& check, const ReadArgs& args, int64_t tokens, int64_t dim) 
   check.matrix("x", args.x, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
   if (!quantized) {
     check.value_dtype("x", args.x);
-    check.require(!args.x_scale.present(), std::string("x_scale was given but x is ") +
-                                               name_of(args.x.dtype) + ", expected float8_e4m3");
+    check.require(!args.x_scale.present(), [&] {
+      return std::string("x_scale was given but x is ") + name_of(args.x.dtype) +
+             ", expected float8_e4m3";
+    });
   } else {
     const int64_t groups = Checker::scale_groups(dim);
-    check.require(args.x_scale.present(),
-                  "x is float8_e4m3 but x_scale is missing, expected shape " +
-                      shape_text(tokens, 1) + " or " + shape_text(tokens, groups));
+    check.require(args.x_scale.present(), [&] {
+      return "x is float8_e4m3 but x_scale is missing, expected shape " + shape_text(tokens, 1) +
+             " or " + shape_text(tokens, groups);
+    });
     const int64_t columns = args.x_scale.cols == 1 ? 1 : groups;
     check.matrix("x_scale", args.x_scale, tokens, columns, "[T, 1] or [T, ceil(D / 128)]",
                  Presence::kRequired, Access::kWrite);
-    check.require(args.x_scale.dtype == DType::kFloat32,
-                  std::string("x_scale is ") + name_of(args.x_scale.dtype) + ", expected float32");
+    check.require(args.x_scale.dtype == DType::kFloat32, [&] {
+      return std::string("x_scale is ") + name_of(args.x_scale.dtype) + ", expected float32";
+    });
   }
   check.require(args.scale_rounding == ScaleRounding::kNone ||
                     args.scale_rounding == ScaleRounding::kPowerOfTwo,
-                "scale_rounding is " + std::to_string(static_cast<int>(args.scale_rounding)) +
-                    ", expected kNone (0) or kPowerOfTwo (1)");
+                [&] {
+                  return "scale_rounding is " +
+                         std::to_string(static_cast<int>(args.scale_rounding)) +
+                         ", expected kNone (0) or kPowerOfTwo (1)";
+                });
 }
 
 void check_snapshot(Checker& check, const ReadArgs& args, int64_t tokens, int64_t dim,
@@ -360,9 +411,10 @@ void check_snapshot(Checker& check, const ReadArgs& args, int64_t tokens, int64_
   }
   check.require(has_partial, "snapshot was given without partial or updates");
   const DType sum = args.partial_out.present() ? args.partial_out.dtype : args.partial.dtype;
-  check.require(!has_partial || args.snapshot.dtype == sum,
-                std::string("snapshot is ") + name_of(args.snapshot.dtype) +
-                    ", expected the dtype of the sum, " + name_of(sum));
+  check.require(!has_partial || args.snapshot.dtype == sum, [&] {
+    return std::string("snapshot is ") + name_of(args.snapshot.dtype) +
+           ", expected the dtype of the sum, " + name_of(sum);
+  });
 }
 
 /// Whether two views share a byte. Views whose rows interleave with different strides are taken for
@@ -399,8 +451,8 @@ bool overlap(const ConstMatrix& a, const ConstMatrix& b) {
   return distance < row_bytes(first) || stride - distance < row_bytes(second);
 }
 
-std::string overlap_text(const std::string& result_name, const ConstMatrix& result,
-                         const std::string& name, const ConstMatrix& view) {
+std::string overlap_text(const Name& result_name, const ConstMatrix& result, const Name& name,
+                         const ConstMatrix& view) {
   return result_name + " of shape " + shape_text(result) + " overlaps the memory of " + name +
          " of shape " + shape_text(view);
 }
@@ -419,7 +471,7 @@ void check_aliasing(Checker& check, const ReadArgs& args) {
                            {"mix", args.mix},
                            {"snapshot", args.snapshot},
                            {"partial_out", args.partial_out}};
-  const auto disjoint = [&](const Named& result, const std::string& name, const ConstMatrix& view) {
+  const auto disjoint = [&](const Named& result, const Name& name, const ConstMatrix& view) {
     if (check.ok() && overlap(result.view, view)) {
       check.fail(overlap_text(result.name, result.view, name, view));
     }
@@ -431,12 +483,12 @@ void check_aliasing(Checker& check, const ReadArgs& args) {
     disjoint(result, "phase1_out", args.phase1_out);
     for (size_t n = 0; n < args.sources.size(); ++n) {
       if (overlap(result.view, args.sources[n])) {
-        disjoint(result, item_name("sources", static_cast<int64_t>(n)), args.sources[n]);
+        disjoint(result, item_name("sources", n), args.sources[n]);
       }
     }
     const bool is_sum = &result.view == &args.partial_out;
     for (size_t i = 0; i < args.updates.size() && !is_sum; ++i) {
-      disjoint(result, item_name("updates", static_cast<int64_t>(i)), args.updates[i]);
+      disjoint(result, item_name("updates", i), args.updates[i]);
     }
     if (!is_sum) {
       disjoint(result, "partial", args.partial);
@@ -475,9 +527,10 @@ Status validate(const AttendArgs& args) {
   Checker check("attend", precision_of(args));
   const auto [S, T, N, D, R] = check_attend_inputs(check, args);
   check.positive("eps", args.eps);
-  check.require(static_cast<int64_t>(args.out.size()) == S,
-                "out has " + std::to_string(args.out.size()) + " items, expected " +
-                    std::to_string(S) + ", one for each row of queries");
+  check.require(static_cast<int64_t>(args.out.size()) == S, [&] {
+    return "out has " + std::to_string(args.out.size()) + " items, expected " +
+           std::to_string(args.queries.rows) + ", one for each row of queries";
+  });
   check.value_list("out", args.out, T, D, Access::kWrite);
   check.statistic("lse", args.lse, S, T, "[S, T]", Presence::kRequired, Access::kWrite);
   check.statistic("logits", args.logits, T, S * N, "[T, S * N]", Presence::kOptional,
@@ -487,8 +540,8 @@ Status validate(const AttendArgs& args) {
   for (size_t s = 0; check.ok() && s < args.out.size(); ++s) {
     for (size_t n = 0; check.ok() && n < args.sources.size(); ++n) {
       if (overlap(args.out[s], args.sources[n])) {
-        check.fail(overlap_text(item_name("out", static_cast<int64_t>(s)), args.out[s],
-                                item_name("sources", static_cast<int64_t>(n)), args.sources[n]));
+        check.fail(overlap_text(item_name("out", s), args.out[s], item_name("sources", n),
+                                args.sources[n]));
       }
     }
   }
@@ -502,15 +555,17 @@ Status validate(const AttendBackwardArgs& args) {
   check.statistic("logits", args.logits, T, S * N, "[T, S * N]", Presence::kRequired,
                   Access::kRead);
   check.statistic("inv_rms", args.inv_rms, T, N, "[T, N]", Presence::kRequired, Access::kRead);
-  check.require(args.dout.empty() || static_cast<int64_t>(args.dout.size()) == S,
-                "dout has " + std::to_string(args.dout.size()) + " items, expected " +
-                    std::to_string(S) + ", one for each row of queries, or none");
+  check.require(args.dout.empty() || static_cast<int64_t>(args.dout.size()) == S, [&] {
+    return "dout has " + std::to_string(args.dout.size()) + " items, expected " +
+           std::to_string(args.queries.rows) + ", one for each row of queries, or none";
+  });
   check.value_list("dout", args.dout, T, D, Access::kRead);
   check.statistic("gate", args.gate, S, T, "[S, T]", Presence::kOptional, Access::kRead);
   check.statistic("dlse", args.dlse, S, T, "[S, T]", Presence::kOptional, Access::kRead);
-  check.require(args.dsources.empty() || static_cast<int64_t>(args.dsources.size()) == N,
-                "dsources has " + std::to_string(args.dsources.size()) + " items, expected " +
-                    std::to_string(N) + ", one for each source, or none");
+  check.require(args.dsources.empty() || static_cast<int64_t>(args.dsources.size()) == N, [&] {
+    return "dsources has " + std::to_string(args.dsources.size()) + " items, expected " +
+           std::to_string(args.sources.size()) + ", one for each source, or none";
+  });
   check.value_list("dsources", args.dsources, T, D, Access::kWrite);
   check.statistic("dqueries", args.dqueries, S, R, "[S, R]", Presence::kOptional, Access::kWrite);
   return check.take();
@@ -591,9 +646,10 @@ Status validate(const ReadBackwardArgs& args) {
                      (T <= 1 || args.dh.stride == args.phase1_out.stride)),
                 "dh is the memory of phase1_out, expected the same dtype and row stride");
   check.statistic("gate", args.gate, 1, T, "[1, T]", Presence::kOptional, Access::kWrite);
-  check.require(args.dsources.empty() || args.dsources.size() == args.sources.size(),
-                "dsources has " + std::to_string(args.dsources.size()) + " items, expected " +
-                    std::to_string(args.sources.size()) + ", one for each source, or none");
+  check.require(args.dsources.empty() || args.dsources.size() == args.sources.size(), [&] {
+    return "dsources has " + std::to_string(args.dsources.size()) + " items, expected " +
+           std::to_string(args.sources.size()) + ", one for each source, or none";
+  });
   check.value_list("dsources", args.dsources, T, D, Access::kWrite);
   check.require(args.partial.present() || !args.dpartial.present(),
                 "dpartial was given without partial");
@@ -614,8 +670,10 @@ void check_fold_inputs(Checker& check, const ConstMatrix& queries, const ConstMa
   check.value("queries", queries, queries.rows, queries.cols, "[S, R]", Presence::kRequired,
               Access::kRead);
   check.require(!key_weight.present() || key_weight.rows == 1 || key_weight.rows == queries.rows,
-                "key_weight has shape " + shape_text(key_weight) + ", expected " +
-                    shape_text(queries) + " like queries, or one row");
+                [&] {
+                  return "key_weight has shape " + shape_text(key_weight) + ", expected " +
+                         shape_text(queries) + " like queries, or one row";
+                });
   check.value("key_weight", key_weight, key_weight.rows, queries.cols, "[S or 1, R]",
               Presence::kOptional, Access::kRead);
 }
@@ -652,15 +710,17 @@ namespace {
 /// Addends of a sum [T, D], of any storage dtypes.
 bool check_terms(Checker& check, std::span<const ConstMatrix> terms, int64_t most) {
   const auto count = static_cast<int64_t>(terms.size());
-  check.require(count >= 1 && count <= most, "terms has " + std::to_string(count) +
-                                                 " items, expected 1 to " + std::to_string(most));
+  check.require(count >= 1 && count <= most, [&] {
+    return "terms has " + std::to_string(count) + " items, expected 1 to " + std::to_string(most);
+  });
   for (int64_t i = 0; check.ok() && i < count; ++i) {
     check.value(item_name("terms", i), terms[static_cast<size_t>(i)], terms[0].rows, terms[0].cols,
                 "[T, D]", Presence::kRequired, Access::kRead);
   }
   if (check.ok()) {
-    check.require(terms[0].cols >= 1,
-                  "terms[0] has shape " + shape_text(terms[0]) + ", expected D >= 1");
+    check.require(terms[0].cols >= 1, [&] {
+      return "terms[0] has shape " + shape_text(terms[0]) + ", expected D >= 1";
+    });
   }
   return check.ok();
 }
@@ -675,10 +735,12 @@ Status validate(const StochasticAddArgs& args) {
   const int64_t tokens = args.terms[0].rows;
   const int64_t dim = args.terms[0].cols;
   check.matrix("out", args.out, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
-  check.require(args.out.dtype == DType::kBFloat16,
-                std::string("out is ") + name_of(args.out.dtype) + ", expected bfloat16");
-  check.require(args.site >= 0 && args.site <= int64_t{0xffffffff},
-                "site is " + std::to_string(args.site) + ", expected 0 to 2^32 - 1");
+  check.require(args.out.dtype == DType::kBFloat16, [&] {
+    return std::string("out is ") + name_of(args.out.dtype) + ", expected bfloat16";
+  });
+  check.require(args.site >= 0 && args.site <= int64_t{0xffffffff}, [&] {
+    return "site is " + std::to_string(args.site) + ", expected 0 to 2^32 - 1";
+  });
   check.require(args.seed != nullptr || tokens == 0,
                 "seed is a null pointer, expected two int64 numbers: seed and step");
   return check.take();
@@ -692,14 +754,13 @@ Status validate(const QuantizeArgs& args) {
   const int64_t tokens = args.terms[0].rows;
   const int64_t dim = args.terms[0].cols;
   check.matrix("out", args.out, tokens, dim, "[T, D]", Presence::kRequired, Access::kWrite);
-  check.require(
-      args.out.dtype == DType::kFloat16 || args.out.dtype == DType::kFloat8E4M3,
-      std::string("out is ") + name_of(args.out.dtype) + ", expected float16 or float8_e4m3");
+  check.require(args.out.dtype == DType::kFloat16 || args.out.dtype == DType::kFloat8E4M3, [&] {
+    return std::string("out is ") + name_of(args.out.dtype) + ", expected float16 or float8_e4m3";
+  });
   check.scale("scale", args.scale, tokens, dim, Access::kWrite);
   for (size_t i = 0; check.ok() && i < args.terms.size(); ++i) {
     if (overlap(args.out, args.terms[i])) {
-      check.fail(overlap_text("out", args.out, item_name("terms", static_cast<int64_t>(i)),
-                              args.terms[i]));
+      check.fail(overlap_text("out", args.out, item_name("terms", i), args.terms[i]));
     }
   }
   return check.take();

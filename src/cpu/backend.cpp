@@ -129,6 +129,7 @@ AttendBackwardScratch carve(const AttendBackwardArgs& args, Carver& carver) {
   const int64_t R = args.queries.cols;
   const int64_t plain = args.sources[0].cols - R;  // columns before the key slice
   scratch.dqueries = args.dqueries.present() ? carver.floats(packed_floats(S, R)) : nullptr;
+  scratch.recent = args.dqueries.present() ? carver.floats(packed_floats(S, R)) : nullptr;
   scratch.queries = carver.floats(packed_floats(S, R));
   scratch.dh_plain = carver.floats(args.dout.empty() ? 0 : packed_floats(S, plain));
   scratch.dh_key = carver.floats(args.dout.empty() ? 0 : packed_floats(S, R));
@@ -193,9 +194,11 @@ ReadBackwardScratch carve(const ReadBackwardArgs& args, Carver& carver) {
   const int64_t D = any_term(args).cols;
   const bool normed = args.norm == OutputNorm::kRms;
   ReadBackwardScratch scratch = {};
-  scratch.dquery =
-      args.dquery.present() ? carver.floats(packed_floats(1, key_dim(args.query, D))) : nullptr;
+  const int64_t query_floats = packed_floats(1, key_dim(args.query, D));
+  scratch.dquery = args.dquery.present() ? carver.floats(query_floats) : nullptr;
+  scratch.recent_query = args.dquery.present() ? carver.floats(query_floats) : nullptr;
   scratch.dnorm_weight = args.dnorm_weight.present() ? carver.floats(packed_floats(1, D)) : nullptr;
+  scratch.recent_norm = args.dnorm_weight.present() ? carver.floats(packed_floats(1, D)) : nullptr;
   scratch.logits = carver.floats(K);
   scratch.probs = carver.floats(K);
   scratch.dp = carver.floats(K);

@@ -359,7 +359,7 @@ def test_runner_is_that_of_the_cpu(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
 @pytest.mark.parametrize(("T", "D"), [(1, 256), (5, 2304), (300, 2048)])
 def test_runner_with_a_stored_bank_in_a_graph(T: int, D: int, mode: str, storage: str) -> None:
-    """A replay has the bits of a plain run, and its first reads are those of the CPU."""
+    """A replay has the bits of a plain run, and the same reads are those of the CPU."""
     L, S = 12, 4
     toy = Toy(L, D)
     given = {"block_size": S, "max_tokens": T, "mode": mode, "storage": storage}
@@ -392,7 +392,10 @@ def test_runner_with_a_stored_bank_in_a_graph(T: int, D: int, mode: str, storage
             step.write(outputs[index].to(device))
         results.append([*inputs, step.finish().clone().cpu()])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2.0**-7, atol=2.0**-7)
+        # A phase-1 result may be rounded to the other neighbour, 2^-8 of it: of a token, not of
+        # each of its numbers, which may be small differences.
+        error = (ours.double() - theirs.double()).norm(dim=-1)
+        assert (error <= 2.0**-8 * theirs.double().norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("fp8", ["token", "group"])

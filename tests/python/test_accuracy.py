@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ Capture = pytest.CaptureFixture[str]
 FAMILIES = "gaussian,flat,peaked,common,growing"
 SMALL = ("--quick", "--tokens", "24", "--dim", "96", "--packages", "eager (float32 inside)")
 OURS = "flash_attn_res"
+ROUNDOFF = 2.0**-24
+"""Of float32: of errors below it, which are larger says nothing."""
 FLOOR = 8 * 2.0**-23
 """Results and statistics are summed in float32, in another order than eager's."""
 
@@ -64,23 +67,43 @@ def test_every_row_has_every_error(document: dict[str, Any]) -> None:
 
 
 def test_ours_is_at_the_level_of_eager_in_float32(documents: list[dict[str, Any]]) -> None:
-    """err(ours) <= 2 err(eager, float32 inside, the same storage) + a few ulp.
+    """err(ours) <= err(eager, float32 inside, the same storage), in the geometric mean.
 
-    Of the worst over draws, families and N: where a gradient is a difference of nearly equal
-    numbers, as with a peaked softmax, the error of one draw says little: the ratio of single rows
-    goes from 0.1 to 40 there, at errors of 1e-7 to 1e-5.
+    Of single rows the ratio says little where a gradient is a difference of nearly equal numbers:
+    with a peaked softmax it goes from 0.05 to 30, at errors of 1e-7 to 1e-5, as the rounding of one
+    logit falls. That scatter is a few percent of the mean over 6 draws, 5 families and 2 N (at most
+    1.003 was measured), some 30 % over the 12 rows of a family (1.21, peaked), and nothing over all
+    rows (0.96).
     """
-    errors: dict[tuple, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for row in (row for document in documents for row in document["rows"]):
-        worst = errors[row["op"], row["tensor"], row["storage"]]
-        worst[row["package"]] = max(worst[row["package"]], row["rel_l2"])
-    compared = 0
-    for key, found in errors.items():
+    errors: dict[tuple, dict[str, float]] = defaultdict(dict)
+    for draw, document in enumerate(documents):
+        for row in document["rows"]:
+            case = (
+                row["op"],
+                row["tensor"],
+                row["storage"],
+                row["family"],
+                row["shape"]["N"],
+                draw,
+            )
+            errors[case][row["package"]] = row["rel_l2"]
+    by_tensor, by_family = defaultdict(list), defaultdict(list)
+    for case, found in errors.items():
         if len(found) == 2:
-            compared += 1
             eager = found["eager (float32 inside)"]
-            assert found[OURS] <= 2 * eager + FLOOR, (key, found)
-    assert compared >= 50
+            ratio = math.log((found[OURS] + ROUNDOFF) / (eager + ROUNDOFF))
+            by_tensor[case[:3]].append(ratio)
+            by_family[case[:4]].append(ratio)
+    assert len(by_tensor) >= 50
+
+    def mean(ratios: list[float]) -> float:
+        return math.exp(sum(ratios) / len(ratios))
+
+    for key, ratios in by_tensor.items():
+        assert mean(ratios) <= 1.1, (key, mean(ratios))
+    for key, ratios in by_family.items():
+        assert mean(ratios) <= 1.5, (key, mean(ratios))
+    assert mean([ratio for ratios in by_tensor.values() for ratio in ratios]) <= 1.0
 
 
 def test_storage_modes_are_held_to_the_packages_of_their_bytes(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from flash_attn_res import BlockAttnRes, attend, read
+from flash_attn_res import BlockAttnRes, attend, read, stochastic_add
 
 
 def v(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -95,6 +97,32 @@ ATTEND = {
         ValueError,
         "scale is inf, expected a finite number",
     ),
+    "eps no number": (
+        lambda: attend([v(3, 8)], Q, eps="a"),
+        TypeError,
+        "attend: eps is 'a', expected a number",
+    ),
+    "eps none": (lambda: attend([v(3, 8)], Q, eps=None), TypeError, "eps is None, expected"),
+    "scale no number": (
+        lambda: attend([v(3, 8)], Q, scale="a"),
+        TypeError,
+        "scale is 'a', expected a number",
+    ),
+    "dtype of integers": (
+        lambda: attend([v(3, 8)], Q, dtype=torch.int32),
+        TypeError,
+        "attend: dtype is torch.int32, expected float32, bfloat16, float16",
+    ),
+    "dtype by name": (
+        lambda: attend([v(3, 8)], Q, dtype="bf16"),
+        TypeError,
+        "dtype is 'bf16', expected a torch.dtype",
+    ),
+    "sparse": (
+        lambda: attend([v(3, 8).to_sparse()], Q),
+        TypeError,
+        "sources[0] is torch.sparse_coo, expected a dense tensor",
+    ),
     "devices": (
         lambda: attend([v(3, 8), torch.empty(3, 8, device="meta")], Q),
         ValueError,
@@ -128,6 +156,26 @@ READ = {
         lambda: read(Q[0], partial=v(3, 8), update=[v(3, 8)] * 3),
         ValueError,
         "update has 3 items, expected 0 to 2",
+    ),
+    "a number for an update": (
+        lambda: read(Q[0], partial=v(3, 8), update=3),
+        TypeError,
+        "update is a int, expected a list of tensors",
+    ),
+    "dtype by name": (
+        lambda: read(Q[0], sources=[v(3, 8)], dtype="bf16"),
+        TypeError,
+        "read: dtype is 'bf16', expected a torch.dtype",
+    ),
+    "norm eps no number": (
+        lambda: read(Q[0], sources=[v(3, 8)], norm=True, norm_eps="a"),
+        TypeError,
+        "norm_eps is 'a', expected a number",
+    ),
+    "sparse weight": (
+        lambda: read(Q[0], sources=[v(3, 8)], norm_weight=torch.ones(8).to_sparse()),
+        TypeError,
+        "norm_weight is torch.sparse_coo, expected a dense tensor",
     ),
     "phase 1 alone": (
         lambda: read(Q[0], phase1=v(3, 8)),
@@ -166,6 +214,21 @@ MODULE = {
     ),
     "nan eps": (lambda: BlockAttnRes(4, 8, eps=float("nan")), ValueError, "eps is nan"),
     "nan scale": (lambda: BlockAttnRes(4, 8, scale=float("nan")), ValueError, "scale is nan"),
+    "scale no number": (
+        lambda: BlockAttnRes(4, 8, scale="a"),
+        TypeError,
+        "BlockAttnRes: scale is 'a', expected a number",
+    ),
+    "group of blocks by name": (
+        lambda: BlockAttnRes(4, 8, 2, group_blocks="a"),
+        TypeError,
+        "group_blocks is 'a', expected an integer",
+    ),
+    "fractional group": (
+        lambda: BlockAttnRes(4, 8, 2, group_blocks=1.5),
+        TypeError,
+        "group_blocks is 1.5, expected an integer",
+    ),
     "query width": (
         lambda: BlockAttnRes(4, 8, query_dim=9),
         ValueError,
@@ -199,6 +262,78 @@ ALL = {
 def test_refused(call, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=re.escape(words)):
         call()
+
+
+TANGENTS = {
+    "attend: sources": lambda x: attend([x, v(3, 8)], v(2, 8)).out,
+    "attend: packed sources": lambda x: attend(torch.stack([x, x]), v(2, 8)).out,
+    "attend: queries": lambda x: attend([v(3, 8)] * 2, x).lse,
+    "attend: key weight": lambda x: attend([v(3, 8)] * 2, v(3, 8), x).lse,
+    "read: partial": lambda x: read(v(8), sources=[v(3, 8)], partial=x).x,
+    "read: update": lambda x: read(v(8), partial=v(3, 8), update=x).x,
+    "read: phase 1": lambda x: read(v(8), phase1=(x, v(3)), partial=v(3, 8)).x,
+    "read: query": lambda x: read(x[0], sources=[v(3, 8)] * 2).x,
+    "read: norm weight": lambda x: read(v(8), sources=[v(3, 8)] * 2, norm_weight=x[0]).x,
+    "stochastic_add": lambda x: stochastic_add([x], 0),
+    "embedding": lambda x: BlockAttnRes(4, 8, 2).start(x).read(),
+    "embedding, functional": lambda x: BlockAttnRes(4, 8, 2).start(x, functional=True).read(),
+}
+
+
+@pytest.mark.parametrize("call", TANGENTS.values(), ids=TANGENTS.keys())
+def test_tangents_are_refused_not_dropped(call) -> None:
+    """Forward-mode differentiation through an operator without a rule gives zeros in silence."""
+    x = v(3, 8)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="carries a tangent of forward-mode"),
+    ):
+        call(forward_ad.make_dual(x, x))
+
+
+def test_tangents_of_parameters_are_refused() -> None:
+    """By the stream of eager mode too: its autograd functions have no forward mode, as they say."""
+    model = BlockAttnRes(4, 8, 2)
+    queries = model.queries.detach()
+
+    def second_site(queries: torch.Tensor, functional: bool) -> torch.Tensor:
+        with parametrize_by(model, queries):
+            stream = model.start(v(3, 8), functional=functional)
+            stream.write(stream.read())
+            return stream.read()
+
+    with pytest.raises(RuntimeError, match=r"a transform of torch\.func"):
+        torch.func.jvp(lambda q: second_site(q, True), (queries,), (queries,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        second_site(forward_ad.make_dual(queries, queries), False)
+
+
+@contextlib.contextmanager
+def parametrize_by(model: BlockAttnRes, queries: torch.Tensor):
+    """The model with other queries, as `torch.func.functional_call` has it."""
+    held = model._parameters.pop("queries")
+    model.queries = queries  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.queries
+        model._parameters["queries"] = held
+
+
+@pytest.mark.parametrize("call", [TANGENTS["attend: sources"], TANGENTS["read: partial"]])
+def test_tangents_are_refused_while_compiling(call) -> None:
+    x = v(3, 8)
+    compiled = torch.compile(lambda x: torch.func.jvp(call, (x,), (x,)))
+    with pytest.raises(Exception, match=r"a transform of torch\.func"):
+        compiled(x)
+
+
+def test_no_tangents_no_refusal() -> None:
+    """Inside a dual level, of tensors that have none."""
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(v(3, 8), v(3, 8))
+        y = read(v(8), sources=[v(3, 8)] * 2).x
+        assert forward_ad.unpack_dual(x + y).tangent is not None
 
 
 def test_the_operators_check_on_their_own() -> None:

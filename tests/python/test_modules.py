@@ -203,6 +203,18 @@ def test_printing() -> None:
     module = BlockAttnRes(12, D, 5)
     assert repr(module) == "BlockAttnRes(12, dim=32, block_size=5, eps=1e-06)"
     assert "query_dim=4" in repr(BlockAttnRes(12, D, query_dim=4, key_weight=False))
+    options = {
+        "forms": "one_shot",
+        "group_blocks": 1,
+        "grad_dtype": None,
+        "keep_phase1": "last",
+        "block_storage": "float8",
+    }
+    shown = repr(BlockAttnRes(12, D, stochastic_rounding=3, **options))
+    for name, given in options.items():
+        assert f", {name}={given!r}" in shown
+    assert "stochastic_rounding=..." in shown
+    assert "forms" not in repr(BlockAttnRes(12, D, block_storage="float16"))
     text = str(module.plan())
     assert "12 sublayers in 3 blocks of 5" in text
     assert "10-11" in text

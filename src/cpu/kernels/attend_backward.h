@@ -10,8 +10,9 @@
 // A token is visited twice: for dp, from memory, and for dv and du, from packed float32 copies of v
 // and dout that the first visit leaves in L2 (see kPiece). Bytes from and
 // to memory: (N + S) * D elements read, N * D written, N * D more read when accumulating. du is
-// summed in float32, token after token, in the chunk's own rows; the host adds the chunks' rows in
-// a fixed order, so that the result depends on the number of tokens and on nothing else.
+// summed in float32, over sources, over a few tokens (kTokensPerSum), and over those sums of a
+// chunk; the host adds the chunks' rows in a fixed order, so that the result depends on the number
+// of tokens and on nothing else.
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_ATTEND_BACKWARD_H_
 #define FLASH_ATTN_RES_CPU_KERNELS_ATTEND_BACKWARD_H_
@@ -36,19 +37,23 @@ inline void attend_factors(const AttendBackwardParams& p, const AttendBackwardSc
     float* dp = w.dp + s * p.N;       // (N)
     const float gate = given(p.gate) ? float_at(p.gate, s, t) : 1.0f;
     const float dlse = given(p.dlse) ? float_at(p.dlse, s, t) : 0.0f;
-    // exp(logit - lse) sums to 1 up to the rounding of lse, which dp would magnify where the dp_sn
-    // are nearly equal: the mean is taken over what the weights do sum to.
-    float delta = 0.0f;
-    float total = 0.0f;
+    // exp(logit - lse) sums to 1 up to the rounding of lse: the same relative error in all weights,
+    // which sums over tokens would keep, and which dp would magnify where the dp_sn are nearly
+    // equal. The weights are divided by what they do sum to; in float32, many equal ones would sum
+    // to several ulp less or more.
+    double delta = 0.0;
+    double total = 0.0;
     for (int64_t n = 0; n < p.N; ++n) {
       dp[n] = (dp[n] + w.dp_plain[s * p.N + n]) * gate;
-      delta += prob[n] * dp[n];
-      total += prob[n];
+      delta += static_cast<double>(prob[n]) * static_cast<double>(dp[n]);
+      total += static_cast<double>(prob[n]);
     }
-    delta /= total;
+    const float mean = static_cast<float>(delta / total);
+    const float sum = static_cast<float>(total);
     for (int64_t n = 0; n < p.N; ++n) {
       // With one source the difference is zero by identity, whatever lse was handed in.
-      const float difference = p.N == 1 ? dp[n] * 0.0f : dp[n] - delta;
+      const float difference = p.N == 1 ? dp[n] * 0.0f : dp[n] - mean;
+      prob[n] = p.N == 1 ? prob[n] : prob[n] / sum;  // equal ones come out as 1 / N
       const float dlogit = prob[n] * (difference + dlse);
       w.key_factor[n] += dlogit * logits[s * p.N + n];
       dp[n] = p.scale * dlogit * inv_rms[n];
@@ -99,8 +104,8 @@ inline void attend_gradients(const AttendBackwardParams& p, const AttendBackward
         dv[n] = writer<Es>(p.dsources[n], t, p.stream).from(start + i);
       }
     }
-    if (keyed && w.dqueries != nullptr) {
-      accumulate(v, p.N, w.dp, p.N, w.dqueries + i * p.S, kPiece, p.S, 0, width);
+    if (keyed && w.recent != nullptr) {
+      accumulate(v, p.N, w.dp, p.N, w.recent + i * p.S, kPiece, p.S, 0, width);
     }
     if (p.dsources != nullptr) {
       gradients(rows, p.N, width);
@@ -157,6 +162,9 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
 
     attend_gradients<E>(p, w, t, 0, key_start, false);
     attend_gradients<E>(p, w, t, key_start, p.R, true);
+    if (w.dqueries != nullptr && (t + 1 == end || (t + 1 - begin) % kTokensPerSum == 0)) {
+      settle(w.recent, w.dqueries, whole_pieces(p.R) * p.S);
+    }
   }
   if (w.dqueries != nullptr) {
     restore_order<E>(w.dqueries, whole_pieces(p.R) * p.S);
@@ -170,6 +178,7 @@ inline void attend_backward(const AttendBackwardParams& p, const AttendBackwardS
                             int64_t begin, int64_t end) {
   if (w.dqueries != nullptr) {
     fill_zeros(w.dqueries, whole_pieces(p.R) * p.S);
+    fill_zeros(w.recent, whole_pieces(p.R) * p.S);
   }
   const DType dtype = p.sources[0].dtype;
   const DType dout = p.dout != nullptr ? p.dout[0].dtype : dtype;

@@ -3,10 +3,10 @@
 //   out[a, b] = <x_a, v_b>        squares[b] = <v_b, v_b>
 //
 // Each dot product is one chain of float32 vector sums in the order of the elements (two chains
-// where there is a single x), so that its bits do not depend on the tile that computes it nor on
-// the number of tokens. Tiles give the independent chains that hide the latency of fma, and let one
-// load serve several products. Rows are cut into pieces that fit in L1 together, with the sums held
-// in between.
+// where there is a single x), broken after each piece or run, the parts summed, so that its bits do
+// not depend on the tile that computes it nor on the number of tokens. Tiles give the independent
+// chains that hide the latency of fma, and let one load serve several products. Rows are cut into
+// pieces that fit in L1 together, with the sums held in between.
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_DOTS_H_
 #define FLASH_ATTN_RES_CPU_KERNELS_DOTS_H_
@@ -35,13 +35,13 @@ FLASH_ATTN_RES_INLINE void dot_tile(const Reader<Ex>* x, const Reader<Ev>* v, in
     xr[a] = x[a];
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      sum[a][b] = sums[a * kDotGroup + b];
+      sum[a][b] = broadcast(0.0f);
     }
   }
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
     vr[b] = v[b];
-    square[b] = squares[b];
+    square[b] = broadcast(0.0f);
   }
   for_steps(begin, end, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
     Pair xi[A];
@@ -70,12 +70,14 @@ FLASH_ATTN_RES_INLINE void dot_tile(const Reader<Ex>* x, const Reader<Ev>* v, in
   for (int a = 0; a < A; ++a) {
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      sums[a * kDotGroup + b] = sum[a][b];
+      sums[a * kDotGroup + b] = add(sums[a * kDotGroup + b], sum[a][b]);
     }
   }
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
-    squares[b] = square[b];
+    if constexpr (kSquares) {
+      squares[b] = add(squares[b], square[b]);
+    }
   }
 }
 
@@ -117,33 +119,48 @@ FLASH_ATTN_RES_INLINE void dot_row(const Reader<Packed>& x, const Reader<Ev>* ro
                                    float* out, float* squares) {
   constexpr bool kSquares = kSweep == Sweep::kFirstWithSquares;
   Reader<Ev> v[B];
-  Pair sum[B];
-  Pair square[B];
+  Pair total[B];
+  Pair total_square[B];
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
     v[b] = rows[b];
-    sum[b] = zero_pair();
-    square[b] = zero_pair();
+    total[b] = zero_pair();
+    total_square[b] = zero_pair();
   }
-  for_steps(0, count, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
-    const Pair xi = x.get(i, part);
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    Pair sum[B];
+    Pair square[B];
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      if (kSweep != Sweep::kAgain && fetches(Fetch::kEven, b)) {
-        v[b].prefetch(i);
-      }
-      const Pair vi = v[b].get(i, part);
-      sum[b] = fma(xi, vi, sum[b]);
-      if constexpr (kSquares) {
-        square[b] = fma(vi, vi, square[b]);
-      }
+      sum[b] = zero_pair();
+      square[b] = zero_pair();
     }
-  });
+    const int64_t end = count - begin < kRun ? count : begin + kRun;
+    for_steps(begin, end, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+      const Pair xi = x.get(i, part);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) {
+        if (kSweep != Sweep::kAgain && fetches(Fetch::kEven, b)) {
+          v[b].prefetch(i);
+        }
+        const Pair vi = v[b].get(i, part);
+        sum[b] = fma(xi, vi, sum[b]);
+        if constexpr (kSquares) {
+          square[b] = fma(vi, vi, square[b]);
+        }
+      }
+    });
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      total[b] = add(total[b], sum[b]);
+      total_square[b] = add(total_square[b], square[b]);
+    }
+  }
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
-    out[b] = reduce_add(sum[b]);
+    out[b] = reduce_add(total[b]);
     if constexpr (kSquares) {
-      squares[b] = reduce_add(square[b]);
+      squares[b] = reduce_add(total_square[b]);
     }
   }
 }
@@ -170,13 +187,26 @@ inline void dots(const Reader<Packed>& x, const Reader<Ev>* v, int64_t B, int64_
 /// <v, v>, summed in the order in which dots sums it.
 template <class Ev>
 inline float square_sum(const Reader<Ev>& v, int64_t count) {
-  Pair sum = zero_pair();
-  for_steps(0, count, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+  return reduce_add(sum_by_runs(count, [&](int64_t i, auto part, Pair& sum) FLASH_ATTN_RES_ALWAYS {
     v.prefetch(i);
     const Pair vi = v.get(i, part);
     sum = fma(vi, vi, sum);
-  });
-  return reduce_add(sum);
+  }));
+}
+
+/// <x, b - a>: where a and b share a large part, more exact than the difference of two products.
+/// The first sweep fetches the next token's row a.
+template <Sweep kSweep, class Ev>
+inline float difference_dot(const Reader<Packed>& x, const Reader<Ev>& a, const Reader<Ev>& b,
+                            int64_t count) {
+  return reduce_add(sum_by_runs(count, [&](int64_t i, auto part, Pair& sum) FLASH_ATTN_RES_ALWAYS {
+    if (kSweep != Sweep::kAgain) {
+      a.prefetch(i);
+    }
+    const Pair ai = a.get(i, part);
+    const Pair bi = b.get(i, part);
+    sum = fma(x.get(i, part), Pair{sub(bi.lo, ai.lo), sub(bi.hi, ai.hi)}, sum);
+  }));
 }
 
 /// At most kDotGroup packed rows of x with as many packed rows of v, one piece.

@@ -257,7 +257,7 @@ FLASH_ATTN_RES_INLINE void accumulate_tile(const Reader<Ev>* v, int64_t N, const
     Pair sum[A];
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a) {
-      sum[a] = Reader<Packed>{du + a * du_stride}.get(i, part);
+      sum[a] = zero_pair();
     }
     for (int64_t n = 0; n < N; ++n) {
       const Pair vn = v[n].get(i, part);
@@ -268,12 +268,14 @@ FLASH_ATTN_RES_INLINE void accumulate_tile(const Reader<Ev>* v, int64_t N, const
     }
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a) {
-      Writer<Packed>{du + a * du_stride}.put(i, sum[a], part);
+      const Pair held = Reader<Packed>{du + a * du_stride}.get(i, part);
+      Writer<Packed>{du + a * du_stride}.put(i, add(held, sum[a]), part);
     }
   });
 }
 
-/// du_s += sum_n factor[s * factor_stride + n] v_n for S rows of du, elements [begin, end).
+/// du_s += sum_n factor[s * factor_stride + n] v_n for S rows of du, elements [begin, end). The sum
+/// over n is made first, and then added: one rounding at the size of du.
 template <class Ev>
 inline void accumulate(const Reader<Ev>* v, int64_t N, const float* factor, int64_t factor_stride,
                        float* du, int64_t du_stride, int64_t S, int64_t begin, int64_t end) {

@@ -20,6 +20,13 @@ namespace flash_attn_res::cpu {
 /// evict each other.
 inline constexpr int64_t kPiece = 256;
 
+/// Elements of a row whose products with another row are summed on their own.
+inline constexpr int64_t kRun = 4 * kPiece;
+
+/// Tokens whose parts of a parameter gradient are summed on their own before they join the sum of
+/// the chunk: one chain of float32 additions over a whole chunk loses a factor of its square root.
+inline constexpr int64_t kTokensPerSum = 16;
+
 /// attend: see attend.h.
 struct AttendParams {
   int64_t T, D, R, N, S;
@@ -74,6 +81,7 @@ struct AttendBackwardScratch {
   float* v_plain;     // (pieces,N,kPiece)  the sources before the key slice
   float* v_key;       // (pieces,N,kPiece)  the sources on the key slice
   float* dqueries;    // (pieces,S,kPiece)  this chunk's part of du, or null
+  float* recent;      // (pieces,S,kPiece)  that of its last few tokens (see kTokensPerSum), or null
 };
 
 /// read: see read.h.
@@ -154,8 +162,10 @@ struct ReadBackwardScratch {
   float* mix;           // (D)  h
   float* dh;            // (D)
   float* dquery;        // (R)  this chunk's part of du, whole pieces, or null
+  float* recent_query;  // (R)  that of its last few tokens (see kTokensPerSum), or null
   float* norm_weight;   // (D)  g as packed floats
   float* dnorm_weight;  // (D)  this chunk's part of dg, or null
+  float* recent_norm;   // (D)  that of its last few tokens, or null
 };
 
 /// quantize: see quantize.h.

@@ -196,9 +196,8 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
       continue;
     }
 
-    Pair square = zero_pair();
     const Writer<E> mix = given(p.mix) ? writer<E>(p.mix, t, p.stream) : x;
-    for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+    const auto mix_step = [&](int64_t i, auto part, Pair& square) FLASH_ATTN_RES_ALWAYS {
       Pair h[1];
       fetch_rest(i);
       mixture_at<1>(z, p.K, w.probs, i, part, h);
@@ -210,8 +209,9 @@ inline void read_tokens(const ReadParams& p, const ReadScratch& w, int64_t begin
       }
       square = fma(h[0], h[0], square);
       mix_out.put(i, h[0], part);
-    });
-    const float rh = inverse_rms(reduce_add(square), p.D, p.norm_eps);
+    };
+    const float square_sum_h = reduce_add(sum_by_runs(p.D, mix_step));
+    const float rh = inverse_rms(square_sum_h, p.D, p.norm_eps);
     if (given(p.mix_inv_rms)) {
       put_float(p.mix_inv_rms, 0, t, rh);
     }

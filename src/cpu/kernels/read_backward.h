@@ -9,8 +9,11 @@
 //   du       += sum over all but the phase-1 term of scale dlogit_j r_j k_j
 //
 // h is recomputed from the terms. A token's rows come from memory once; dh is kept in scratch.
-// du and dg are summed in float32, token after token, in the chunk's own rows; the host adds the
-// chunks' rows in a fixed order.
+// du and dg are summed in float32, over a few tokens (kTokensPerSum), and those sums over a chunk;
+// the host adds the chunks' rows in a fixed order.
+//
+// With two terms the differences are taken before the sums and products that would cancel:
+//   dlogit_1 = p_0 p_1 <dh, z_1 - z_0> = -dlogit_0
 
 #ifndef FLASH_ATTN_RES_CPU_KERNELS_READ_BACKWARD_H_
 #define FLASH_ATTN_RES_CPU_KERNELS_READ_BACKWARD_H_
@@ -52,8 +55,7 @@ inline void read_dh_normed(const ReadBackwardParams& p, const ReadBackwardScratc
   const Reader<E> dmix = reader<E>(p.dmix, t);
   const Reader<Packed> g = {w.norm_weight};
   const float rh = float_at(p.mix_inv_rms, 0, t);
-  Pair y_dot_h = zero_pair();
-  for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+  const auto mix_step = [&](int64_t i, auto part, Pair& y_dot_h) FLASH_ATTN_RES_ALWAYS {
     for (int64_t j = 0; j < p.K; ++j) {
       z[j].prefetch(i);
     }
@@ -66,13 +68,14 @@ inline void read_dh_normed(const ReadBackwardParams& p, const ReadBackwardScratc
     const Pair dxi = dx.get(i, part);
     y_dot_h = fma(mul(g.get(i, part), dxi), h[0], y_dot_h);
     Writer<Packed>{w.mix}.put(i, h[0], part);
-    if (w.dnorm_weight != nullptr) {
-      const Pair held_sum = Reader<Packed>{w.dnorm_weight}.get(i, part);
+    if (w.recent_norm != nullptr) {
+      const Pair held_sum = Reader<Packed>{w.recent_norm}.get(i, part);
       const Pair sum = fma(mul(broadcast(rh), dxi), h[0], held_sum);
-      Writer<Packed>{w.dnorm_weight}.put(i, sum, part);
+      Writer<Packed>{w.recent_norm}.put(i, sum, part);
     }
-  });
-  const float factor = -(rh * rh * rh / static_cast<float>(p.D)) * reduce_add(y_dot_h);
+  };
+  const float y_dot_h = reduce_add(sum_by_runs(p.D, mix_step));
+  const float factor = -(rh * rh * rh / static_cast<float>(p.D)) * y_dot_h;
   for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
     const Pair y = mul(g.get(i, part), dx.get(i, part));
     Pair sum = mul(broadcast(rh), y);
@@ -85,16 +88,34 @@ inline void read_dh_normed(const ReadBackwardParams& p, const ReadBackwardScratc
   });
 }
 
+/// dp of one token; of two terms, dp_0 is left out of both.
+template <Sweep kSweep, class E>
+inline void read_dots(const ReadBackwardParams& p, const ReadBackwardScratch& w,
+                      const Reader<E>* z) {
+  const Reader<Packed> dh = {w.dh};
+  if (p.K == 2) {
+    w.dp[0] = 0.0f;
+    w.dp[1] = difference_dot<kSweep>(dh, z[0], z[1], p.D);
+  } else {
+    dots<kSweep>(dh, z, p.K, p.D, w.dp, nullptr);
+  }
+}
+
 /// From p and dp of one token to the factors of u and k (see ReadBackwardScratch).
 inline void read_factors(const ReadBackwardParams& p, const ReadBackwardScratch& w, int64_t t) {
-  float delta = 0.0f;
+  double sum = 0.0;
   for (int64_t j = 0; j < p.K; ++j) {
-    delta += w.probs[j] * w.dp[j];
+    sum += static_cast<double>(w.probs[j]) * static_cast<double>(w.dp[j]);
   }
+  const float delta = static_cast<float>(sum);
+  const float of_two = p.K == 2 ? w.probs[0] * w.probs[1] * (w.dp[1] - w.dp[0]) : 0.0f;
   for (int64_t j = 0; j < p.K; ++j) {
     const float r = float_at(p.inv_rms, t, j);
     const float difference = p.K == 1 ? w.dp[j] * 0.0f : w.dp[j] - delta;
-    const float dlogit = w.probs[j] * difference;
+    float dlogit = w.probs[j] * difference;
+    if (p.K == 2) {
+      dlogit = j == 0 ? -of_two : of_two;
+    }
     if (j == 0 && given(p.phase1_out) && given(p.dphase1_lse)) {
       put_float(p.dphase1_lse, 0, t, dlogit);
     }
@@ -201,13 +222,12 @@ inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackward
     }
     softmax_rows(w.logits, 1, p.K, w.probs, nullptr);
 
-    const Reader<Packed> dh = {w.dh};
     if (normed) {
       read_dh_normed<E>(p, w, z, t);
-      dots<Sweep::kAgain>(dh, z, p.K, p.D, w.dp, nullptr);
+      read_dots<Sweep::kAgain>(p, w, z);
     } else {
       read_dh_plain<E>(p, w, t);
-      dots<Sweep::kFirst>(dh, z, p.K, p.D, w.dp, nullptr);
+      read_dots<Sweep::kFirst>(p, w, z);
     }
     read_factors(p, w, t);
 
@@ -232,8 +252,17 @@ inline void read_backward_tokens(const ReadBackwardParams& p, const ReadBackward
       const Reader<E> later = reader<E>(p.dpartial_out, t);
       read_gradients<E>(p, w, z, p.K - 1, 1, given(p.dpartial_out) ? &later : nullptr, &dpartial);
     }
-    if (w.dquery != nullptr) {
-      accumulate(key + first_key, p.K - first_key, w.dp + first_key, 0, w.dquery, 0, 1, 0, p.R);
+    if (w.recent_query != nullptr) {
+      accumulate(key + first_key, p.K - first_key, w.dp + first_key, 0, w.recent_query, 0, 1, 0,
+                 p.R);
+    }
+    if (t + 1 == end || (t + 1 - begin) % kTokensPerSum == 0) {
+      if (w.dquery != nullptr) {
+        settle(w.recent_query, w.dquery, whole_pieces(p.R));
+      }
+      if (w.dnorm_weight != nullptr) {
+        settle(w.recent_norm, w.dnorm_weight, whole_pieces(p.D));
+      }
     }
   }
   if (w.dquery != nullptr) {
@@ -261,9 +290,11 @@ inline void read_backward(const ReadBackwardParams& p, const ReadBackwardScratch
                           int64_t end) {
   if (w.dquery != nullptr) {
     fill_zeros(w.dquery, whole_pieces(p.R));
+    fill_zeros(w.recent_query, whole_pieces(p.R));
   }
   if (w.dnorm_weight != nullptr) {
     fill_zeros(w.dnorm_weight, whole_pieces(p.D));
+    fill_zeros(w.recent_norm, whole_pieces(p.D));
   }
   if (read_backward_rows_are(p, DType::kFloat32)) {
     return read_backward_tokens<Float32>(p, w, begin, end);

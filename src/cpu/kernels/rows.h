@@ -417,6 +417,16 @@ FLASH_ATTN_RES_INLINE void fill_zeros(float* row, int64_t count) {
   }
 }
 
+/// total += recent, recent = 0: `count` floats of scratch, whole steps.
+inline void settle(float* recent, float* total, int64_t count) {
+  for (int64_t i = 0; i < count; i += kStep) {
+    const Pair a = load_f32(total + i);
+    const Pair b = load_f32(recent + i);
+    store_f32(total + i, {add(a.lo, b.lo), add(a.hi, b.hi)});
+    store_f32(recent + i, {broadcast(0.0f), broadcast(0.0f)});
+  }
+}
+
 /// A pair in natural order, in the order of the kernel.
 template <class E>
 FLASH_ATTN_RES_INLINE Pair arranged(Pair natural) {
@@ -494,6 +504,20 @@ FLASH_ATTN_RES_INLINE Pair fma(Vec a, Pair b, Pair c) {
 FLASH_ATTN_RES_INLINE Pair fma(Pair a, Pair b, Pair c) {
   return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
 }
+/// The sum of what step(i, part, sum) adds to `sum` for the steps of [0, count). A run of elements
+/// is summed on its own, so that the error does not grow with the length of the row.
+template <class Step>
+FLASH_ATTN_RES_INLINE Pair sum_by_runs(int64_t count, Step&& step) {
+  Pair total = zero_pair();
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    Pair sum = zero_pair();
+    for_steps(begin, count - begin < kRun ? count : begin + kRun,
+              [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS { step(i, part, sum); });
+    total = add(total, sum);
+  }
+  return total;
+}
+
 FLASH_ATTN_RES_INLINE float reduce_add(Pair a) { return reduce_add(add(a.lo, a.hi)); }
 
 }  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET

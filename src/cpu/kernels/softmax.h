@@ -68,13 +68,13 @@ inline void softmax_rows(const float* logits, int64_t S, int64_t N, float* probs
   }
   exponentials(probs, S * N);
   for (int64_t s = 0; s < S; ++s) {
-    float sum = 0.0f;
+    double total = 0.0;  // in float32, many equal terms would sum to several ulp less or more
     for (int64_t n = 0; n < N; ++n) {
-      sum += probs[s * N + n];
+      total += static_cast<double>(probs[s * N + n]);
     }
-    const float inverse = 1.0f / sum;
+    const float sum = static_cast<float>(total);
     for (int64_t n = 0; n < N; ++n) {
-      probs[s * N + n] *= inverse;
+      probs[s * N + n] /= sum;
     }
     if (lse != nullptr) {
       lse[s] += __builtin_logf(sum);
