@@ -69,7 +69,8 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
 TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
   EXPECT_EQ(choose_read_rows(true, 4, 2048, true, 8192), (ReadRowsPolicy{4, 2, 1, 128, 1}));
   EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 8192), (ReadRowsPolicy{2, 2, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 8, 7168, true, 8192), (ReadRowsPolicy{8, 1, 2, 448, 1}));
+  EXPECT_EQ(choose_read_rows(true, 8, 7168, true, 8192), (ReadRowsPolicy{8, 1, 4, 224, 1}));
+  EXPECT_EQ(choose_read_rows(true, 9, 2304, true, 8192), (ReadRowsPolicy{10, 1, 1, 288, 1}));
   EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 8192), (ReadRowsPolicy{2, 2, 1, 448, 1}));
   EXPECT_EQ(choose_read_rows(true, 2, 256, true, 8192), (ReadRowsPolicy{2, 2, 1, 32, 4}));
   EXPECT_EQ(choose_read_rows(true, 9, 7168, true, 128), (ReadRowsPolicy{10, 1, 2, 448, 1}));
