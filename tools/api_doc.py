@@ -109,7 +109,14 @@ def python_section() -> str:
         parts += class_entries(f"flash_attn_res.lens.{name}", getattr(lens, name))
     for name in ("html", "write_html", "write_json", "write_png"):
         parts += entry(f"flash_attn_res.lens.{name}", getattr(lens, name))
-    for name in ("PipelineLayout", "StageAttnRes", "Scaled", "Stored", "TokenShards", "ShardedStream"):
+    for name in (
+        "PipelineLayout",
+        "StageAttnRes",
+        "Scaled",
+        "Stored",
+        "TokenShards",
+        "ShardedStream",
+    ):
         parts += class_entries(f"flash_attn_res.distributed.{name}", getattr(distributed, name))
     for name in ("make_stages", "shared_errors", "paper_volume"):
         parts += entry(f"flash_attn_res.distributed.{name}", getattr(distributed, name))

@@ -125,13 +125,17 @@ FLASH_ATTN_RES_HOPPER_BOTH WeightMap weight_map(int query_groups, int source_gro
 ///             one slice a warp, and one of zeros where fewer than eight warps work
 ///   totals    [2, cluster, batch * partial_rows, partial_cols] float: sums over a CTA's columns
 ///   scratch   [warps, tiles * 32 + 256]: where rows that do not exist are stored
-///   scales    [stages, batch, scaled_rows, scale_groups] bfloat16
-///   inputs    [stages, batch, token_bytes]: narrow rows, source_pitch apart, then the others
-///   results   [slots, batch * result_rows, result_pitch]
+///   scales    [stages, batch, scale_groups, scale_pitch] bfloat16: a group has those of all
+///   sources inputs    [stages, batch, token_bytes]: narrow rows, source_pitch apart, then the
+///   others results   [slots, batch * result_rows, result_pitch]
 struct SharedMap {
   int weights, partials, totals, scratch, inputs, results, bytes;
   int pitch, source_pitch, result_pitch, token_bytes, stage_bytes, slot_bytes;
   int scales, scale_groups;  // groups of a CTA's columns; 0: no scales
+  int scale_pitch;           // sources of a group, rounded up to eights: those that fill up have 0
+
+  /// Scales of a token.
+  FLASH_ATTN_RES_HOPPER_BOTH int token_scales() const { return scale_groups * scale_pitch; }
 
   /// Where row `row` of a token lies; the first `num_sources` are the sources.
   FLASH_ATTN_RES_HOPPER_BOTH int input_row(int row, int num_sources) const {
@@ -161,7 +165,8 @@ FLASH_ATTN_RES_HOPPER_BOTH SharedMap shared_map(const Plan& plan, const Extents&
   map.scales = map.scratch + (ragged ? plan.warps * scratch_bytes_per_warp(plan.tiles) : 0);
   // A CTA's columns may begin and end inside a group. Groups of padding have zeros.
   map.scale_groups = e.scaled_rows == 0 ? 0 : (plan.padded_columns() - 1) / e.scale_columns + 2;
-  map.inputs = map.scales + plan.stages * plan.batch * e.scaled_rows * map.scale_groups * 2;
+  map.scale_pitch = (e.scaled_rows + 7) / 8 * 8;
+  map.inputs = map.scales + plan.stages * plan.batch * map.token_scales() * 2;
   map.inputs = (map.inputs + 127) / 128 * 128;
   map.results = map.inputs + plan.stages * map.stage_bytes;
   map.bytes = map.results + plan.slots * map.slot_bytes;

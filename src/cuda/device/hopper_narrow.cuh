@@ -51,60 +51,98 @@ __device__ __forceinline__ Bf16 bf16_scale(uint32_t bits) {
   return __ushort_as_bfloat16(static_cast<unsigned short>(bits == 0xffu ? 0x7fc0u : number));
 }
 
-/// Copies the scales of a step's sources for the CTA's columns to shared memory, by one warp. As
-/// many rows at once as have room in the lanes, and eight loads of each lane in flight: one latency
-/// a token would be longer than what a token's bytes take.
+/// Brings the scales of the sources for the CTA's columns to shared memory, by one warp.
 class ScaleCopier {
  public:
-  __device__ __forceinline__ ScaleCopier(const ScaleTable& table, int num_sources, int pitch,
-                                         int first_column, int columns, int lane)
-      : sources_(num_sources), pitch_(pitch), inverse_(65536 / num_sources + 1) {
-    const int first = first_column >> table.shift;
-    const int groups = ((first_column + columns - 1) >> table.shift) - first + 1;
-    int lanes = 1;  // of a row
-    while (lanes < groups) {
-      lanes *= 2;
-    }
-    at_once_ = 32 / lanes;
-    row_ = lane / lanes;
-    group_ = lane % lanes;
-    first_ = first + group_;
-    if (group_ >= groups) {
-      row_ = kNone;
+  __device__ __forceinline__ ScaleCopier(unsigned num_sources, int shift, int first_column,
+                                         int columns)
+      : first_(first_column >> shift),
+        groups_(((first_column + columns - 1) >> shift) - first_ + 1),
+        count_(num_sources * groups_),
+        inverse_(65536 / groups_ + 1) {}
+
+  /// Those of a token, whose row of scales is `token`; `to`: (groups, pitch).
+  __device__ __forceinline__ void copy(Bf16* to, const SharedMap& map, const ScaleTable& table,
+                                       int64_t token, unsigned lane) const {
+    constexpr unsigned kInFlight = 4;
+#pragma unroll 1
+    for (unsigned begin = lane; begin < count_; begin += 32 * kInFlight) {
+      uint8_t bits[kInFlight];
+      Bf16* place[kInFlight];
+#pragma unroll
+      for (unsigned i = 0; i < kInFlight; ++i) {
+        const unsigned index = min(begin + 32 * i, count_ - 1);
+        const unsigned source = index * inverse_ >> 16;  // index / groups: both below 300
+        const unsigned group = index - source * groups_;
+        bits[i] = __ldg(table.data[source] + first_ + group + token * table.stride);
+        place[i] = to + group * map.scale_pitch + source;
+      }
+#pragma unroll
+      for (unsigned i = 0; i < kInFlight; ++i) {
+        *place[i] = bf16_scale(bits[i]);  // the last one more than once
+      }
     }
   }
 
-  /// `to`: (batch, N, pitch); `token(b)` says which token is the step's b-th.
-  template <class Token>
-  __device__ __forceinline__ void copy(Bf16* to, const ScaleTable& table, int batch,
-                                       const Token& token) const {
-    constexpr int kInFlight = 8;
-    const int rows = batch * sources_;
-    for (int begin = 0; begin < rows; begin += kInFlight * at_once_) {
-      uint8_t bits[kInFlight];
+ protected:
+  unsigned first_, groups_, count_, inverse_;
+};
+
+/// The same for up to kBatchMax tokens at once, in two parts between which there is time. Each lane
+/// has the same scales of every token.
+class ScaleFetcher : ScaleCopier {
+ public:
+  __device__ __forceinline__ ScaleFetcher(unsigned num_sources, int shift, int first_column,
+                                          int columns, unsigned lane)
+      : ScaleCopier(num_sources, shift, first_column, columns) {
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int row = begin + i * at_once_ + row_;
-        const int b = row * inverse_ >> 16;
-        if (row < rows) {
-          bits[i] = __ldg(table.data[row - b * sources_] + token(b) * table.stride + first_);
+    for (int i = 0; i < kEach; ++i) {
+      const unsigned source = (lane + 32 * i) / groups_;
+      const unsigned group = lane + 32 * i - source * groups_;
+      place_[i] = lane + 32 * i < count_ ? source + group * kSourcesMax : kNone;
+    }
+  }
+
+  /// Begins to load those of `count` tokens; `token(b)` says which the b-th is.
+  template <class Token>
+  __device__ __forceinline__ void fetch(const ScaleTable& table, int count, const Token& token) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (place_[i] != kNone) {
+        const uint8_t* const from =
+            table.data[place_[i] % kSourcesMax] + first_ + place_[i] / kSourcesMax;
+#pragma unroll
+        for (int b = 0; b < kBatchMax; ++b) {
+          if (b < count) {
+            bits_[b][i] = __ldg(from + token(b) * table.stride);
+          }
         }
       }
+    }
+  }
+
+  /// Stores what was fetched; `to`: (tokens, groups, pitch).
+  __device__ __forceinline__ void store(Bf16* to, const SharedMap& map, int count) const {
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int row = begin + i * at_once_ + row_;
-        if (row < rows) {
-          to[row * pitch_ + group_] = bf16_scale(bits[i]);
+    for (int i = 0; i < kEach; ++i) {
+      if (place_[i] != kNone) {
+        Bf16* const place =
+            to + place_[i] / kSourcesMax * map.scale_pitch + place_[i] % kSourcesMax;
+#pragma unroll
+        for (int b = 0; b < kBatchMax; ++b) {
+          if (b < count) {
+            place[b * map.token_scales()] = bf16_scale(bits_[b][i]);
+          }
         }
       }
     }
   }
 
  private:
-  static constexpr int kNone = 1 << 12;  // more than rows of a step
-  int sources_, pitch_;
-  int inverse_;  // row * inverse >> 16 is row / sources for the rows of a step
-  int at_once_, row_, group_, first_;
+  static constexpr unsigned kNone = ~0u;
+  static constexpr int kEach = 8;  // scales of a token and lane: 16 sources of 16 groups
+  unsigned place_[kEach];          // source and group
+  uint8_t bits_[kBatchMax][kEach];
 };
 
 /// Two e4m3 numbers as bfloat16, divided by 2^120. NaN becomes a number.
@@ -131,25 +169,28 @@ __device__ __forceinline__ uint32_t transpose(uint32_t block) {
 template <int kSourceGroups>
 class NarrowStrips {
  public:
-  /// `rows`: the first source's columns of this CTA, `pitch` bytes apart; `scales`: (N,
-  /// scale_pitch); `first`: the warp's first column in the CTA, a multiple of 16.
+  /// `rows`: the first source's columns of this CTA, `pitch` bytes apart; `scales`: its scales,
+  /// (groups, scale_pitch); `first`: the warp's first column in the CTA, a multiple of 16.
   __device__ __forceinline__ NarrowStrips(const char* rows, int pitch, int num_sources,
                                           const Bf16* scales, int scale_pitch, int scale_shift,
                                           int cta_column, int first, int lane)
-      : shift_(scale_shift), column_(cta_column + first), group_(cta_column >> scale_shift) {
+      : shift_(scale_shift),
+        pitch_(scale_pitch),
+        column_(cta_column + first),
+        group_(cta_column >> scale_shift) {
 #pragma unroll
     for (int g = 0; g < kSourceGroups; ++g) {
       const int n = 8 * g + lane / 4;
       const int row = n < num_sources ? n : 0;
       row_[g] = rows + row * pitch + first + lane % 4 * 2;
-      scale_[g] = scales + row * scale_pitch;
+      scale_[g] = scales + row;
     }
   }
 
   /// Columns [16 j, 16 j + 16) of the slice, of sources [8 g, 8 g + 8).
   __device__ __forceinline__ Strip load(int g, int j) const {
     const __nv_bfloat162 scale =
-        __bfloat162bfloat162(scale_[g][((column_ + j * 16) >> shift_) - group_]);
+        __bfloat162bfloat162(scale_[g][(((column_ + j * 16) >> shift_) - group_) * pitch_]);
     const auto at = [&](int column) {
       return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(row_[g] + column));
     };
@@ -164,7 +205,7 @@ class NarrowStrips {
  private:
   const char* row_[kSourceGroups];
   const Bf16* scale_[kSourceGroups];
-  int shift_, column_, group_;
+  int shift_, pitch_, column_, group_;
 };
 
 /// A strip as two in bfloat16: what is rounded, and the remainder.
@@ -188,8 +229,8 @@ struct SplitStrip {
 template <int kSourceGroups, int kTiles>
 class HalfScales {
  public:
-  /// `scales`: (N, pitch), or null: they are one; `cta_column`, `column`: the first of the CTA and
-  /// of the slice.
+  /// `scales`: those of the first source, (groups, pitch), or null: they are one; `cta_column`,
+  /// `column`: the first of the CTA and of the slice.
   __device__ __forceinline__ HalfScales(const Bf16* scales, int pitch, int num_sources, int shift,
                                         int cta_column, int column, int lane)
       : second_set_(((column >> shift << shift) + (1 << shift) - column) / 16) {
@@ -198,7 +239,7 @@ class HalfScales {
       const int group =
           ((column + (set == 0 ? 0 : kTiles - 1) * 16) >> shift) - (cta_column >> shift);
       const auto at = [&](int n) {
-        return scales != nullptr ? __bfloat162float(scales[min(n, num_sources - 1) * pitch + group])
+        return scales != nullptr ? __bfloat162float(scales[group * pitch + min(n, num_sources - 1)])
                                  : 1.0f;
       };
 #pragma unroll

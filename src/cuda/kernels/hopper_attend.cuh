@@ -15,11 +15,12 @@
 //
 // Roles and schedule: hopper_pipeline.cuh. P1 of a token is, for a warp's columns d in tiles of 16,
 //
-//   [u_hi; v] (16,d) v^T (d,8)  +  [u_lo; 0] (16,d) v^T (d,8)      rows: queries, then v itself,
-//                                                                  whose diagonal is sum v^2
+//   [u_hi; u_lo] (16,d) v^T (d,8),  v (8,d) v^T (d,8)      the diagonal of the latter is sum v^2
+//
+// or with four queries at most [u_hi; u_lo; v] (16,d) v^T (d,8) (hopper_attend_params.cuh),
 // and P2
 //
-//   [v^T, v^T] (d,16) [p_hi; p_lo] (16,8)                          for every eight queries
+//   v^T (d,n) p_hi (n,8)  +  v^T (d,n) p_lo (n,8)                 for every eight queries
 //
 // Both read the sources from shared memory by ldmatrix, plain and transposed. The queries stay in
 // registers. Rows that fill up an mma tile repeat an existing row: in P1 their sums are not stored,
@@ -41,11 +42,11 @@
 namespace flash_attn_res::cuda::hopper {
 
 /// What one compute warp does.
-template <int kQueryGroups, int kTiles, int kSourceGroups>
+template <int kRoom, int kTiles, int kSourceGroups>
 struct AttendWarp {
-  // Rows of the left operand of P1 in eights: the queries, then the sources as the very last.
-  static constexpr int kRowPairs = kQueryGroups / 2 + 1;
+  static constexpr int kQueryGroups = query_groups_of(kRoom);
   static constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
+  static constexpr int kTogether = tokens_together(kRoom, kSourceGroups);
   // Tiles that P2 works on at once. The compiler keeps loads behind stores, so tiles one after the
   // other would wait for each other.
   static constexpr int kAtOnce = kQueryGroups == 1 ? 4 : 2;
@@ -69,7 +70,7 @@ struct AttendWarp {
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
       for (int g = 0; g < kQueryGroups; ++g) {
-        const int s = 8 * g + lane / 4;
+        const int s = query_of_row<kRoom>(g, lane / 4);
         const int col = (warp * kTiles + j) * 16 + lane % 4 * 2;
         const float* query = p.queries + s * p.queries_stride + share.column;  // (columns)
         const auto at = [&](int c) {
@@ -77,7 +78,8 @@ struct AttendWarp {
         };
         const SplitPair left = SplitPair::of(at(col), at(col + 1));
         const SplitPair right = SplitPair::of(at(col + 8), at(col + 9));
-        high[j][g] = {left.high, right.high};
+        high[j][g] = {rounded_of_row<kRoom>(left, lane / 4),
+                      rounded_of_row<kRoom>(right, lane / 4)};
         low[j][g] = {left.low, right.low};
       }
     }
@@ -90,142 +92,148 @@ struct AttendWarp {
                                         cute::make_stride(p.map.pitch, 1));  // (N, bytes)
     return rows(n < p.num_sources ? n : 0, (warp * kTiles * 16 + column_in_strip(lane)) * 2);
   }
+  __device__ __forceinline__ const char* sources(int stage, int b) const {
+    return base + p.map.inputs + stage * p.map.stage_bytes + b * p.map.token_bytes +
+           source_offset();
+  }
 
   /// P1 of a step: the warp's share of <u_s, v_n> and of <v_n, v_n>.
-  __device__ __forceinline__ void scores(int step, RingCursor stage, const Share& share) const {
+  __device__ __forceinline__ void scores(int step, RingCursor stage) const {
     head.input_full[stage.slot].wait(stage.parity);
-    const char* source = base + p.map.inputs + stage.slot * p.map.stage_bytes + source_offset();
-    for (int b = 0; b < p.plan.batch; ++b, source += p.map.token_bytes) {
-      Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int m = 0; m < kRowPairs; ++m) {
-#pragma unroll
-          for (int n = 0; n < kSourceGroups; ++n) {
-            acc[i][m][n] = Accum::zero();
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        Strip v[kSourceGroups];  // (n, d)
-        if constexpr (kSourceGroups == 2) {
-          load_strips(source + j * 32, v[0], v[1]);
-        } else {
-          load_strip(source + j * 32, v[0]);
-        }
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-#pragma unroll
-          for (int m = 0; m < kRowPairs; ++m) {
-            const Strip none = {0, 0};
-            const bool last = m == kRowPairs - 1;
-            const int g = 2 * m < kQueryGroups ? 2 * m : 0;
-            const int h = 2 * m + 1 < kQueryGroups ? 2 * m + 1 : 0;
-            const bool top = 2 * m < kQueryGroups;
-            mma_rows(acc[j % 2][m][n], top ? high[j][g] : none, last ? v[n] : high[j][h], v[n]);
-            if (top) {
-              mma_rows(acc[(j + 1) % 2][m][n], low[j][g], last ? none : low[j][h], v[n]);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kRowPairs; ++m) {
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            acc[0][m][n].c[i] += acc[1][m][n].c[i];
-          }
-        }
-      }
-      store_partials(p, sums, step, warp, b, lane, acc[0]);
-    }
+    for_tokens<kTogether>(p.plan.batch,
+                          [&](auto tokens, int b) { scores_of<tokens>(step, stage.slot, b); });
     __syncwarp();
     if (lane == 0) {
       head.partials_full[pair_slot(step)].arrive();
     }
   }
 
+  /// P1 of the tokens from b on.
+  template <int kTokens>
+  __device__ __forceinline__ void scores_of(int step, int slot, int b) const {
+    const char* const source = sources(slot, b);
+    ScoreProducts<kRoom, kSourceGroups> products[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      products[t].clear();
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        Strip v[kSourceGroups];  // (n, d)
+        const char* const tile = source + t * p.map.token_bytes + j * 32;
+        if constexpr (kSourceGroups == 2) {
+          load_strips(tile, v[0], v[1]);
+        } else {
+          load_strip(tile, v[0]);
+        }
+        products[t].template add<false>(j, high[j], low[j], v);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      products[t].scores().store(p, sums, step, warp, b + t, lane);
+    }
+  }
+
   /// P2 of a step: out_s of the warp's columns.
-  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result,
-                                      const Share& share) const {
+  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result) const {
     head.result_ready[result.slot].wait(result.parity);
     head.weights_full[pair_slot(step)].wait(pair_parity(step));
-    const char* source = base + p.map.inputs + input_slot * p.map.stage_bytes + source_offset();
-    const float* weights = reinterpret_cast<const float*>(base + p.map.weights) +
-                           pair_slot(step) * p.plan.batch * kWeights.forward;  // (batch, S, pitch)
-    char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
-    char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
-    for (int b = 0; b < p.plan.batch; ++b) {
-      SplitPair prob[kSourceGroups][kQueryGroups];  // (n, s)
-      char* target[kQueryGroups];
-#pragma unroll
-      for (int g = 0; g < kQueryGroups; ++g) {
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-          const float2 pair = *reinterpret_cast<const float2*>(
-              weights + (8 * g + lane / 4) * kWeights.pitch + 8 * n + lane % 4 * 2);
-          prob[n][g] = SplitPair::of(pair.x, pair.y);
-        }
-        const int s = 8 * g + row_in_strip(lane);
-        target[g] =
-            s < p.num_queries
-                ? slot + s * p.map.result_pitch + (warp * kTiles * 16 + column_in_strip(lane)) * 2
-                : scratch + row_in_strip(lane) * 32 + column_in_strip(lane) * 2;
-      }
-#pragma unroll
-      for (int first = 0; first < kTiles; first += kAtOnce) {
-        Strip v[kAtOnce][kSourceGroups];  // (d, n)
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (first + i < kTiles) {
-            if constexpr (kSourceGroups == 2) {
-              load_strips_transposed(source + (first + i) * 32, v[i][0], v[i][1]);
-            } else {
-              load_strip_transposed(source + (first + i) * 32, v[i][0]);
-            }
-          }
-        }
-        Accum out[kAtOnce][kQueryGroups];  // (d, s)
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-          for (int g = 0; g < kQueryGroups; ++g) {
-            out[i][g] = Accum::zero();
-            if (first + i < kTiles) {
-              if constexpr (kSourceGroups == 2) {
-                mma_columns(out[i][g], v[i][0], v[i][1], prob[0][g].high, prob[1][g].high);
-                mma_columns(out[i][g], v[i][0], v[i][1], prob[0][g].low, prob[1][g].low);
-              } else {
-                mma_columns(out[i][g], v[i][0], v[i][0], prob[0][g].high, prob[0][g].low);
-              }
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-          for (int g = 0; g < kQueryGroups; ++g) {
-            if (first + i < kTiles) {
-              const float(&c)[4] = out[i][g].c;
-              store_strip_transposed(target[g] + (first + i) * 32,
-                                     {pack_bf16(c[0], c[1]), pack_bf16(c[2], c[3])});
-            }
-          }
-        }
-      }
-      source += p.map.token_bytes;
-      slot += p.num_queries * p.map.result_pitch;
-      weights += kWeights.forward;
-    }
+    for_tokens<kTogether>(p.plan.batch, [&](auto tokens, int b) {
+      mix_of<tokens>(step, input_slot, result.slot, b);
+    });
     fence_before_bulk_copies();
     __syncwarp();
     if (lane == 0) {
       head.input_free[input_slot].arrive();
       head.result_done[result.slot].arrive();
+    }
+  }
+
+  /// P2 of the tokens from b on.
+  template <int kTokens>
+  __device__ __forceinline__ void mix_of(int step, int input_slot, int result_slot, int b) const {
+    const char* const source = sources(input_slot, b);
+    const float* const weights = reinterpret_cast<const float*>(base + p.map.weights) +
+                                 (pair_slot(step) * p.plan.batch + b) * kWeights.forward +
+                                 lane / 4 * kWeights.pitch + lane % 4 * 2;  // (batch, S, pitch)
+    SplitPair prob[kTokens][kSourceGroups][kQueryGroups];                   // (n, s)
+    char* target[kTokens][kQueryGroups];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      char* const slot = base + p.map.results + result_slot * p.map.slot_bytes +
+                         (b + t) * p.num_queries * p.map.result_pitch;
+      char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
+#pragma unroll
+      for (int g = 0; g < kQueryGroups; ++g) {
+#pragma unroll
+        for (int n = 0; n < kSourceGroups; ++n) {
+          const float2 pair = *reinterpret_cast<const float2*>(weights + t * kWeights.forward +
+                                                               8 * g * kWeights.pitch + 8 * n);
+          prob[t][n][g] = SplitPair::of(pair.x, pair.y);
+        }
+        const int s = 8 * g + row_in_strip(lane);
+        target[t][g] =
+            s < p.num_queries
+                ? slot + s * p.map.result_pitch + (warp * kTiles * 16 + column_in_strip(lane)) * 2
+                : scratch + row_in_strip(lane) * 32 + column_in_strip(lane) * 2;
+      }
+    }
+#pragma unroll
+    for (int first = 0; first < kTiles; first += kAtOnce) {
+      Strip v[kTokens][kAtOnce][kSourceGroups];   // (d, n)
+      Accum out[kTokens][kAtOnce][kQueryGroups];  // (d, s)
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          if (first + i < kTiles) {
+            const char* const tile = source + t * p.map.token_bytes + (first + i) * 32;
+            if constexpr (kSourceGroups == 2) {
+              load_strips_transposed(tile, v[t][i][0], v[t][i][1]);
+            } else {
+              load_strip_transposed(tile, v[t][i][0]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+          for (int g = 0; g < kQueryGroups; ++g) {
+            Accum& sum = out[t][i][g];
+            sum = Accum::zero();
+            if (first + i < kTiles) {
+              const Strip(&a)[kSourceGroups] = v[t][i];
+              if constexpr (kSourceGroups == 2) {
+                mma_columns(sum, a[0], a[1], prob[t][0][g].high, prob[t][1][g].high);
+                mma_columns(sum, a[0], a[1], prob[t][0][g].low, prob[t][1][g].low);
+              } else {
+                mma_columns(sum, a[0], prob[t][0][g].high);
+                mma_columns(sum, a[0], prob[t][0][g].low);
+              }
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+          for (int g = 0; g < kQueryGroups; ++g) {
+            if (first + i < kTiles) {
+              const float(&c)[4] = out[t][i][g].c;
+              store_strip_transposed(target[t][g] + (first + i) * 32,
+                                     {pack_bf16(c[0], c[1]), pack_bf16(c[2], c[3])});
+            }
+          }
+        }
+      }
     }
   }
 };
@@ -241,7 +249,9 @@ __device__ __forceinline__ void store_statistics(float* row, const float (&value
   }
 }
 
-/// The softmax warp: from sums of products to probabilities and statistics.
+/// The softmax warp: from sums of products to probabilities and statistics. With eight queries or
+/// fewer it takes as many tokens at once as its eight rows of lanes have room for: it would
+/// otherwise set the pace of short steps, 1 us a token.
 template <int kQueryGroups, int kSourceGroups>
 __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead& head,
                                                const Share& share) {
@@ -251,8 +261,11 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
   const int lane = lane_of_warp();
   const Lane mine(lane);
   const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
-  const bool active = mine.query < p.num_queries;
-  const int s = min(mine.query, p.num_queries - 1);
+  const int at_once = kQueryGroups == 1 ? min(8 / p.num_queries, share.batch) : 1;  // tokens
+  const int own_token = kQueryGroups == 1 ? mine.query / p.num_queries : 0;         // of these
+  const int own_query = mine.query - own_token * p.num_queries;
+  const bool active = own_token < at_once && own_query < p.num_queries;
+  const int s = active ? own_query : 0;
   const int sources = p.num_sources - mine.first_source;  // those of this lane that exist: n < it
   const float mean_factor = 1.0f / static_cast<float>(p.dim);
   float* const all_weights =
@@ -261,7 +274,9 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
     head.partials_full[pair_slot(step)].wait(pair_parity(step));
     sums.send(head, step, lane);
     sums.receive(head, step);
-    for (int b = 0; b < share.batch; ++b) {
+    for (int first = 0; first < share.batch; first += at_once) {  // divides the batch, or is 8 / S
+      const int b = min(first + (active ? own_token : 0), share.batch - 1);
+      const bool exists = active && first + own_token < share.batch;
       const int row = b * (p.num_queries + 1);
       float inv_rms[kSources], logit[kSources], prob[kSources];
       sums.read(step, row + p.num_queries, mine.first_source, inv_rms);
@@ -287,19 +302,19 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
       for (int n = 0; n < kSources; ++n) {
         prob[n] *= inverse;
       }
-      if (active) {
+      if (exists) {
         store_vector(all_weights + (pair_slot(step) * share.batch + b) * kWeights.forward +
                          s * kWeights.pitch + mine.first_source,
                      prob);
       }
-      if (b == share.batch - 1) {
+      if (first + at_once >= share.batch) {
         __syncwarp();
         if (lane == 0) {
           head.weights_full[pair_slot(step)].arrive();
         }
       }
       const int64_t t = share.token(step, b);
-      if (share.rank == 0 && active && t < share.tokens) {
+      if (share.rank == 0 && exists && t < share.tokens) {
         if (mine.first_source == 0) {
           p.lse[s * p.lse_stride + t] = greatest + logf(sum);
         }
@@ -349,7 +364,7 @@ __device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& 
   wait_stores();
 }
 
-template <int kQueryGroups, int kTiles, int kSourceGroups, class Source>
+template <int kRoom, int kTiles, int kSourceGroups, class Source>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_kernel(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the launcher never runs it on any other architecture
@@ -357,17 +372,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
   set_up(head, p.map, p.plan);
 
+  constexpr int kQueryGroups = query_groups_of(kRoom);
   // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
   // with. Asking for more than that hangs.
-  constexpr int kServe = kQueryGroups == 3 && kSourceGroups == 2 ? 104 : 88;
+  constexpr bool kScalesAhead = !std::is_same_v<Source, Bf16> && kQueryGroups < 3;
+  constexpr int kServe =
+      !std::is_same_v<Source, Bf16> || (kQueryGroups == 3 && kSourceGroups == 2) ? 104 : 88;
   constexpr int kCompute = (504 - kServe) / 2;
   if (warp_of_cta() >= kComputeWarps) {
     cutlass::arch::warpgroup_reg_dealloc<kServe>();
     const Share share(p.plan, p.tokens, p.dim);
     switch (static_cast<Role>(warp_of_cta())) {
       case Role::kLoad:
-        load_steps<Source>(head, p.map, p.plan, share, p.sources, p.scales, p.num_sources,
-                           p.num_sources, p.issued);
+        load_steps<Source, kScalesAhead>(head, p.map, p.plan, share, p.sources, p.scales,
+                                         p.num_sources, p.num_sources, p.issued);
         break;
       case Role::kSoftmax:
         attend_softmax<kQueryGroups, kSourceGroups>(p, head, share);
@@ -385,20 +403,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp_of_cta() < p.plan.warps) {
       const Share share(p.plan, p.tokens, p.dim);
       const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
-      using Warp = std::conditional_t<std::is_same_v<Source, Bf16>,
-                                      AttendWarp<kQueryGroups, kTiles, kSourceGroups>,
-                                      AttendHalfWarp<kQueryGroups, kTiles, kSourceGroups, Source>>;
+      using Warp =
+          std::conditional_t<std::is_same_v<Source, Bf16>, AttendWarp<kRoom, kTiles, kSourceGroups>,
+                             AttendHalfWarp<kRoom, kTiles, kSourceGroups, Source>>;
       const Warp compute(p, head, share, sums);
       RingCursor ahead;   // stage of P1
       RingCursor behind;  // stage of P2
       RingCursor result;
       for (int step = -1; step < share.steps; ++step) {
         if (step + 1 < share.steps) {
-          compute.scores(step + 1, ahead, share);
+          compute.scores(step + 1, ahead);
           ahead.advance(p.plan.stages);
         }
         if (step >= 0) {
-          compute.mix(step, behind.slot, result, share);
+          compute.mix(step, behind.slot, result);
           behind.advance(p.plan.stages);
           result.advance(p.plan.slots);
         }

@@ -299,15 +299,14 @@ struct AttendBackwardWarp {
   template <int kGroups>
   __device__ __forceinline__ NarrowStrips<kGroups> narrow_strips(int stage, int b, int first_source,
                                                                  const Share& share) const {
-    const Bf16* const scales =
-        reinterpret_cast<const Bf16*>(base + p.map.scales) +
-        ((stage * p.plan.batch + b) * p.num_sources + first_source) * p.map.scale_groups;
+    const Bf16* const scales = reinterpret_cast<const Bf16*>(base + p.map.scales) +
+                               (stage * p.plan.batch + b) * p.map.token_scales() + first_source;
     return {base + p.map.inputs + stage * p.map.stage_bytes + b * p.map.token_bytes +
                 first_source * p.map.source_pitch,
             p.map.source_pitch,
             p.num_sources - first_source,
             scales,
-            p.map.scale_groups,
+            p.map.scale_pitch,
             p.scales.shift,
             share.column,
             warp * kTiles * 16,
@@ -319,11 +318,10 @@ struct AttendBackwardWarp {
   __device__ __forceinline__ HalfScales<kGroups, kTiles> scales_of_half(int stage, int b,
                                                                         int first_source,
                                                                         const Share& share) const {
-    const Bf16* const scales =
-        reinterpret_cast<const Bf16*>(base + p.map.scales) +
-        ((stage * p.plan.batch + b) * p.num_sources + first_source) * p.map.scale_groups;
+    const Bf16* const scales = reinterpret_cast<const Bf16*>(base + p.map.scales) +
+                               (stage * p.plan.batch + b) * p.map.token_scales() + first_source;
     return {p.layout.scale_columns > 0 ? scales : nullptr,
-            p.map.scale_groups,
+            p.map.scale_pitch,
             p.num_sources - first_source,
             p.scales.shift,
             share.column,
@@ -795,8 +793,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Share share(p.plan, p.tokens, p.dim);
     switch (static_cast<Role>(warp_of_cta())) {
       case Role::kLoad:
-        load_steps<Source>(head, p.map, p.plan, share, p.inputs, p.scales, p.num_sources,
-                           p.num_sources + p.num_queries, p.issued);
+        load_steps<Source, /*kScalesAhead=*/false>(head, p.map, p.plan, share, p.inputs, p.scales,
+                                                   p.num_sources, p.num_sources + p.num_queries,
+                                                   p.issued);
         break;
       case Role::kSoftmax:
         attend_backward_softmax<kQueryGroups, kSourceGroups>(p, head, share);

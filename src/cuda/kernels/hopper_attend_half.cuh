@@ -4,18 +4,20 @@
 //   v_n[d] = scale_n[d / W] q_n[d]
 //
 // An e4m3 number is a float16, by one instruction for two of them, so that the products run in
-// float16, and scales stay out of them. A warp's columns are in few groups of W columns:
+// float16, and scales stay out of them. A warp's columns are in one or two groups of W columns, a
+// tile in one: which is known when the code is compiled, since a slice begins with a group. (Asking
+// at every tile whether a group ends, with a branch, took twice the time: products do not run ahead
+// past a branch.)
 //
 //   P1   <u_s, v_n> = sum over groups  scale_n  2^a <u_s / 2^a, q_n>         also v_n with itself
 //   P2   out_s[d]   = 2^b sum_n (p_sn scale_n / 2^b) q_n[d]                  b of the largest term
 //
-// u / 2^a and p scale / 2^b are a float16 and the float16 of its remainder: 22 bits of the largest
-// count. NaN among q or the scales makes the token's logits NaN, and with them its results.
+// u / 2^a is a float16 and the float16 of its remainder: 22 bits count. p scale / 2^b is too where
+// out is float16; a bfloat16 has 8 bits, to which 11 add an eighth of its rounding. NaN among q or
+// the scales makes the token's logits NaN, and with them its results.
 //
-// A slice of 8 or 16 tiles begins with a group, where scales are of groups; one of 9 tiles meets
-// two groups at most. So a warp has two sets of scales, and which one is a tile's is known when the
-// code is compiled, but for 9 tiles. (Asking at every tile whether a group ends, with a branch,
-// took twice the time: products do not run ahead past a branch.)
+// What is slow is not memory but instructions, and each waiting for the one before: so the products
+// are of two tokens at once, in turn, where registers allow it.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_HALF_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_HALF_CUH_
@@ -113,28 +115,49 @@ struct HalfTiles<Fp8, kSourceGroups> {
         const int tile = i + k / kSourceGroups;
         if (tile < kAtOnce && first + tile < kTiles) {
           const uint32_t bytes = block[k];
-          v[tile][k % kSourceGroups] = kTransposed
-                                           ? Strip{widen(__byte_perm(bytes, 0, 0x4420)),
-                                                   widen(__byte_perm(bytes, 0, 0x4431))}
-                                           : Strip{widen(bytes & 0xffffu), widen(bytes >> 16)};
+          v[tile][k % kSourceGroups] = widen(kTransposed ? __byte_perm(bytes, 0, 0x3120) : bytes);
         }
       }
     }
   }
 
-  static __device__ __forceinline__ uint32_t widen(uint32_t pair) {
-    const __half2_raw halves =
-        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
-    return static_cast<uint32_t>(halves.y) << 16 | halves.x;
+  /// Four e4m3 as float16: the lower two, then the upper two.
+  static __device__ __forceinline__ Strip widen(uint32_t bytes) {
+    Strip strip;
+    asm("{\n"
+        ".reg .b16 lower, upper;\n"
+        "mov.b32 {lower, upper}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, lower;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, upper;\n"
+        "}"
+        : "=r"(strip.left), "=r"(strip.right)
+        : "r"(bytes));
+    return strip;
   }
 };
 
-/// A warp's view of eight results of a token: tile j is 16 columns of them, transposed.
-template <class Source>
+/// Two numbers of results times their powers of two: rounded to float16 after that, to bfloat16
+/// before, which is the same (an exponent alone changes) and one instruction less.
+template <bool kHalfOut>
+__device__ __forceinline__ uint32_t pack_scaled(float x, float y, float power_x, float power_y) {
+  if constexpr (kHalfOut) {
+    return pack_half(x * power_x, y * power_y);
+  } else {
+    const uint32_t values = pack_bf16(x, y);
+    const uint32_t powers = __byte_perm(__float_as_uint(power_x), __float_as_uint(power_y), 0x7632);
+    const __nv_bfloat162 product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(values),
+                                           reinterpret_cast<const __nv_bfloat162&>(powers));
+    return reinterpret_cast<const uint32_t&>(product);
+  }
+}
+
+/// A warp's view of eight results of a token: tile j is 16 columns of them, transposed. `power`:
+/// what the queries 2 i and 2 i + 1 are to be multiplied by.
+template <class Source, bool kHalfOut>
 class ResultTile;
 
-template <>
-class ResultTile<__half> {
+template <bool kHalfOut>
+class ResultTile<__half, kHalfOut> {
  public:
   __device__ __forceinline__ ResultTile(char* slot, char* scratch, int pitch, int first_query,
                                         int num_queries, int first_column, int lane) {
@@ -142,9 +165,9 @@ class ResultTile<__half> {
     rows_ = s < num_queries ? slot + s * pitch + (first_column + column_in_strip(lane)) * 2
                             : scratch + row_in_strip(lane) * 32 + column_in_strip(lane) * 2;
   }
-  template <class Pack>
-  __device__ __forceinline__ void store(int j, const float (&c)[4], const Pack& pack) const {
-    store_strip_transposed(rows_ + j * 32, {pack(c[0], c[1]), pack(c[2], c[3])});
+  __device__ __forceinline__ void store(int j, const float (&c)[4], float2 power) const {
+    store_strip_transposed(rows_ + j * 32, {pack_scaled<kHalfOut>(c[0], c[1], power.x, power.y),
+                                            pack_scaled<kHalfOut>(c[2], c[3], power.x, power.y)});
   }
 
  private:
@@ -152,8 +175,8 @@ class ResultTile<__half> {
 };
 
 /// Columns 2 r and 2 r + 1 of a tile stand in rows r and r + 8, in the same lane: one word.
-template <>
-class ResultTile<Fp8> {
+template <bool kHalfOut>
+class ResultTile<Fp8, kHalfOut> {
  public:
   __device__ __forceinline__ ResultTile(char* slot, char* scratch, int pitch, int first_query,
                                         int num_queries, int first_column, int lane) {
@@ -162,43 +185,47 @@ class ResultTile<Fp8> {
     };
     rows_[0] = row(first_query + lane % 4 * 2);
     rows_[1] = row(first_query + lane % 4 * 2 + 1);
+    single_ = num_queries == first_query + 1;
   }
-  template <class Pack>
-  __device__ __forceinline__ void store(int j, const float (&c)[4], const Pack& pack) const {
-    *reinterpret_cast<uint32_t*>(rows_[0] + j * 32) = pack(c[0], c[2]);
-    *reinterpret_cast<uint32_t*>(rows_[1] + j * 32) = pack(c[1], c[3]);
+  __device__ __forceinline__ void store(int j, const float (&c)[4], float2 power) const {
+    *reinterpret_cast<uint32_t*>(rows_[0] + j * 32) =
+        pack_scaled<kHalfOut>(c[0], c[2], power.x, power.x);
+    if (!single_) {
+      *reinterpret_cast<uint32_t*>(rows_[1] + j * 32) =
+          pack_scaled<kHalfOut>(c[1], c[3], power.y, power.y);
+    }
   }
 
  private:
   char* rows_[2];
+  bool single_;  // a query alone
 };
 
 /// What one compute warp does.
-template <int kQueryGroups, int kTiles, int kSourceGroups, class Source>
+template <int kRoom, int kTiles, int kSourceGroups, class Source>
 struct AttendHalfWarp {
   using Tiles = HalfTiles<Source, kSourceGroups>;
-  static constexpr int kRowPairs = kQueryGroups / 2 + 1;
+  using Products = ScoreProducts<kRoom, kSourceGroups>;
+  static constexpr int kQueryGroups = query_groups_of(kRoom);
   static constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
-  // Tiles that P2 works on at once: the compiler keeps loads behind stores, so tiles one after the
-  // other would wait for each other.
-  static constexpr int kAtOnce = kQueryGroups * kSourceGroups > 1 ? 4 / kSourceGroups
-                                                                  : (kTiles == 9 ? 9 : 8);
-  // Tiles that certainly have the same scales, and sets of scales that a slice may meet.
-  static constexpr int kRun = kTiles % 8 == 0 ? 8 : 1;
-  static constexpr int kScaleSets = kTiles == 8 ? 1 : 2;
+  static constexpr int kTogether = tokens_together(kRoom, kSourceGroups);
+  // Tiles of a token that P2 works on at once: the compiler keeps loads behind stores, so tiles one
+  // after the other would wait for each other.
+  static constexpr int kAtOnce = 4 / kSourceGroups;
+  // Tiles that have the same scales, and sets of scales that a slice meets.
+  static constexpr int kRun = kTiles == 9 ? 9 : 8;
+  static constexpr int kScaleSets = kTiles / kRun;
   static constexpr int kLoads = 4 / kSourceGroups;  // tiles that P1 loads at once
-  // Sums of products that do not wait for each other.
-  static constexpr int kChains = kQueryGroups * kSourceGroups == 1 && kRun > 1 ? 4 : 2;
-  static constexpr float kTop = 16384.0f;  // what the largest is scaled to, or twice that
+  static constexpr float kTop = 16384.0f;           // what the largest is scaled to, or twice that
 
   const AttendParams& p;
   SharedHead& head;
   char* base;  // of shared memory
   const Sums& sums;
   int warp, lane;
-  int second_set;  // the first tile that has the second set of scales
+  int scale_place[kScaleSets];  // of this lane's scales in those of a token, in bytes
   Strip high[kTiles][kQueryGroups], low[kTiles][kQueryGroups];  // queries of this warp's columns
-  float power[kQueryGroups];                                    // 2^a of query 8 g + lane / 4
+  float power[kQueryGroups];                                    // 2^a of the query in row lane / 4
 
   __device__ __forceinline__ AttendHalfWarp(const AttendParams& params, SharedHead& shared_head,
                                             const Share& share, const Sums& shared_sums)
@@ -208,11 +235,15 @@ struct AttendHalfWarp {
         sums(shared_sums),
         warp(warp_of_cta()),
         lane(lane_of_warp()) {
-    const int columns = p.scales.columns();
-    second_set = (columns - ((share.column + warp * kTiles * 16) & (columns - 1))) / 16;
+#pragma unroll
+    for (int set = 0; set < kScaleSets; ++set) {
+      const int column = share.column + (warp * kTiles + set * kRun) * 16;
+      const int group = (column >> p.scales.shift) - (share.column >> p.scales.shift);
+      scale_place[set] = p.map.scales + (group * p.map.scale_pitch + lane % 4 * 2) * 2;
+    }
 #pragma unroll
     for (int g = 0; g < kQueryGroups; ++g) {
-      const int s = 8 * g + lane / 4;
+      const int s = query_of_row<kRoom>(g, lane / 4);
       const float* query = p.queries + s * p.queries_stride + share.column;  // (columns)
       const auto at = [&](int j, int i) {
         const int c = (warp * kTiles + j) * 16 + Tiles::column(lane % 4) + i;
@@ -236,7 +267,8 @@ struct AttendHalfWarp {
       for (int j = 0; j < kTiles; ++j) {
         const SplitHalfPair left = split(j, 0);
         const SplitHalfPair right = split(j, Tiles::kSecond);
-        high[j][g] = {left.high, right.high};
+        high[j][g] = {rounded_of_row<kRoom>(left, lane / 4),
+                      rounded_of_row<kRoom>(right, lane / 4)};
         low[j][g] = {left.low, right.low};
       }
     }
@@ -253,134 +285,98 @@ struct AttendHalfWarp {
                  p.map.source_pitch, p.num_sources, lane);
   }
 
-  /// The scales of the sources 8 n + lane % 4 * 2 and the next, of the slice's first and last tile.
+  /// The scales of the sources 8 n + lane % 4 * 2 and the next in a token's sets.
   struct Scales {
     float2 of[kScaleSets][kSourceGroups];
   };
-  __device__ __forceinline__ Scales scales(int stage, int b, const Share& share) const {
+  __device__ __forceinline__ Scales scales(int stage, int b) const {
     Scales result;
-    const Bf16* const all = reinterpret_cast<const Bf16*>(base + p.map.scales) +
-                            (stage * p.plan.batch + b) * p.num_sources * p.map.scale_groups;
+    const char* const token = base + (stage * p.plan.batch + b) * p.map.token_scales() * 2;
 #pragma unroll
     for (int set = 0; set < kScaleSets; ++set) {
-      const int column = share.column + (warp * kTiles + (set == 0 ? 0 : kTiles - 1)) * 16;
-      const int group = (column >> p.scales.shift) - (share.column >> p.scales.shift);
 #pragma unroll
       for (int n = 0; n < kSourceGroups; ++n) {
-        const int first = 8 * n + lane % 4 * 2;
-        const auto at = [&](int source) {
-          const int row = min(source, p.num_sources - 1);
-          return p.scaled() ? __bfloat162float(all[row * p.map.scale_groups + group]) : 1.0f;
-        };
-        result.of[set][n] = {at(first), at(first + 1)};
+        uint32_t pair = 0x3f803f80u;  // ones
+        if (p.scaled()) {
+          pair = *reinterpret_cast<const uint32_t*>(token + scale_place[set] + n * 16);
+        }
+        result.of[set][n] = {low_bf16(pair), high_bf16(pair)};
       }
     }
     return result;
   }
 
-  /// Whether tile j has the second set of scales.
-  __device__ __forceinline__ bool is_second(int j) const {
-    return kScaleSets == 2 && (kRun == 8 ? j >= 8 : j >= second_set);
-  }
-
   /// P1 of a step: the warp's share of <u_s, v_n> and of <v_n, v_n>.
-  __device__ __forceinline__ void scores(int step, RingCursor stage, const Share& share) const {
+  __device__ __forceinline__ void scores(int step, RingCursor stage) const {
     head.input_full[stage.slot].wait(stage.parity);
-    for (int b = 0; b < p.plan.batch; ++b) {
-      const Tiles source = tiles(stage.slot, b);
-      const Scales scale = scales(stage.slot, b, share);
-      Accum acc[kChains][kRowPairs][kSourceGroups];
-      Accum total[kRowPairs][kSourceGroups];  // with the scales
-#pragma unroll
-      for (int m = 0; m < kRowPairs; ++m) {
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-          total[m][n] = Accum::zero();
-#pragma unroll
-          for (int i = 0; i < kChains; ++i) {
-            acc[i][m][n] = Accum::zero();
-          }
-        }
-      }
-#pragma unroll
-      for (int first = 0; first < kTiles; first += kLoads) {
-        Strip v[kLoads][kSourceGroups];  // (n, d)
-        source.template load<false, kTiles>(first, lane, v);
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          const int j = first + i;
-          if (j < kTiles) {
-            multiply(j, v[i], acc);
-            if ((j + 1) % kRun == 0) {
-              add_scaled(scale.of[is_second(j) ? kScaleSets - 1 : 0], acc, total);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kRowPairs; ++m) {
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int g = 2 * m + i / 2;
-            total[m][n].c[i] *= g < kQueryGroups ? power[g < kQueryGroups ? g : 0] : 1.0f;
-          }
-        }
-      }
-      store_partials(p, sums, step, warp, b, lane, total);
-    }
+    for_tokens<kTogether>(p.plan.batch,
+                          [&](auto tokens, int b) { scores_of<tokens>(step, stage.slot, b); });
     __syncwarp();
     if (lane == 0) {
       head.partials_full[pair_slot(step)].arrive();
     }
   }
 
-  __device__ __forceinline__ void multiply(int j, const Strip (&v)[kSourceGroups],
-                                           Accum (&acc)[kChains][kRowPairs][kSourceGroups]) const {
+  /// P1 of the tokens from b on.
+  template <int kTokens>
+  __device__ __forceinline__ void scores_of(int step, int slot, int b) const {
+    Scores<kQueryGroups, kSourceGroups> total[kTokens];
+    Scales scale[kTokens];
 #pragma unroll
-    for (int n = 0; n < kSourceGroups; ++n) {
+    for (int t = 0; t < kTokens; ++t) {
+      scale[t] = scales(slot, b + t);
+    }
 #pragma unroll
-      for (int m = 0; m < kRowPairs; ++m) {
-        const Strip none = {0, 0};
-        const bool last = m == kRowPairs - 1;
-        const int g = 2 * m < kQueryGroups ? 2 * m : 0;
-        const int h = 2 * m + 1 < kQueryGroups ? 2 * m + 1 : 0;
-        const bool top = 2 * m < kQueryGroups;
-        mma_rows_half(acc[j % kChains][m][n], top ? high[j][g] : none, last ? v[n] : high[j][h],
-                      v[n]);
-        if (top) {
-          mma_rows_half(acc[(j + kChains / 2) % kChains][m][n], low[j][g], last ? none : low[j][h],
-                        v[n]);
+    for (int set = 0; set < kScaleSets; ++set) {
+      Products products[kTokens];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        products[t].clear();
+      }
+#pragma unroll
+      for (int first = set * kRun; first < (set + 1) * kRun; first += kLoads) {
+        Strip v[kTokens][kLoads][kSourceGroups];  // (n, d)
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          tiles(slot, b + t).template load<false, kTiles>(first, lane, v[t]);
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) {
+            if (first + i < (set + 1) * kRun) {
+              products[t].template add<true>(i, high[first + i], low[first + i], v[t][i]);
+            }
+          }
         }
       }
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        add_scaled(total[t], products[t].scores(), scale[t].of[set], set == 0);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      total[t].store(p, sums, step, warp, b + t, lane);
     }
   }
 
-  static __device__ __forceinline__ void add_scaled(const float2 (&scale)[kSourceGroups],
-                                                    Accum (&acc)[kChains][kRowPairs][kSourceGroups],
-                                                    Accum (&total)[kRowPairs][kSourceGroups]) {
+  /// Adds the scores of a set of columns, or begins with them.
+  __device__ __forceinline__ void add_scaled(Scores<kQueryGroups, kSourceGroups>& total,
+                                             const Scores<kQueryGroups, kSourceGroups>& scores,
+                                             const float2 (&scale)[kSourceGroups],
+                                             bool begin) const {
 #pragma unroll
-    for (int m = 0; m < kRowPairs; ++m) {
+    for (int n = 0; n < kSourceGroups; ++n) {
 #pragma unroll
-      for (int n = 0; n < kSourceGroups; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float factor = i % 2 == 0 ? scale[n].x : scale[n].y;
-          float sum = acc[0][m][n].c[i] + acc[1][m][n].c[i];
-          if constexpr (kChains == 4) {
-            sum += acc[2][m][n].c[i] + acc[3][m][n].c[i];
-          }
-          if (m == kRowPairs - 1 && i >= 2) {
-            sum *= factor;  // of v v^T
-          }
-          total[m][n].c[i] = fmaf(sum, factor, total[m][n].c[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < kChains; ++i) {
-          acc[i][m][n] = Accum::zero();
-        }
+      for (int g = 0; g < kQueryGroups; ++g) {
+        float2& sum = total.query[g][n];
+        sum.x = fmaf(scores.query[g][n].x, scale[n].x * power[g], begin ? 0.0f : sum.x);
+        sum.y = fmaf(scores.query[g][n].y, scale[n].y * power[g], begin ? 0.0f : sum.y);
       }
+      float2& sum = total.square[n];
+      sum.x = fmaf(scores.square[n].x * scale[n].x, scale[n].x, begin ? 0.0f : sum.x);
+      sum.y = fmaf(scores.square[n].y * scale[n].y, scale[n].y, begin ? 0.0f : sum.y);
     }
   }
 
@@ -397,7 +393,7 @@ struct AttendHalfWarp {
 #pragma unroll
     for (int g = 0; g < kQueryGroups; ++g) {
       float2 term[kSourceGroups];
-      float largest = 0.0f;
+      float largest = 0x1p-112f;  // 2^b is then a normal number
 #pragma unroll
       for (int n = 0; n < kSourceGroups; ++n) {
         term[n] = {prob[n][g].x * scale[n].x, prob[n][g].y * scale[n].y};
@@ -417,78 +413,100 @@ struct AttendHalfWarp {
   }
 
   /// P2 of a step: out_s of the warp's columns.
-  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result,
-                                      const Share& share) const {
+  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result) const {
     head.result_ready[result.slot].wait(result.parity);
     head.weights_full[pair_slot(step)].wait(pair_parity(step));
-    const float* weights = reinterpret_cast<const float*>(base + p.map.weights) +
-                           pair_slot(step) * p.plan.batch * kWeights.forward +
-                           lane / 4 * kWeights.pitch + lane % 4 * 2;  // (batch, S, pitch)
-    char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
-    char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
-    const auto pack = [&](float x, float y) {
-      return p.half_out ? pack_half(x, y) : pack_bf16(x, y);
-    };
-    for (int b = 0; b < p.plan.batch; ++b) {
-      const Tiles source = tiles(input_slot, b);
-      const Scales scale = scales(input_slot, b, share);
-      float2 prob[kSourceGroups][kQueryGroups];
-#pragma unroll
-      for (int g = 0; g < kQueryGroups; ++g) {
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-          prob[n][g] = *reinterpret_cast<const float2*>(weights + 8 * g * kWeights.pitch + 8 * n);
-        }
+    for_tokens<kTogether>(p.plan.batch, [&](auto tokens, int b) {
+      if (p.half_out) {
+        mix_of<tokens, true>(step, input_slot, result.slot, b);
+      } else {
+        mix_of<tokens, false>(step, input_slot, result.slot, b);
       }
-      Mixture mixture[kScaleSets];
-#pragma unroll
-      for (int set = 0; set < kScaleSets; ++set) {
-        mixture[set] = mixture_of(prob, scale.of[set], lane);
-      }
-#pragma unroll
-      for (int first = 0; first < kTiles; first += kAtOnce) {
-        Strip v[kAtOnce][kSourceGroups];  // (d, n)
-        source.template load<true, kTiles>(first, lane, v);
-        Accum out[kAtOnce][kQueryGroups];  // (d, s)
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-          for (int g = 0; g < kQueryGroups; ++g) {
-            if (first + i < kTiles) {
-              out[i][g] = Accum::zero();
-              const auto& weight = mixture[is_second(first + i) ? kScaleSets - 1 : 0].weight;
-              if constexpr (kSourceGroups == 2) {
-                mma_columns_half(out[i][g], v[i][0], v[i][1], weight[0][g].high, weight[1][g].high);
-                mma_columns_half(out[i][g], v[i][0], v[i][1], weight[0][g].low, weight[1][g].low);
-              } else {
-                mma_columns_half(out[i][g], v[i][0], v[i][0], weight[0][g].high, weight[0][g].low);
-              }
-            }
-          }
-        }
-#pragma unroll
-        for (int g = 0; g < kQueryGroups; ++g) {
-          const ResultTile<Source> tile(slot, scratch, p.map.result_pitch, 8 * g, p.num_queries,
-                                        warp * kTiles * 16, lane);
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            if (first + i < kTiles) {
-              const float(&c)[4] = out[i][g].c;
-              const float2 unit = mixture[is_second(first + i) ? kScaleSets - 1 : 0].power[g];
-              tile.store(first + i, {c[0] * unit.x, c[1] * unit.y, c[2] * unit.x, c[3] * unit.y},
-                         pack);
-            }
-          }
-        }
-      }
-      slot += p.num_queries * p.map.result_pitch;
-      weights += kWeights.forward;
-    }
+    });
     fence_before_bulk_copies();
     __syncwarp();
     if (lane == 0) {
       head.input_free[input_slot].arrive();
       head.result_done[result.slot].arrive();
+    }
+  }
+
+  /// P2 of the tokens from b on.
+  template <int kTokens, bool kHalfOut>
+  __device__ __forceinline__ void mix_of(int step, int input_slot, int result_slot, int b) const {
+    const float* weights = reinterpret_cast<const float*>(base + p.map.weights) +
+                           (pair_slot(step) * p.plan.batch + b) * kWeights.forward +
+                           lane / 4 * kWeights.pitch + lane % 4 * 2;  // (batch, S, pitch)
+    char* const slot = base + p.map.results + result_slot * p.map.slot_bytes +
+                       b * p.num_queries * p.map.result_pitch;
+    char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
+    Mixture mixture[kTokens][kScaleSets];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const Scales scale = scales(input_slot, b + t);
+      float2 prob[kSourceGroups][kQueryGroups];
+#pragma unroll
+      for (int g = 0; g < kQueryGroups; ++g) {
+#pragma unroll
+        for (int n = 0; n < kSourceGroups; ++n) {
+          prob[n][g] = *reinterpret_cast<const float2*>(weights + t * kWeights.forward +
+                                                        8 * g * kWeights.pitch + 8 * n);
+        }
+      }
+#pragma unroll
+      for (int set = 0; set < kScaleSets; ++set) {
+        mixture[t][set] = mixture_of(prob, scale.of[set], lane);
+      }
+    }
+#pragma unroll
+    for (int first = 0; first < kTiles; first += kAtOnce) {
+      Strip v[kTokens][kAtOnce][kSourceGroups];   // (d, n)
+      Accum out[kTokens][kAtOnce][kQueryGroups];  // (d, s)
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        tiles(input_slot, b + t).template load<true, kTiles>(first, lane, v[t]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+          for (int g = 0; g < kQueryGroups; ++g) {
+            if (first + i < kTiles) {
+              out[t][i][g] = Accum::zero();
+              const auto& weight = mixture[t][(first + i) / kRun].weight;
+              if constexpr (kSourceGroups == 2) {
+                mma_columns_half(out[t][i][g], v[t][i][0], v[t][i][1], weight[0][g].high,
+                                 weight[1][g].high);
+                if constexpr (kHalfOut) {
+                  mma_columns_half(out[t][i][g], v[t][i][0], v[t][i][1], weight[0][g].low,
+                                   weight[1][g].low);
+                }
+              } else {
+                mma_columns_half(out[t][i][g], v[t][i][0], weight[0][g].high);
+                if constexpr (kHalfOut) {
+                  mma_columns_half(out[t][i][g], v[t][i][0], weight[0][g].low);
+                }
+              }
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+        for (int g = 0; g < kQueryGroups; ++g) {
+          const ResultTile<Source, kHalfOut> tile(slot + t * p.num_queries * p.map.result_pitch,
+                                                  scratch, p.map.result_pitch, 8 * g, p.num_queries,
+                                                  warp * kTiles * 16, lane);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i < kTiles) {
+              tile.store(first + i, out[t][i][g].c, mixture[t][(first + i) / kRun].power[g]);
+            }
+          }
+        }
+      }
     }
   }
 };

@@ -4,6 +4,7 @@
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_PARAMS_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/kernels/hopper_pipeline.cuh"
 
@@ -41,39 +42,172 @@ struct AttendParams {
   }
 };
 
-/// Stores a warp's sums of token b of a step. Row 16 m + i of `sum` is query 16 m + i, and the last
-/// eight rows are the sources themselves.
-template <int kRowPairs, int kSourceGroups>
-__device__ __forceinline__ void store_partials(const AttendParams& p, const Sums& sums, int step,
-                                               int warp, int b, int lane,
-                                               const Accum (&sum)[kRowPairs][kSourceGroups]) {
-  const int rows = p.num_queries + 1;
-  const int row = lane / 4;
-#pragma unroll
-  for (int m = 0; m < kRowPairs; ++m) {
-#pragma unroll
-    for (int n = 0; n < kSourceGroups; ++n) {
-      const float(&c)[4] = sum[m][n].c;
-      const int col = n * 8 + lane % 4 * 2;
-      if (col < sums.cols) {
-        const auto store = [&](int s, float x, float y) {
-          if (s < p.num_queries) {
-            *reinterpret_cast<float2*>(sums.partial_row(step, warp, b * rows + s) + col) = {x, y};
-          }
-        };
-        store(16 * m + row, c[0], c[1]);
-        if (m < kRowPairs - 1) {
-          store(16 * m + 8 + row, c[2], c[3]);
-        }
-      }
-      // The diagonal of v v^T: row and column n * 8 + lane / 4.
-      if (m == kRowPairs - 1 && row / 2 == lane % 4 && n * 8 + row < sums.cols) {
-        sums.partial_row(step, warp, b * rows + p.num_queries)[n * 8 + row] =
-            row % 2 == 0 ? c[2] : c[3];
-      }
+/// Kernels have room for 4, 8, 16 or 24 queries.
+inline constexpr int kFewQueries = 4;
+constexpr int query_groups_of(int room) { return (room + 7) / 8; }
+
+/// Tokens whose products a warp makes in turn, so that they wait less for each other: as registers
+/// allow it.
+constexpr int tokens_together(int room, int source_groups) {
+  return room <= 8 && source_groups == 1 ? 2 : 1;
+}
+
+/// Calls `work(tokens, b)` for the tokens of a step, from b on `kTogether` at once or one.
+template <int kTogether, class Work>
+__device__ __forceinline__ void for_tokens(int batch, const Work& work) {
+  if (kTogether > 1 && batch % kTogether == 0) {
+    for (int b = 0; b < batch; b += kTogether) {
+      work(std::integral_constant<int, kTogether>(), b);
+    }
+  } else {
+    for (int b = 0; b < batch; ++b) {
+      work(std::integral_constant<int, 1>(), b);
     }
   }
 }
+
+/// Which query stands in row `row` of the eights g: with room for few, in the lower four rows once
+/// more.
+template <int kRoom>
+__device__ __forceinline__ int query_of_row(int g, int row) {
+  return kRoom == kFewQueries ? row % kFewQueries : 8 * g + row;
+}
+
+/// What stands there of two numbers of a query: all of both, or with room for few what is rounded
+/// above and the remainders below.
+template <int kRoom, class Pair>
+__device__ __forceinline__ uint32_t rounded_of_row(const Pair& pair, int row) {
+  return kRoom == kFewQueries && row >= kFewQueries ? pair.low : pair.high;
+}
+
+/// A warp's sums of a token, of which a lane has those of the query in row lane / 4 of the eights
+/// g, and of the source 8 n + lane / 4 with itself, with the sources 8 n + lane % 4 * 2 and the
+/// next.
+template <int kQueryGroups, int kSourceGroups>
+struct Scores {
+  float2 query[kQueryGroups][kSourceGroups];
+  float2 square[kSourceGroups];  // where it is the source itself; else of no use
+
+  /// Stores them as sums of token b of a step.
+  __device__ __forceinline__ void store(const AttendParams& p, const Sums& sums, int step, int warp,
+                                        int b, int lane) const {
+    float* const token = sums.partial_row(step, warp, b * (p.num_queries + 1));
+    const int row = lane / 4;
+#pragma unroll
+    for (int n = 0; n < kSourceGroups; ++n) {
+      const int col = 8 * n + lane % 4 * 2;
+      if (col < sums.cols) {
+#pragma unroll
+        for (int g = 0; g < kQueryGroups; ++g) {
+          if (8 * g + row < p.num_queries) {
+            *reinterpret_cast<float2*>(token + (8 * g + row) * sums.cols + col) = query[g][n];
+          }
+        }
+        if (row / 2 == lane % 4) {  // the diagonal: row and column 8 n + lane / 4
+          token[p.num_queries * sums.cols + 8 * n + row] = row % 2 == 0 ? square[n].x : square[n].y;
+        }
+      }
+    }
+  }
+};
+
+/// Products that add up to the scores of a token. The left operand has two eights of rows. With
+/// room for few queries both parts of them are the upper eight and the sources the lower one.
+/// Otherwise these are two groups of queries, once what is rounded and once the remainders; of a
+/// last group alone both at once; and, since only the diagonals count of the sources with
+/// themselves, both blocks of a tile at once: [left; right] left^T has the left one's on top,
+/// [left; right] right^T the right one's below. The kinds do not wait for each other.
+template <int kRoom, int kSourceGroups>
+struct ScoreProducts {
+  static constexpr int kQueryGroups = query_groups_of(kRoom);
+  static constexpr bool kFew = kRoom == kFewQueries;
+  static constexpr int kPairs = kQueryGroups / 2;
+  static constexpr bool kOdd = kQueryGroups % 2 == 1;
+
+  Accum high[kPairs + 1][kSourceGroups], low[kPairs + 1][kSourceGroups];  // (s, n); one too many
+  Accum both[kSourceGroups];                                              // (s; s, n)
+  Accum left[kSourceGroups], right[kSourceGroups];  // (n; n, n); few: (s s; n, n), tiles in turn
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kSourceGroups; ++n) {
+      both[n] = left[n] = right[n] = Accum::zero();
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+        high[m][n] = low[m][n] = Accum::zero();
+      }
+    }
+  }
+
+  /// Adds tile j: `u_high` and `u_low` of the queries (few: all in `u_high`), `v` of the sources,
+  /// in float16 (`kHalf`) or bfloat16.
+  template <bool kHalf>
+  __device__ __forceinline__ void add(int j, const Strip (&u_high)[kQueryGroups],
+                                      const Strip (&u_low)[kQueryGroups],
+                                      const Strip (&v)[kSourceGroups]) {
+    const auto product = [](Accum& c, Strip top, Strip bottom, Strip b) {
+      if constexpr (kHalf) {
+        mma_rows_half(c, top, bottom, b);
+      } else {
+        mma_rows(c, top, bottom, b);
+      }
+    };
+    const auto square = [](Accum& c, Strip both_blocks, uint32_t block) {
+      if constexpr (kHalf) {
+        mma_columns_half(c, both_blocks, block);
+      } else {
+        mma_columns(c, both_blocks, block);
+      }
+    };
+#pragma unroll
+    for (int n = 0; n < kSourceGroups; ++n) {
+      if constexpr (kFew) {
+        product(j % 2 == 0 ? left[n] : right[n], u_high[0], v[n], v[n]);
+      } else {
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+          product(high[m][n], u_high[2 * m], u_high[2 * m + 1], v[n]);
+          product(low[m][n], u_low[2 * m], u_low[2 * m + 1], v[n]);
+        }
+        if constexpr (kOdd) {
+          product(both[n], u_high[kQueryGroups - 1], u_low[kQueryGroups - 1], v[n]);
+        }
+        square(left[n], v[n], v[n].left);
+        square(right[n], v[n], v[n].right);
+      }
+    }
+  }
+
+  __device__ __forceinline__ Scores<kQueryGroups, kSourceGroups> scores() const {
+    Scores<kQueryGroups, kSourceGroups> result;
+#pragma unroll
+    for (int n = 0; n < kSourceGroups; ++n) {
+      const float(&l)[4] = left[n].c;
+      const float(&r)[4] = right[n].c;
+      if constexpr (kFew) {
+        const auto with_other_part = [](float x) {
+          return x + __shfl_xor_sync(0xffffffffu, x, 4 * kFewQueries);
+        };
+        result.query[0][n] = {with_other_part(l[0] + r[0]), with_other_part(l[1] + r[1])};
+        result.square[n] = {l[2] + r[2], l[3] + r[3]};
+      } else {
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+          const float(&a)[4] = high[m][n].c;
+          const float(&b)[4] = low[m][n].c;
+          result.query[2 * m][n] = {a[0] + b[0], a[1] + b[1]};
+          result.query[2 * m + 1][n] = {a[2] + b[2], a[3] + b[3]};
+        }
+        if constexpr (kOdd) {
+          const float(&c)[4] = both[n].c;
+          result.query[kQueryGroups - 1][n] = {c[0] + c[2], c[1] + c[3]};
+        }
+        result.square[n] = {l[0] + r[2], l[1] + r[3]};
+      }
+    }
+    return result;
+  }
+};
 
 }  // namespace flash_attn_res::cuda::hopper
 

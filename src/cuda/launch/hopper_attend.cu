@@ -8,44 +8,57 @@
 namespace flash_attn_res::cuda::hopper {
 namespace {
 
-/// A compiled kernel: eights of queries, 16-column tiles of a warp, eights of sources.
+/// A compiled kernel: room for queries, 16-column tiles of a warp, eights of sources.
 struct Variant {
-  int query_groups, tiles, source_groups;
+  int room, tiles, source_groups;
   const void* kernel;
 };
 
-template <class Source, int kQueryGroups, int kTiles, int kSourceGroups>
+template <class Source, int kRoom, int kTiles, int kSourceGroups>
 Variant variant() {
-  return {
-      kQueryGroups, kTiles, kSourceGroups,
-      reinterpret_cast<const void*>(&attend_kernel<kQueryGroups, kTiles, kSourceGroups, Source>)};
+  return {kRoom, kTiles, kSourceGroups,
+          reinterpret_cast<const void*>(&attend_kernel<kRoom, kTiles, kSourceGroups, Source>)};
+}
+
+int room_for(int64_t num_queries) {
+  return num_queries <= kFewQueries ? kFewQueries : 8 * groups_of_eight(num_queries);
 }
 
 template <class Source>
-const void* find_kernel(int query_groups, int tiles, int source_groups) {
+const void* find_kernel(int room, int tiles, int source_groups) {
   static const Variant kVariants[] = {
-      variant<Source, 1, 8, 1>(),  variant<Source, 1, 9, 1>(), variant<Source, 1, 16, 1>(),
-      variant<Source, 2, 8, 1>(),  variant<Source, 2, 9, 1>(), variant<Source, 2, 16, 1>(),
-      variant<Source, 3, 8, 1>(),  variant<Source, 1, 8, 2>(), variant<Source, 1, 9, 2>(),
-      variant<Source, 1, 16, 2>(), variant<Source, 2, 8, 2>(), variant<Source, 2, 9, 2>(),
-      variant<Source, 3, 8, 2>(),
+      variant<Source, 4, 8, 1>(),  variant<Source, 4, 9, 1>(),  variant<Source, 4, 16, 1>(),
+      variant<Source, 8, 8, 1>(),  variant<Source, 8, 9, 1>(),  variant<Source, 8, 16, 1>(),
+      variant<Source, 16, 8, 1>(), variant<Source, 16, 9, 1>(), variant<Bf16, 16, 16, 1>(),
+      variant<Source, 24, 8, 1>(), variant<Source, 4, 8, 2>(),  variant<Source, 4, 9, 2>(),
+      variant<Source, 4, 16, 2>(), variant<Source, 8, 8, 2>(),  variant<Source, 8, 9, 2>(),
+      variant<Source, 8, 16, 2>(), variant<Source, 16, 8, 2>(), variant<Source, 16, 9, 2>(),
+      variant<Source, 24, 8, 2>(),
   };
   for (const Variant& v : kVariants) {
-    if (v.query_groups == query_groups && v.tiles == tiles && v.source_groups == source_groups) {
+    if (v.room == room && v.tiles == tiles && v.source_groups == source_groups) {
       return v.kernel;
     }
   }
   return nullptr;
 }
 
-std::span<const int> tile_choices(int query_groups, int source_groups) {
+/// Tiles of a warp that there are kernels for and that suit the sources: a slice begins with a
+/// group of columns that share a scale.
+std::span<const int> tile_choices(int query_groups, int source_groups, SourceLayout layout) {
   static constexpr int kAll[] = {8, 9, 16};
   static constexpr int kNarrow[] = {8, 9};
   static constexpr int kNarrowest[] = {8};
-  if (query_groups == 1 || (query_groups == 2 && source_groups == 1)) {
-    return kAll;
+  static constexpr int kGrouped[] = {8, 16};
+  const bool grouped = layout.scale_columns == kScaleGroup;
+  if (query_groups == 1) {
+    return grouped ? std::span<const int>(kGrouped) : std::span<const int>(kAll);
   }
-  return query_groups == 2 ? std::span<const int>(kNarrow) : std::span<const int>(kNarrowest);
+  if (query_groups == 3 || grouped) {
+    return kNarrowest;
+  }
+  return source_groups == 1 && layout.kind == SourceKind::kBFloat16 ? std::span<const int>(kAll)
+                                                                    : std::span<const int>(kNarrow);
 }
 
 }  // namespace
@@ -59,10 +72,10 @@ Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, Source
   sizes.num_sources = static_cast<int>(num_sources);
   sizes.num_queries = static_cast<int>(num_queries);
   set_layout(sizes, layout);
-  Plan plan =
-      choose_plan(dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
-                  sizes.extents(), num_sources * layout.bytes() + num_queries * 2,
-                  /*most_slots=*/3, {.stages = 3, .slots = 1});
+  Plan plan = choose_plan(
+      dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources), layout),
+      sizes.extents(), num_sources * layout.bytes() + num_queries * 2,
+      /*most_slots=*/3, {.stages = 3, .slots = 1});
   plan.store_hint = CacheHint::kEvictLast;  // 0.3 % at N, S, D of 4, 8, 2048 and 8, 24, 7168
   return plan;
 }
@@ -123,8 +136,12 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   const auto find = layout.kind == SourceKind::kFloat8    ? find_kernel<Fp8>
                     : layout.kind == SourceKind::kFloat16 ? find_kernel<__half>
                                                           : find_kernel<Bf16>;
-  const void* const kernel = find(groups_of_eight(S), params.plan.tiles, groups_of_eight(N));
+  const void* const kernel = find(room_for(S), params.plan.tiles, groups_of_eight(N));
   share_out(call, kernel, params.map.bytes, T, params.plan);
+  const int64_t column_bytes = N * layout.bytes() + S * 2;
+  if (!window_pays(column_bytes * params.plan.columns * params.plan.batch, call.limits())) {
+    params.plan.window = 0;
+  }
   if (params.plan.window > 0) {
     call.zero(params.issued, sizeof(int));
   }

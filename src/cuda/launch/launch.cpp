@@ -55,6 +55,8 @@ cudaError_t device_limits(int device, DeviceLimits& limits) {
     asked.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
     asked.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     asked.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    asked.memory_bytes_per_us = int64_t{2} * attribute(cudaDevAttrMemoryClockRate) *
+                                attribute(cudaDevAttrGlobalMemoryBusWidth) / 8 / 1000;
     return error;
   });
 }
