@@ -209,9 +209,6 @@ struct AttendHalfWarp {
   static constexpr int kQueryGroups = query_groups_of(kRoom);
   static constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
   static constexpr int kTogether = tokens_together(kRoom, kSourceGroups);
-  // Tiles of a token that P2 works on at once: the compiler keeps loads behind stores, so tiles one
-  // after the other would wait for each other.
-  static constexpr int kAtOnce = 4 / kSourceGroups;
   // Tiles that have the same scales, and sets of scales that a slice meets.
   static constexpr int kRun = kTiles == 9 ? 9 : 8;
   static constexpr int kScaleSets = kTiles / kRun;
@@ -440,6 +437,10 @@ struct AttendHalfWarp {
     char* const slot = base + p.map.results + result_slot * p.map.slot_bytes +
                        b * p.num_queries * p.map.result_pitch;
     char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
+    // Tiles of a token that are worked on at once: the compiler keeps loads behind stores, so tiles
+    // one after the other would wait for each other.
+    constexpr int kAtOnce =
+        kTokens == 1 && kRoom <= 8 && kSourceGroups == 1 ? 8 : 4 / kSourceGroups;
     Mixture mixture[kTokens][kScaleSets];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {

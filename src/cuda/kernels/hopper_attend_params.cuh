@@ -125,13 +125,13 @@ struct ScoreProducts {
   static constexpr bool kOdd = kQueryGroups % 2 == 1;
 
   Accum high[kPairs + 1][kSourceGroups], low[kPairs + 1][kSourceGroups];  // (s, n); one too many
-  Accum both[kSourceGroups];                                              // (s; s, n)
+  Accum both[2][kSourceGroups];                     // (s; s, n), tiles in turn
   Accum left[kSourceGroups], right[kSourceGroups];  // (n; n, n); few: (s s; n, n), tiles in turn
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < kSourceGroups; ++n) {
-      both[n] = left[n] = right[n] = Accum::zero();
+      both[0][n] = both[1][n] = left[n] = right[n] = Accum::zero();
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
         high[m][n] = low[m][n] = Accum::zero();
@@ -170,7 +170,7 @@ struct ScoreProducts {
           product(low[m][n], u_low[2 * m], u_low[2 * m + 1], v[n]);
         }
         if constexpr (kOdd) {
-          product(both[n], u_high[kQueryGroups - 1], u_low[kQueryGroups - 1], v[n]);
+          product(both[j % 2][n], u_high[kQueryGroups - 1], u_low[kQueryGroups - 1], v[n]);
         }
         square(left[n], v[n], v[n].left);
         square(right[n], v[n], v[n].right);
@@ -199,8 +199,10 @@ struct ScoreProducts {
           result.query[2 * m + 1][n] = {a[2] + b[2], a[3] + b[3]};
         }
         if constexpr (kOdd) {
-          const float(&c)[4] = both[n].c;
-          result.query[kQueryGroups - 1][n] = {c[0] + c[2], c[1] + c[3]};
+          const float(&a)[4] = both[0][n].c;
+          const float(&b)[4] = both[1][n].c;
+          result.query[kQueryGroups - 1][n] = {(a[0] + b[0]) + (a[2] + b[2]),
+                                               (a[1] + b[1]) + (a[3] + b[3])};
         }
         result.square[n] = {l[0] + r[2], l[1] + r[3]};
       }
