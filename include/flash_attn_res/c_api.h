@@ -5,7 +5,7 @@
  * and fold.h say what it computes, with the formulas and the shape of every view. T, N, S, D, R and
  * K are the sizes of types.h. Nothing is allocated, printed or kept after a call returns.
  *
- *   - Arguments travel in a struct. Initialise it with its FLASH_ATTN_RES_..._INIT macro, which
+ *   - Arguments travel in a struct. Take it from flash_attn_res_default_..._args, which
  * sets struct_size and the defaults of the C++ struct, then fill in what is given. Members are only
  *     ever added at the end: struct_size tells the library which members its caller knows, so that
  *     a program built with an older header runs on a newer library. The views

@@ -51,7 +51,9 @@ __device__ __forceinline__ Bf16 bf16_scale(uint32_t bits) {
   return __ushort_as_bfloat16(static_cast<unsigned short>(bits == 0xffu ? 0x7fc0u : number));
 }
 
-/// Brings the scales of the sources for the CTA's columns to shared memory, by one warp.
+/// Brings the scales of a step's sources for the CTA's columns to shared memory, by one warp, with
+/// several loads of each lane in flight: more than four gained nothing, and to load them a step
+/// ahead, into registers, took up to half as much time again.
 class ScaleCopier {
  public:
   __device__ __forceinline__ ScaleCopier(unsigned num_sources, int shift, int first_column,
@@ -59,23 +61,27 @@ class ScaleCopier {
       : first_(first_column >> shift),
         groups_(((first_column + columns - 1) >> shift) - first_ + 1),
         count_(num_sources * groups_),
-        inverse_(65536 / groups_ + 1) {}
+        by_count_((1u << 20) / count_ + 1),
+        by_groups_((1u << 20) / groups_ + 1) {}
 
-  /// Those of a token, whose row of scales is `token`; `to`: (groups, pitch).
+  /// `to`: (batch, groups, pitch); `token(b)` says which token is the step's b-th.
+  template <class Token>
   __device__ __forceinline__ void copy(Bf16* to, const SharedMap& map, const ScaleTable& table,
-                                       int64_t token, unsigned lane) const {
+                                       unsigned batch, unsigned lane, const Token& token) const {
     constexpr unsigned kInFlight = 4;
 #pragma unroll 1
-    for (unsigned begin = lane; begin < count_; begin += 32 * kInFlight) {
+    for (unsigned begin = lane; begin < batch * count_; begin += 32 * kInFlight) {
       uint8_t bits[kInFlight];
       Bf16* place[kInFlight];
 #pragma unroll
       for (unsigned i = 0; i < kInFlight; ++i) {
-        const unsigned index = min(begin + 32 * i, count_ - 1);
-        const unsigned source = index * inverse_ >> 16;  // index / groups: both below 300
-        const unsigned group = index - source * groups_;
-        bits[i] = __ldg(table.data[source] + first_ + group + token * table.stride);
-        place[i] = to + group * map.scale_pitch + source;
+        const unsigned index = min(begin + 32 * i, batch * count_ - 1);
+        const unsigned b = index * by_count_ >> 20;  // index / count
+        const unsigned scale = index - b * count_;
+        const unsigned source = scale * by_groups_ >> 20;
+        const unsigned group = scale - source * groups_;
+        bits[i] = __ldg(table.data[source] + token(b) * table.stride + first_ + group);
+        place[i] = to + b * map.token_scales() + group * map.scale_pitch + source;
       }
 #pragma unroll
       for (unsigned i = 0; i < kInFlight; ++i) {
@@ -84,65 +90,9 @@ class ScaleCopier {
     }
   }
 
- protected:
-  unsigned first_, groups_, count_, inverse_;
-};
-
-/// The same for up to kBatchMax tokens at once, in two parts between which there is time. Each lane
-/// has the same scales of every token.
-class ScaleFetcher : ScaleCopier {
- public:
-  __device__ __forceinline__ ScaleFetcher(unsigned num_sources, int shift, int first_column,
-                                          int columns, unsigned lane)
-      : ScaleCopier(num_sources, shift, first_column, columns) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const unsigned source = (lane + 32 * i) / groups_;
-      const unsigned group = lane + 32 * i - source * groups_;
-      place_[i] = lane + 32 * i < count_ ? source + group * kSourcesMax : kNone;
-    }
-  }
-
-  /// Begins to load those of `count` tokens; `token(b)` says which the b-th is.
-  template <class Token>
-  __device__ __forceinline__ void fetch(const ScaleTable& table, int count, const Token& token) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (place_[i] != kNone) {
-        const uint8_t* const from =
-            table.data[place_[i] % kSourcesMax] + first_ + place_[i] / kSourcesMax;
-#pragma unroll
-        for (int b = 0; b < kBatchMax; ++b) {
-          if (b < count) {
-            bits_[b][i] = __ldg(from + token(b) * table.stride);
-          }
-        }
-      }
-    }
-  }
-
-  /// Stores what was fetched; `to`: (tokens, groups, pitch).
-  __device__ __forceinline__ void store(Bf16* to, const SharedMap& map, int count) const {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (place_[i] != kNone) {
-        Bf16* const place =
-            to + place_[i] / kSourcesMax * map.scale_pitch + place_[i] % kSourcesMax;
-#pragma unroll
-        for (int b = 0; b < kBatchMax; ++b) {
-          if (b < count) {
-            place[b * map.token_scales()] = bf16_scale(bits_[b][i]);
-          }
-        }
-      }
-    }
-  }
-
  private:
-  static constexpr unsigned kNone = ~0u;
-  static constexpr int kEach = 8;  // scales of a token and lane: 16 sources of 16 groups
-  unsigned place_[kEach];          // source and group
-  uint8_t bits_[kBatchMax][kEach];
+  unsigned first_, groups_, count_;
+  unsigned by_count_, by_groups_;  // x * by >> 20 is x over the number, for x < 2^10
 };
 
 /// Two e4m3 numbers as bfloat16, divided by 2^120. NaN becomes a number.

@@ -375,7 +375,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kQueryGroups = query_groups_of(kRoom);
   // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
   // with. Asking for more than that hangs.
-  constexpr bool kScalesAhead = !std::is_same_v<Source, Bf16> && kQueryGroups < 3;
   constexpr int kServe =
       !std::is_same_v<Source, Bf16> || (kQueryGroups == 3 && kSourceGroups == 2) ? 104 : 88;
   constexpr int kCompute = (504 - kServe) / 2;
@@ -384,8 +383,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Share share(p.plan, p.tokens, p.dim);
     switch (static_cast<Role>(warp_of_cta())) {
       case Role::kLoad:
-        load_steps<Source, kScalesAhead>(head, p.map, p.plan, share, p.sources, p.scales,
-                                         p.num_sources, p.num_sources, p.issued);
+        load_steps<Source>(head, p.map, p.plan, share, p.sources, p.scales, p.num_sources,
+                           p.num_sources, p.issued);
         break;
       case Role::kSoftmax:
         attend_softmax<kQueryGroups, kSourceGroups>(p, head, share);

@@ -793,9 +793,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Share share(p.plan, p.tokens, p.dim);
     switch (static_cast<Role>(warp_of_cta())) {
       case Role::kLoad:
-        load_steps<Source, /*kScalesAhead=*/false>(head, p.map, p.plan, share, p.inputs, p.scales,
-                                                   p.num_sources, p.num_sources + p.num_queries,
-                                                   p.issued);
+        load_steps<Source>(head, p.map, p.plan, share, p.inputs, p.scales, p.num_sources,
+                           p.num_sources + p.num_queries, p.issued);
         break;
       case Role::kSoftmax:
         attend_backward_softmax<kQueryGroups, kSourceGroups>(p, head, share);

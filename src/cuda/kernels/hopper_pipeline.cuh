@@ -181,10 +181,8 @@ __device__ __forceinline__ void wait_for_window(const SharedHead& head, int64_t 
 }
 
 /// The load warp: the rows of every step into the ring of inputs. The first `num_sources` have
-/// elements of type Source, and scales if there are any: fetched while the step before is on its
-/// way (`kScalesAhead`), for a latency a step would be longer than what its bytes take; or, where
-/// a step has more bytes and registers are short, a token at a time.
-template <class Source, bool kScalesAhead, int kCapacity>
+/// elements of type Source, and scales if there are any.
+template <class Source, int kCapacity>
 __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& map, const Plan& plan,
                                            const Share& share, const RowTable<kCapacity>& table,
                                            const ScaleTable& scale_table, int num_sources, int rows,
@@ -196,16 +194,7 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
   const int bytes = share.columns * 2;
   const CachePolicy policy(plan.load_hint);
   char* const inputs = reinterpret_cast<char*>(&head) + map.inputs;
-  const bool scaled = !std::is_same_v<Source, Bf16> && map.scale_groups > 0;
   const ScaleCopier scales(num_sources, scale_table.shift, share.column, share.columns);
-  ScaleFetcher ahead(num_sources, scale_table.shift, share.column, share.columns, lane);
-  const auto fetch_scales = [&](int step) {
-    if (scaled && kScalesAhead && step < share.steps) {
-      ahead.fetch(scale_table, plan.batch,
-                  [&](int b) { return share.clamped(share.token(step, b)); });
-    }
-  };
-  fetch_scales(0);
   RingCursor cursor;
   for (int step = 0; step < share.steps; ++step) {
     if (step >= plan.stages) {
@@ -237,22 +226,15 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
         }
       }
     }
-    if (scaled) {
-      Bf16* const to = reinterpret_cast<Bf16*>(reinterpret_cast<char*>(&head) + map.scales) +
-                       cursor.slot * plan.batch * map.token_scales();
-      if constexpr (kScalesAhead) {
-        ahead.store(to, map, plan.batch);
-      } else {
-        for (int b = 0; b < plan.batch; ++b) {
-          scales.copy(to + b * map.token_scales(), map, scale_table,
-                      share.clamped(share.token(step, b)), lane);
-        }
-      }
+    if (!std::is_same_v<Source, Bf16> && map.scale_groups > 0) {
+      scales.copy(reinterpret_cast<Bf16*>(reinterpret_cast<char*>(&head) + map.scales) +
+                      cursor.slot * plan.batch * map.token_scales(),
+                  map, scale_table, plan.batch, lane,
+                  [&](int b) { return share.clamped(share.token(step, b)); });
       __syncwarp();
       if (lane == 0) {
         head.input_full[cursor.slot].arrive();
       }
-      fetch_scales(step + 1);
     }
     __syncwarp();
     cursor.advance(plan.stages);
