@@ -155,6 +155,19 @@ class Toy:
         return step.finish()
 
 
+def captured(toy: Toy, runner: Runner, embedding: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A step of a whole model in a graph, after one on another stream, and its result."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        toy.run(runner, embedding)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = toy.run(runner, embedding)
+    return graph, y
+
+
 @pytest.mark.parametrize("T", [1, 5, 200])
 @pytest.mark.parametrize("mode", ["one_shot", "two_phase", "auto"])
 @pytest.mark.parametrize("side_stream", [False, True])
@@ -164,14 +177,7 @@ def test_runner_in_a_graph(T: int, mode: str, side_stream: bool) -> None:
     runner = Runner(toy.weights, block_size=S, max_tokens=T, mode=mode, side_stream=side_stream)
     plain = Runner(toy.weights, block_size=S, max_tokens=T, mode=mode)
     embedding = normal(T, D, dtype=BF16)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        toy.run(runner, embedding)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = toy.run(runner, embedding)
+    graph, y = captured(toy, runner, embedding)
     for _ in range(3):
         embedding.normal_()
         runner.bank.data.fill_(float("nan"))
@@ -365,14 +371,7 @@ def test_runner_with_a_stored_bank_in_a_graph(T: int, D: int, mode: str, storage
     given = {"block_size": S, "max_tokens": T, "mode": mode, "storage": storage}
     runner, plain = Runner(toy.weights, **given), Runner(toy.weights, **given)
     embedding = normal(T, D, dtype=BF16)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        toy.run(runner, embedding)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = toy.run(runner, embedding)
+    graph, y = captured(toy, runner, embedding)
     for _ in range(3):
         embedding.normal_()
         runner.bank.data.view(torch.uint8).fill_(0x7F)  # NaN in float8 and in float16
