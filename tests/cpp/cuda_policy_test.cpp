@@ -117,12 +117,13 @@ TEST(HopperRead, TheTableSaysWhoServes) {
   DeviceLimits h100;
   h100.major = 9;
   h100.multiprocessors = 132;
-  EXPECT_TRUE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
+  EXPECT_TRUE(read_rings(/*norm=*/true, /*update=*/false, 4, 2304, 16384, h100));
+  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
   EXPECT_TRUE(read_rings(/*norm=*/false, /*update=*/false, 2, 7168, 8192, h100));
   EXPECT_FALSE(read_rings(/*norm=*/false, /*update=*/false, 2, 2048, 65536, h100));
-  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 500, h100)) << "few tokens";
+  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 4, 2304, 500, h100)) << "few tokens";
   h100.major = 8;
-  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
+  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 4, 2304, 16384, h100));
 }
 
 constexpr DeviceLimits kH100 = {.major = 9,
