@@ -168,6 +168,24 @@ def captured(toy: Toy, runner: Runner, embedding: Tensor) -> tuple[torch.cuda.CU
     return graph, y
 
 
+def reads_on_both(
+    toy: Toy, embedding: Tensor, given: dict[str, object]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a runner of either device reads, and its result, where both write the same outputs."""
+    outputs = normal(len(toy.matrices), *embedding.shape, dtype=BF16)
+    results = []
+    for device in ("cuda", "cpu"):
+        step = Runner(toy.weights.to(device), **given).start(embedding.to(device))
+        inputs = []
+        for output in outputs:
+            x = step.read()
+            assert isinstance(x, Tensor)
+            inputs.append(x.clone().cpu())
+            step.write(output.to(device))
+        results.append([*inputs, step.finish().clone().cpu()])
+    return zip(*results, strict=True)
+
+
 @pytest.mark.parametrize("T", [1, 5, 200])
 @pytest.mark.parametrize("mode", ["one_shot", "two_phase", "auto"])
 @pytest.mark.parametrize("side_stream", [False, True])
@@ -344,20 +362,8 @@ def test_fp8_and_round_mix_are_refused_at_once() -> None:
 def test_runner_is_that_of_the_cpu(mode: str) -> None:
     L, D, T = 24, 512, 9
     toy = Toy(L, D)
-    outputs = normal(L, T, D, dtype=BF16)
-    embedding = normal(T, D, dtype=BF16)
-    results = []
-    for device in ("cuda", "cpu"):
-        runner = Runner(toy.weights.to(device), block_size=6, max_tokens=T, mode=mode)
-        step = runner.start(embedding.to(device))
-        inputs = []
-        for index in range(L):
-            x = step.read()
-            assert isinstance(x, Tensor)
-            inputs.append(x.clone().cpu())
-            step.write(outputs[index].to(device))
-        results.append([*inputs, step.finish().clone().cpu()])
-    for ours, theirs in zip(*results, strict=True):
+    given = {"block_size": 6, "max_tokens": T, "mode": mode}
+    for ours, theirs in reads_on_both(toy, normal(T, D, dtype=BF16), given):
         torch.testing.assert_close(ours, theirs, rtol=2.0**-7, atol=2.0**-7)
 
 
@@ -379,18 +385,7 @@ def test_runner_with_a_stored_bank_in_a_graph(T: int, D: int, mode: str, storage
         assert torch.equal(y, toy.run(plain, embedding))
         assert y.isfinite().all()
 
-    outputs = normal(L, T, D, dtype=BF16)
-    results = []
-    for device in ("cuda", "cpu"):
-        step = Runner(toy.weights.to(device), **given).start(embedding.to(device))
-        inputs = []
-        for index in range(L):
-            x = step.read()
-            assert isinstance(x, Tensor)
-            inputs.append(x.clone().cpu())
-            step.write(outputs[index].to(device))
-        results.append([*inputs, step.finish().clone().cpu()])
-    for ours, theirs in zip(*results, strict=True):
+    for ours, theirs in reads_on_both(toy, embedding, given):
         # A phase-1 result may be rounded to the other neighbour, 2^-8 of it: of a token, not of
         # each of its numbers, which may be small differences.
         error = (ours.double() - theirs.double()).norm(dim=-1)

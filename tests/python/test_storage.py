@@ -538,10 +538,13 @@ def test_what_a_stream_stores(storage: str, layout: tuple[int, int, dict]) -> No
 @every_layout
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("one_thread")
 def test_network(storage: str, layout: tuple[int, int, dict], dtype: torch.dtype) -> None:
-    """Output and every gradient against the formulas over dequantised copies."""
+    """Output and every gradient against the formulas over dequantised copies.
+
+    On one thread: PyTorch's products round by their threads, and float8 then falls elsewhere.
+    """
     num_sublayers, block_size, options = layout
-    torch.set_num_threads(1)  # PyTorch's products round by threads, and float8 falls elsewhere
     network, x, cotangent = make(
         num_sublayers, block_size, "cpu", dtype, dim=144, block_storage=storage, **options
     )

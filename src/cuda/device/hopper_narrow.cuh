@@ -92,7 +92,7 @@ class ScaleCopier {
 
  private:
   unsigned first_, groups_, count_;
-  unsigned by_count_, by_groups_;  // x * by >> 20 is x over the number, for x < 2^10
+  unsigned by_count_, by_groups_;  // x * by >> 20 is x over the number: x times it < 2^20
 };
 
 /// Two e4m3 numbers as bfloat16, divided by 2^120. NaN becomes a number.

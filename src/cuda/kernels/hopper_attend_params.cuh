@@ -1,4 +1,5 @@
-// What both kinds of compute warps of phase 1 on Hopper share: the call, and where their sums go.
+// What both kinds of compute warps of phase 1 on Hopper share: the call, the products of P1, and
+// where their sums go.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_PARAMS_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_PARAMS_CUH_
