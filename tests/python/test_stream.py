@@ -7,13 +7,14 @@ import copy
 import itertools
 import os
 import shutil
-import socket
+import traceback
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from distributed_checks import connect, leave, spawn
 from stream_networks import Network, assert_equal, assert_gradients, gradients, make, tensors_of
 from stream_suite import *  # noqa: F403
 from stream_suite import check_compiled_layers
@@ -119,64 +120,55 @@ def synchronised(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
         yield
 
 
-def run_parallel(kind: str, rank: int, world: int, port: int, folder: str) -> None:
+def run_parallel(rank: int, world: int, port: int, device: str, folder: str, kind: str) -> None:
     """One process of data-parallel steps of two micro-batches; rank 0 stores the gradients."""
     import torch.distributed as dist
 
-    torch.manual_seed(5)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
     try:
-        network = Network(6, 2)
-        x = torch.randn(world, 2, 5, network.attn_res.dim)[rank]
-        model = wrap_parallel(kind, network, world)
-        dtypes = set()
-        fold = network.attn_res._fold
-
-        def look(op: str, name: str, value: Tensor) -> Tensor:
-            dtypes.add((network.attn_res.queries.dtype, value.dtype))
-            return fold(op, name, value)
-
-        network.attn_res._fold = look
-        for checkpointed, every in itertools.product((False, True), repeat=2):
-            model.zero_grad()
-            for index, part in enumerate(x.split(1)):
-                with synchronised(model, every or index == 1):
-                    (model(part, checkpoint=checkpointed).square().mean() / 2).backward()
-            grads = {}
-            for name, parameter in network.named_parameters():
-                gradient = parameter.grad
-                grads[name] = gradient if kind == "ddp" else gradient.full_tensor()
-            if rank == 0:
-                torch.save((grads, dtypes), f"{folder}/{checkpointed}, {every}.pt")
-            if kind == "fsdp":  # between its forwards the module holds shards
-                with pytest.raises(TypeError, match="queries is a sharded DTensor"):
-                    network.attn_res.start(x)
-    finally:
+        connect(rank, world, port, device)
+        parallel_steps(rank, world, folder, kind)
+        dist.barrier()
         dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+def parallel_steps(rank: int, world: int, folder: str, kind: str) -> None:
+    torch.manual_seed(5)
+    network = Network(6, 2)
+    x = torch.randn(world, 2, 5, network.attn_res.dim)[rank]
+    model = wrap_parallel(kind, network, world)
+    dtypes = set()
+    fold = network.attn_res._fold
+
+    def look(op: str, name: str, value: Tensor) -> Tensor:
+        dtypes.add((network.attn_res.queries.dtype, value.dtype))
+        return fold(op, name, value)
+
+    network.attn_res._fold = look
+    for checkpointed, every in itertools.product((False, True), repeat=2):
+        model.zero_grad()
+        for index, part in enumerate(x.split(1)):
+            with synchronised(model, every or index == 1):
+                (model(part, checkpoint=checkpointed).square().mean() / 2).backward()
+        grads = {}
+        for name, parameter in network.named_parameters():
+            gradient = parameter.grad
+            grads[name] = gradient if kind == "ddp" else gradient.full_tensor()
+        if rank == 0:
+            torch.save((grads, dtypes), f"{folder}/{checkpointed}, {every}.pt")
+        if kind == "fsdp":  # between its forwards the module holds shards
+            with pytest.raises(TypeError, match="queries is a sharded DTensor"):
+                network.attn_res.start(x)
 
 
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_data_parallel(kind: str, tmp_path) -> None:
     """Gradients of one process on all data, exchanged after each micro-batch or after the last."""
-    import torch.multiprocessing as mp
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     world = 2
-    context = mp.get_context("spawn")
-    workers = [
-        context.Process(target=run_parallel, args=(kind, rank, world, port, str(tmp_path)))
-        for rank in range(world)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(180)
-        assert worker.exitcode == 0
+    assert spawn(run_parallel, world, "cpu", tmp_path, kind) == [0] * world
     torch.manual_seed(5)
     network = Network(6, 2)
     x = torch.randn(world, 2, 5, network.attn_res.dim).flatten(0, 1)
