@@ -53,10 +53,15 @@ class BlockAttnRes(nn.Module):
             None for the dtype of the stream, which moves fewer bytes and rounds at every addition.
         keep_phase1: whose phase-1 results training keeps for the backward: those of ``"none"``,
             of the ``"last"`` group or of ``"all"``. The others are computed again, with equal bits.
+        sum_dtype: of the running sum of a block: float32, or None for the dtype of the stream. A
+            float32 sum is rounded once, when the block is complete; its completed blocks and what
+            a site gives keep the dtype of the stream. Nothing changes in a stream that is float32,
+            or where every block is a single sublayer; a float64 stream sums in float64.
         stochastic_rounding: a seed; then the running sums of a bfloat16 stream are rounded as by
             :func:`stochastic_add` instead of to nearest, and so are the buffers of ``grad_dtype``
             None. Each ``start`` is a step of its own. A sum is then written before its site reads
-            it, which costs that site two more passes over a value.
+            it, which costs that site two more passes over a value. Not with ``sum_dtype``, whose
+            sums are not rounded.
         block_storage: keep the completed blocks as :func:`quantize` makes them, ``"float16"`` or
             ``"float8"``, instead of in the dtype of the stream. A block is rounded once more when
             it is complete, and the embedding for the blocks behind the first; running sums and
@@ -87,6 +92,7 @@ class BlockAttnRes(nn.Module):
         group_blocks: int | None = None,
         grad_dtype: torch.dtype | None = torch.float32,
         keep_phase1: str = "none",
+        sum_dtype: torch.dtype | None = None,
         stochastic_rounding: int | None = None,
         block_storage: str | None = None,
         device: torch.device | str | None = None,
@@ -122,7 +128,17 @@ class BlockAttnRes(nn.Module):
             )
         if keep_phase1 not in KEEP:
             raise ValueError(f"{op}: keep_phase1 is {keep_phase1!r}, expected one of {KEEP}")
-        self.grad_dtype, self.keep_phase1 = grad_dtype, keep_phase1
+        if sum_dtype not in (torch.float32, None):
+            raise ValueError(
+                f"{op}: sum_dtype is {sum_dtype}, expected torch.float32, or None for the dtype of "
+                "the stream"
+            )
+        if sum_dtype is not None and stochastic_rounding is not None:
+            raise ValueError(
+                f"{op}: sum_dtype is {sum_dtype} and stochastic_rounding is given, expected one of "
+                "them: a float32 running sum is not rounded to bfloat16"
+            )
+        self.grad_dtype, self.keep_phase1, self.sum_dtype = grad_dtype, keep_phase1, sum_dtype
         self.block_storage: str | None = None
         if block_storage is not None:
             self.block_storage = storage.check_mode(op, "block_storage", block_storage)
@@ -131,9 +147,7 @@ class BlockAttnRes(nn.Module):
             self.forms = "two_phase"
         self.group_blocks = group_blocks
         # Made here: torch.compile then finds them ready.
-        self._inference_plan = self._make_plan(
-            Costs(training=False, source_bytes=self._source_bytes)
-        )
+        self._inference_plan = self._make_plan(self._costs(torch.bfloat16, training=False))
         self._training_plans = {dtype: self._make_plan(self._costs(dtype)) for dtype in _STREAM}
         shape = (len(self._sites()), self.query_dim)
         self.queries = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -176,14 +190,27 @@ class BlockAttnRes(nn.Module):
         if self.key_weight is not None:
             nn.init.ones_(self.key_weight)
 
-    def _costs(self, dtype: torch.dtype) -> Costs:
-        grad_dtype = self.grad_dtype or dtype
-        return Costs(
-            storage_bytes=dtype.itemsize,
+    def _costs(self, dtype: torch.dtype, training: bool = True) -> Costs:
+        e, wide = dtype.itemsize, self.sum_dtype_of(dtype).itemsize
+        kept = Costs(
+            training=training,
+            storage_bytes=e,
+            sum_bytes=None if wide == e else wide,
             source_bytes=self._source_bytes,
+        )
+        if not training:
+            return kept
+        grad_dtype = self.grad_dtype or dtype
+        return dataclasses.replace(
+            kept,
             grad_bytes=max(grad_dtype.itemsize, 8 if dtype == torch.float64 else 0),
             recompute=self.keep_phase1 != "all",
         )
+
+    def sum_dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the running sums of a stream of this dtype."""
+        wide = self.sum_dtype is not None and dtype.itemsize < self.sum_dtype.itemsize
+        return self.sum_dtype if wide and self.sum_dtype is not None else dtype
 
     @property
     def _source_bytes(self) -> int | None:
@@ -214,14 +241,9 @@ class BlockAttnRes(nn.Module):
             tokens: T, to print bytes for; by default they are for one token and a width of one.
         """
         _check.stream_dtype("plan", dtype)
-        plan = self._training_plans[dtype] if training else self._inference_plan
+        plan = self._training_plans[dtype]
         if not training:
-            costs = Costs(
-                training=False,
-                storage_bytes=dtype.itemsize,
-                source_bytes=self._source_bytes,
-            )
-            plan = self._make_plan(costs)
+            plan = self._make_plan(self._costs(dtype, training=False))
         if tokens is None:
             return plan
         return dataclasses.replace(
@@ -317,6 +339,8 @@ class BlockAttnRes(nn.Module):
             parts.append(f"grad_dtype={self.grad_dtype}")
         if self.keep_phase1 != "none":
             parts.append(f"keep_phase1={self.keep_phase1!r}")
+        if self.sum_dtype is not None:
+            parts.append(f"sum_dtype={self.sum_dtype}")
         if self.rounding_seed is not None:
             parts.append("stochastic_rounding=...")  # the seed is state, perhaps on a GPU
         if self.block_storage is not None:

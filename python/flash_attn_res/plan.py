@@ -18,6 +18,9 @@ phase 1               e (n + size), and again when it is recomputed in the backw
 read                  e (phase 1 + sources read directly + pending tensors + new sum + x)
 read, backward        e (dx + phase 1 + sources + sum + its incoming gradient + dh + dsum)
                       + 2 a (sources)
+running sum           where sums have a dtype of their own, of f bytes: f in place of e for a sum
+                      of two outputs or more and for its gradients; f + e for what the backward
+                      hands on to the output, and for a sum that a read makes a source
 closing a block       3 e for the last addition, e + a for the gradient that it hands on
                       (a read that ends a block, and so needs no closing, costs a for it)
 storing a source      where sources have a storage of their own, of s bytes an element: e (pending
@@ -96,6 +99,7 @@ class Costs:
 
     training: bool = True  #: forward, recomputed phase 1 and backward; else forward alone
     storage_bytes: int = 2  #: of an element of the stream
+    sum_bytes: int | None = None  #: of an element of a running sum; None: that of the stream
     source_bytes: int | None = None  #: of an element of a stored source; None: kept as they come
     grad_bytes: int = 4  #: of an element of the buffers that sum the gradients of the sources
     recompute: bool = True  #: the backward computes phase 1 again
@@ -104,6 +108,20 @@ class Costs:
     def source(self) -> int:
         """Bytes of an element of a completed source."""
         return self.storage_bytes if self.source_bytes is None else self.source_bytes
+
+    def sum(self, pending: int) -> int:
+        """Bytes of an element of the sum of so many outputs: one is a sum as it stands."""
+        return self.storage_bytes if self.sum_bytes is None or pending < 2 else self.sum_bytes
+
+    def addends(self, pending: int) -> int:
+        """Bytes of what a sum of so many outputs is made of: the sum before, and the last one."""
+        return self.storage_bytes * min(pending, 1) + self.sum(pending - 1) * int(pending > 1)
+
+    def handed_on(self, pending: int, gradient: int) -> int:
+        """Bytes of turning the gradient of a sum, of ``gradient`` bytes, to what was added."""
+        e = self.storage_bytes
+        wanted = {e, self.sum(pending - 1)} if pending > 1 else {e}
+        return sum(gradient + own for own in wanted if own != gradient)
 
     def phase1(self, sources: int, queries: int) -> int:
         """Bytes of phase 1 and of what it adds to the backward, for T = D = 1."""
@@ -116,34 +134,39 @@ class Costs:
     def read(
         self, phase1: bool, direct: int, pending: int, sum_grad: int, as_it_came: bool = False
     ) -> int:
-        """Bytes of a read with ``pending`` tensors to sum, and of its backward.
+        """Bytes of a read behind ``pending`` outputs of its block, and of its backward.
 
         ``sum_grad`` are the bytes of an element of the gradient that comes in for the sum;
         ``as_it_came``: what is read directly is no stored source.
         """
-        e = self.storage_bytes
+        e, own = self.storage_bytes, self.sum(pending)
         terms = e * int(phase1) + (e if as_it_came else self.source) * direct
-        total = terms + e * (pending + int(pending == 2) + 1)
+        total = terms + self.addends(pending) + own * int(pending > 1) + e
         if self.training:
             # dx, the terms and the sum; dh; the sum's gradient, in and out; the sources', both ways
-            total += terms + e * (1 + int(pending > 0) + int(phase1) + int(pending > 0)) + sum_grad
-            total += 2 * self.grad_bytes * direct
+            total += terms + e * (1 + int(phase1)) + 2 * own * int(pending > 0) + sum_grad
+            total += 2 * self.grad_bytes * direct + self.handed_on(pending, own) * int(pending > 0)
         return total
 
-    def store(self, pending: int) -> int:
-        """Bytes of quantising the sum of ``pending`` tensors; 0 where sources stay as they come."""
-        if self.source_bytes is None:
-            return 0
-        return self.storage_bytes * pending + self.source_bytes
+    def store(self, addends: int) -> int:
+        """Bytes of quantising what takes ``addends`` bytes; 0 where sources stay as they come."""
+        return 0 if self.source_bytes is None else addends + self.source_bytes
+
+    def promote(self, pending: int) -> int:
+        """Bytes of making a source of a sum that a read has written."""
+        own = self.sum(pending)
+        if self.source_bytes is None and own != self.storage_bytes:
+            return own + self.storage_bytes
+        return self.store(own)
 
     def close(self, pending: int) -> int:
         """Bytes of making a source of what is pending, before a phase 1 that reads it."""
         if self.source_bytes is not None:
-            total = self.store(pending)
+            total = self.store(self.addends(pending))
         else:
-            total = 3 * self.storage_bytes if pending == 2 else 0
-        if self.training and self.grad_bytes != self.storage_bytes:
-            total += self.grad_bytes + self.storage_bytes
+            total = self.addends(pending) + self.storage_bytes if pending > 1 else 0
+        if self.training:
+            total += self.handed_on(pending, self.grad_bytes)
         return total
 
 
@@ -393,6 +416,8 @@ class Plan:
             f"{self.num_sublayers} sublayers in {len(self.blocks)} blocks of {self.block_size}; "
             f"{unit} read and written for {shape}, {work}, {self.costs.storage_bytes}-byte values"
         )
+        if self.costs.sum_bytes is not None:
+            title += f", {self.costs.sum_bytes}-byte sums"
         if self.costs.source_bytes is not None:
             title += f", {self.costs.source_bytes}-byte blocks"
         if self.costs.training:
@@ -496,12 +521,8 @@ class _Counted:
         self.L, self.S, self.costs = num_sublayers, block_size, costs
 
     def _pending(self, site: int) -> int:
-        """Tensors that a read has to sum: the partial sum and the last output, or one of them."""
-        if site == 0:
-            return 0
-        # Sublayers since the block of the last one that wrote began.
-        written = (site - 1) % self.S + 1
-        return min(written, 2)
+        """Outputs since the block of the last sublayer that wrote began."""
+        return 0 if site == 0 else (site - 1) % self.S + 1
 
     def opening(self, first: int, size: int, sources: int) -> int:
         """Bytes of a group's phase 1 and of closing what is pending before it."""
@@ -514,14 +535,16 @@ class _Counted:
         pending = 0 if opens else self._pending(site)
         completed = 1 + min(site, self.L - 1) // self.S - int(boundary)
         direct = 0 if opens else completed - phase1_sources
-        sum_grad = self.costs.grad_bytes if boundary else self.costs.storage_bytes
+        sum_grad = self.costs.grad_bytes if boundary else self.costs.sum(pending)
         if pending == 0 or site == self.L:
             sum_grad = 0
         # The embedding alone is read as it came.
         alone = phase1_sources == 0 and completed == 1
         total = self.costs.read(phase1_sources > 0, direct, pending, sum_grad, alone)
         # The embedding, and a block whose sum a read completes, are stored beside their reads.
-        return total + (self.costs.store(1) if site == 0 or (boundary and not opens) else 0)
+        if site == 0:
+            return total + self.costs.store(self.costs.storage_bytes)
+        return total + (self.costs.promote(pending) if boundary and not opens else 0)
 
     def group_bytes(self, first: int, end: int, two_phase: bool) -> int:
         """Bytes of the sites first..end - 1 as one group."""

@@ -5,7 +5,7 @@ arXiv 2603.15031). The plan says in which of the exact forms (:mod:`flash_attn_r
 that share completed sources share one phase 1; whatever else a site needs, the pending addition to
 the running sum and the sublayer's pre-norm included, is one ``read``::
 
-    b'  = b + output of the last sublayer
+    b'  = b + output of the last sublayer          in the sum's dtype
     h   = softmax mixture of the phase-1 result, sources read directly, and b'
     x   = h * rsqrt(mean(h^2) + eps) * norm_weight
 
@@ -62,6 +62,7 @@ class Stream:
         self._plan = plan
         self._scale, self._eps = module.scale, module.eps
         self._like = embedding
+        self._sum_dtype = module.sum_dtype_of(embedding.dtype)
         # Seed and step of this pass: the backward finds them as they were, whatever starts later.
         self._seed: Tensor | None = None
         if module.rounding_seed is not None:
@@ -303,7 +304,7 @@ class FunctionalStream(Stream):
             partial, update = self._pending(site)
             assert partial is not None
             self._sources.append(
-                partial if update is None else (partial + update).to(partial.dtype)
+                (partial if update is None else partial + update).to(self._like.dtype)
             )
             self._partial = self._update = None
         first = site.index
@@ -318,10 +319,12 @@ class FunctionalStream(Stream):
     def _pending(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
         """(partial, update) for a read. A block's first output is its partial sum as it stands."""
         if self._partial is None and self._update is not None:
-            return self._update.to(self._like.dtype), None
+            return as_it_stands(self._update, self._like.dtype, self._sum_dtype), None
         if self._seed is not None and self._partial is not None and self._update is not None:
             terms = [self._partial, self._update]
             return torch.ops.flash_attn_res.stochastic_add(terms, self._seed, site.index), None
+        if self._partial is not None and self._update is not None and not site.closes:
+            return self._partial.to(self._sum_dtype), self._update  # the new sum is of its dtype
         return self._partial, self._update
 
     def _given(self, site: Site) -> tuple[Any, ...]:
@@ -364,7 +367,7 @@ class FunctionalStream(Stream):
         """After a read: the completed sum goes on as the block's, or becomes a source."""
         if site.promotes:
             assert total is not None
-            self._sources.append(total)
+            self._sources.append(total.to(self._like.dtype))
             total = None
         self._partial, self._update = total, None
         if probs is not None:
@@ -377,6 +380,11 @@ class FunctionalStream(Stream):
 
     def _release(self) -> None:
         self._sources, self._phase1 = [], None
+
+
+def as_it_stands(output: Tensor, dtype: torch.dtype, sum_dtype: torch.dtype) -> Tensor:
+    """A block's first output [..., D] as its running sum: in the stream's dtype it is no copy."""
+    return output if output.dtype == dtype else output.to(sum_dtype)
 
 
 def spread(probs: Tensor, inner: Tensor | None) -> Tensor:

@@ -114,13 +114,14 @@ class Network(nn.Module):
     def eager(self, x: Tensor, trace: Trace | None = None) -> Tensor:
         """Attention residuals by their formulas, one site at a time (equation 6 of the paper)."""
         module = self.attn_res
+        wide = module.sum_dtype_of(x.dtype)
         queries = module.queries
         if module.key_weight is not None:
             queries = queries * module.key_weight
         blocks, partial = [x], None
         for site, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=False)):
             if site % module.block_size == 0 and partial is not None:
-                blocks, partial = [*blocks, partial], None
+                blocks, partial = [*blocks, partial.to(x.dtype)], None
             h, _, _ = eager.read(
                 queries[site], sources=blocks, partial=partial, norm=True, norm_weight=norm
             )
@@ -128,7 +129,7 @@ class Network(nn.Module):
             if trace is not None:
                 trace.inputs.append(h)
                 trace.outputs.append(y)
-            partial = y if partial is None else partial + y
+            partial = y if partial is None else partial.to(wide) + y
         return eager.read(
             queries[-1], sources=[*blocks, partial], norm=True, norm_weight=self.norms[-1]
         )[0]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import eager
 from flash_attn_res import BlockAttnRes, read
 from flash_attn_res.tape import TapeStream, operators
 from stream_networks import (
@@ -177,6 +178,152 @@ def test_repeats_bit_for_bit(device, dtype) -> None:
     tensors = tensors_of(network, x)
     first = gradients(network(x), tensors, cotangent)
     assert_equal(gradients(network(x), tensors, cotangent), first)
+
+
+# ------------------------------------------------------------------------- float32 running sums
+
+narrow_dtype = pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+
+
+@narrow_dtype
+@every_layout
+def test_float32_sums(layout, narrow, device) -> None:
+    network, x, cotangent = build(layout, device, narrow, sum_dtype=torch.float32)
+    tensors = tensors_of(network, x)
+    ours = check(network, x, cotangent)
+    assert_equal(gradients(network(x, checkpoint=True), tensors, cotangent), ours)
+    y = network(x, functional=True)
+    assert torch.equal(y, network(x))
+    exact, plain = exact_and_plain(network, x, cotangent)
+    functional = gradients(y, tensors, cotangent)
+    assert_gradients(functional, exact, plain)
+    y = network(x, functional=True, checkpoint=True)
+    assert_equal(gradients(y, tensors, cotangent), functional)
+
+
+@pytest.mark.parametrize("storage", [None, "float16", "float8"])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, None])
+@pytest.mark.parametrize("forms", FORMS)
+def test_float32_sums_in_every_schedule(forms, grad_dtype, storage, device) -> None:
+    """Sums that a phase 1 closes, that a read makes a source of, alone and in groups of blocks."""
+    options = {"forms": forms, "grad_dtype": grad_dtype, "block_storage": storage}
+    for group_blocks in (None, 1, 3):
+        network, x, cotangent = make(
+            *(14, 4, device, torch.bfloat16),
+            sum_dtype=torch.float32,
+            group_blocks=group_blocks,
+            **options,
+        )
+        tensors = tensors_of(network, x)
+        ours = gradients(network(x), tensors, cotangent)
+        if storage is None:
+            assert_gradients(ours, *exact_and_plain(network, x, cotangent))
+        assert_equal(gradients(network(x, checkpoint=True), tensors, cotangent), ours)
+        for keep in ("last", "all"):
+            network.attn_res.keep_phase1 = keep
+            assert_equal(gradients(network(x), tensors, cotangent), ours)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "dtype"), [(1, torch.bfloat16), (1, torch.float16), (4, torch.float32)]
+)
+def test_float32_sums_of_nothing_that_is_rounded(block_size, dtype, device) -> None:
+    """Blocks of one sublayer add nothing up, and a float32 stream has such sums already."""
+    network, x, cotangent = make(10, block_size, device, dtype)
+    tensors = tensors_of(network, x)
+    expected = gradients(network(x), tensors, cotangent)
+    wide, _, _ = make(10, block_size, device, dtype, sum_dtype=torch.float32)
+    wide.load_state_dict(network.state_dict())
+    wide.attn_res._training_plans = network.attn_res._training_plans
+    found = gradients(wide(x), tensors_of(wide, x), cotangent)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("forms", ["two_phase", "one_shot"])
+def test_a_float32_sum_is_rounded_once(forms, functional, device) -> None:
+    """Each site reads the sum in float32; the block is that sum, rounded."""
+    module = BlockAttnRes(
+        9, DIM, 3, forms=forms, sum_dtype=torch.float32, device=device, group_blocks=1
+    )
+    nn.init.normal_(module.queries, std=0.5)
+    value = torch.randn(5, DIM, device=device).bfloat16().requires_grad_()
+    stream = module.start(value, functional=functional)
+    queries = (module.queries * module.key_weight).double()
+    blocks, partial = [value], None
+    for site in range(10):
+        x = stream.read() if site < 9 else stream.finish()
+        if site % 3 == 0 and partial is not None and forms == "two_phase":
+            blocks, partial = [*blocks, partial.bfloat16()], None
+        sources = [block.double() for block in blocks]
+        h, _, _ = eager.read(
+            queries[site], sources=sources, partial=None if partial is None else partial.double()
+        )
+        if site % 3 == 0 and partial is not None:
+            blocks, partial = [*blocks, partial.bfloat16()], None
+        assert x.dtype == torch.bfloat16
+        # Phase 1's mixtures are rounded, too.
+        torch.testing.assert_close(x.double(), h, rtol=2**-7, atol=2**-8)
+        if site == 9:
+            break
+        output = (1.0 + 2.0**-6 * torch.randn(5, DIM, device=device)).bfloat16()
+        stream.write(output)
+        partial = output.float() if partial is None else partial + output
+        held = stream._sources if functional else stream._tape.sources
+        for ours, block in zip(held[1:], blocks[1:], strict=True):
+            assert torch.equal(ours, block)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 6, 24])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_saved_bytes_of_float32_sums(block_size, checkpointed, device) -> None:
+    """Two more a value for each sum of two outputs or more that is not yet a block."""
+    saved = []
+    for sum_dtype in (None, torch.float32):
+        network = Network(L, block_size, forms="two_phase", group_blocks=1, sum_dtype=sum_dtype)
+        network.to(device, torch.bfloat16)
+        x = torch.randn(2, 64, DIM, device=device).bfloat16().requires_grad_()
+        with large_saved(x.numel()) as ours:
+            y = network(x, checkpoint=checkpointed)
+        assert y.requires_grad
+        saved.append(ours)
+    assert len(saved[0]) == len(saved[1])
+    blocks = L // block_size
+    # Of each block all sums but the first and the last; the output's site reads the last of all.
+    sums = blocks * max(block_size - 2, 0) + int(block_size > 1)
+    more = sum(saved[1].values()) - sum(saved[0].values())
+    assert more == sums * 2 * x.numel()
+
+
+def test_float32_sums_under_autocast(device) -> None:
+    """Layers that give float32 beside a bfloat16 stream, and the other way round."""
+    for dtype in (torch.bfloat16, torch.float32):
+        network, x, cotangent = make(8, 3, device, torch.float32, sum_dtype=torch.float32)
+        x, cotangent = x.detach().to(dtype).requires_grad_(), cotangent.to(dtype)
+        tensors = tensors_of(network, x)
+        found = []
+        for checkpointed in (False, True):
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                y = network(x, checkpoint=checkpointed)
+                assert torch.equal(network(x, functional=True), y)
+            assert y.dtype == dtype
+            found.append(gradients(y, tensors, cotangent))
+        assert_equal(*found)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_float32_sums_of_float32_outputs(functional, device) -> None:
+    """A float32 output beside a bfloat16 stream is summed as it came, the first one as well."""
+    module = BlockAttnRes(3, DIM, 3, sum_dtype=torch.float32, device=device, forms="one_shot")
+    value = torch.randn(3, DIM, device=device).bfloat16().requires_grad_()
+    outputs = [torch.randn(3, DIM, device=device) for _ in range(2)]
+    stream = module.start(value, functional=functional)
+    for i, output in enumerate(outputs):
+        stream.read()
+        stream.write(output)
+        assert stream._partial is None or torch.equal(stream._partial, outputs[i - 1])
+    stream.read()
+    assert torch.equal(stream._partial, outputs[0] + outputs[1])
 
 
 # --------------------------------------------------------------------------------------- memory
@@ -728,6 +875,7 @@ SCHEDULES = {
     "as planned": (7, 3, {}),
     "stored": (7, 2, {"block_storage": "float16"}),
     "stochastic": (7, 2, {"stochastic_rounding": 3, "grad_dtype": None}),
+    "float32 sums": (7, 3, {"sum_dtype": torch.float32}),
 }
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 every_stream = pytest.mark.parametrize("functional", [False, True], ids=["lean", "functional"])
@@ -737,7 +885,8 @@ def build_schedule(schedule, functional: bool, device: str):
     num_sublayers, block_size, options = schedule
     if functional and "block_storage" in options:
         pytest.skip("block_storage is for the lean stream")
-    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float32
+    narrow = options.keys() & {"stochastic_rounding", "sum_dtype"}
+    dtype = torch.bfloat16 if narrow else torch.float32
     return make(num_sublayers, block_size, device, dtype, **options)
 
 

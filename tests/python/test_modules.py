@@ -211,6 +211,7 @@ def test_printing() -> None:
         "block_storage": "float8",
     }
     shown = repr(BlockAttnRes(12, D, stochastic_rounding=3, **options))
+    assert ", sum_dtype=torch.float32" in repr(BlockAttnRes(12, D, sum_dtype=torch.float32))
     for name, given in options.items():
         assert f", {name}={given!r}" in shown
     assert "stochastic_rounding=..." in shown

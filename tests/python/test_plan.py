@@ -16,6 +16,7 @@ COSTS = {
     "gradients in storage": Costs(grad_bytes=2),
     "float32": Costs(storage_bytes=4),
     "kept": Costs(recompute=False),
+    "float32 sums": Costs(sum_bytes=4),
     "inference": Costs(training=False),
 }
 every_cost = pytest.mark.parametrize("costs", COSTS.values(), ids=COSTS.keys())
@@ -55,7 +56,12 @@ def test_the_choice_is_the_cheapest(shape: tuple[int, int], costs: Costs) -> Non
     assert chosen.bytes == single.bytes or chosen.bytes < (1 - MIN_GAIN) * single.bytes
 
 
-def count_bytes(plan: Plan, monkeypatch: pytest.MonkeyPatch, training: bool) -> int:
+def count_bytes(
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+    training: bool,
+    sum_dtype: torch.dtype | None = None,
+) -> int:
     """Bytes of values that the operators were given in one step, per token and unit of width."""
     from flash_attn_res.tape import operators
 
@@ -82,7 +88,7 @@ def count_bytes(plan: Plan, monkeypatch: pytest.MonkeyPatch, training: bool) -> 
         "read_backward": (15,),
     }.items():
         monkeypatch.setattr(operators, name, counted(getattr(operators, name), written))
-    module = BlockAttnRes(plan.num_sublayers, D, plan.block_size)
+    module = BlockAttnRes(plan.num_sublayers, D, plan.block_size, sum_dtype=sum_dtype)
     module._training_plans[torch.bfloat16] = module._inference_plan = plan
     weight = torch.ones(D, dtype=torch.bfloat16)
     x = torch.randn(T, D).to(torch.bfloat16).requires_grad_()
@@ -110,6 +116,24 @@ def test_counted_bytes_are_what_the_operators_are_given(
     fresh = 4 * (len(plan.blocks) + 1) if training else 0
     assert measured <= plan.bytes
     assert plan.bytes <= measured + closings * closing + fresh
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(6, 6), (8, 4), (16, 8), (12, 1), (9, 2)])
+def test_counted_bytes_of_float32_sums(
+    shape: tuple[int, int], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.choose(*shape, Costs(training=training, sum_bytes=4))
+    assert plan.bytes >= Plan.choose(*shape, Costs(training=training)).bytes
+    if shape[1] == 1:
+        assert plan.bytes == Plan.choose(*shape, Costs(training=training)).bytes
+    measured = count_bytes(plan, monkeypatch, training, torch.float32)
+    # Casts of gradients and of sums that a read makes a source are not seen here, either.
+    monkeypatch.setattr(Costs, "handed_on", lambda *_: 0)
+    monkeypatch.setattr(Costs, "promote", lambda *_: 0)
+    closings = sum(group.two_phase and group.first > 0 for group in plan.groups)
+    fresh = 4 * (len(plan.blocks) + 1) if training else 0
+    assert measured <= plan.bytes <= measured + closings * 8 + fresh
 
 
 def test_known_networks() -> None:
@@ -154,6 +178,11 @@ def test_overrides() -> None:
         ({"group_blocks": 0}, "group_blocks is 0, expected 1 to 32"),
         ({"group_blocks": 33}, "group_blocks is 33, expected 1 to 32"),
         ({"grad_dtype": torch.float16}, "grad_dtype is torch.float16, expected torch.float32, or"),
+        ({"sum_dtype": torch.bfloat16}, "sum_dtype is torch.bfloat16, expected torch.float32, or"),
+        (
+            {"sum_dtype": torch.float32, "stochastic_rounding": 1},
+            "sum_dtype is torch.float32 and stochastic_rounding is given, expected one of them",
+        ),
         ({"keep_phase1": "some"}, "keep_phase1 is 'some', expected one of"),
     ],
 )
@@ -174,6 +203,9 @@ def test_printing() -> None:
     sized = str(BlockAttnRes(32, 2048, 8).plan(tokens=16384))
     assert "GB read and written for T = 16384, D = 2048, forward and backward" in sized
     assert "2-byte values and 4-byte gradient buffers" in sized
+    wide = BlockAttnRes(32, 2048, 8, sum_dtype=torch.float32)
+    assert "2-byte values, 4-byte sums and 4-byte gradient buffers" in str(wide.plan())
+    assert "byte sums" not in str(wide.plan(dtype=torch.float32))
     inference = BlockAttnRes(32, 2048, 8).plan(training=False, dtype=torch.float32)
     assert str(inference).splitlines()[0].endswith("forward, 4-byte values")
     with pytest.raises(TypeError, match=r"plan: dtype is torch\.int64"):

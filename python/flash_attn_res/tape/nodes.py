@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd import Function
 
 from flash_attn_res import finite
 from flash_attn_res.plan import Site
+from flash_attn_res.stream import as_it_stands
 from flash_attn_res.tape import operators
 from flash_attn_res.tape.state import Phase1, Sources, Tape, named_sources
 
@@ -52,7 +54,7 @@ class Close(Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         if partial is None:
-            terms = [update.detach().to(tape.dtype)]
+            terms = [as_it_stands(update.detach(), tape.dtype, tape.sum_dtype)]
         elif tape.seed is not None:
             terms = [tape.total(partial, update, site)]
         else:
@@ -67,6 +69,7 @@ class Close(Function):
                 [("the block's sum", total)],
                 [("the partial sum", partial), ("the sublayer's output", update)],
             )
+        ctx.partial_dtype = None if partial is None else partial.dtype
         ctx.update_dtype = update.dtype
         return token.new_empty(0)
 
@@ -74,10 +77,9 @@ class Close(Function):
     def backward(ctx: Any, _token: Tensor | None) -> tuple[Any, ...]:
         tape: Tape = ctx.tape
         tape.enter()
-        gradient = tape.take(ctx.source, tape.dtype)
-        _, _, need_partial, need_update, _ = ctx.needs_input_grad
-        dupdate = gradient.to(ctx.update_dtype) if gradient is not None and need_update else None
-        return None, None, gradient if need_partial else None, dupdate, None
+        gradient = tape.take(ctx.source, tape.sum_dtype)
+        _, _, *needs, _ = ctx.needs_input_grad
+        return None, None, *to_addends(gradient, ctx.partial_dtype, ctx.update_dtype, needs), None
 
 
 class Export(Function):
@@ -94,12 +96,13 @@ class Export(Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.first, ctx.end = tape, first, len(tape.sources)
+        ctx.partial_dtype = None if partial is None else partial.dtype
         ctx.update_dtype = None if update is None else update.dtype
         exported = tape.widened(first)
         needs = tape.source_grads[first:]
         if update is not None:
-            total = update.to(tape.dtype) if partial is None else torch.add(partial, update)
-            exported.append(total.to(tape.dtype))
+            total = update if partial is None else torch.add(partial, update)
+            exported.append(total.to(tape.sum_dtype))
             needs.append(ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
         pairs = zip(exported, needs, strict=True)
         ctx.mark_non_differentiable(*(tensor for tensor, need in pairs if not need))
@@ -119,9 +122,8 @@ class Export(Function):
             else:
                 held.add_(gradient)
         dtotal = gradients[count] if len(gradients) > count else None
-        _, _, need_partial, need_update, _ = ctx.needs_input_grad
-        dupdate = dtotal.to(ctx.update_dtype) if dtotal is not None and need_update else None
-        return None, None, dtotal if need_partial else None, dupdate, None
+        _, _, *needs, _ = ctx.needs_input_grad
+        return None, None, *to_addends(dtotal, ctx.partial_dtype, ctx.update_dtype, needs), None
 
 
 class Open(Function):
@@ -207,6 +209,7 @@ class Read(Function):
         frozen = Sources(()) if phase1 is None else tape.given(0, phase1.group.num_sources)
         ctx.save_for_backward(norm_weight, total, *statistics, *frozen.flat(), *sources.flat())
         ctx.tape, ctx.site, ctx.phase1, ctx.frozen = tape, site, phase1, len(frozen.flat())
+        ctx.partial_dtype = None if partial is None else partial.dtype
         ctx.update_dtype = None if update is None else update.dtype
         if tape.record:
             tape.logits = statistics[0]
@@ -299,10 +302,25 @@ class Read(Function):
                 ],
                 [("the gradient of x", dx), ("the gradient of later sites", dtotal)],
             )
-        dupdate = None
-        if dpartial is not None and need_update:
-            dupdate = dpartial.to(ctx.update_dtype)
-        return None, None, None, None, dweight, dpartial if need_partial else None, dupdate, None
+        addends = to_addends(
+            dpartial, ctx.partial_dtype, ctx.update_dtype, (need_partial, need_update)
+        )
+        return None, None, None, None, dweight, *addends, None
+
+
+def to_addends(
+    gradient: Tensor | None,
+    partial_dtype: torch.dtype | None,
+    update_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of a sum to the partial sum and the output that were added, in their dtypes."""
+    if gradient is None:
+        return None, None
+    dpartial = gradient.to(partial_dtype) if needs[0] else None
+    if needs[1] and dpartial is not None and partial_dtype == update_dtype:
+        return dpartial, dpartial
+    return dpartial, gradient.to(update_dtype) if needs[1] else None
 
 
 def run_site(
@@ -318,10 +336,10 @@ def run_site(
     """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
     before, output = partial, update
     if partial is None and update is not None:
-        partial, update = update.to(tape.dtype), None
+        partial, update = as_it_stands(update, tape.dtype, tape.sum_dtype), None
     elif tape.seed is not None and partial is not None and update is not None:
         partial, update = tape.total(partial, update, site.index), None
-    total = partial if update is None else tape.values()
+    total = partial if update is None else tape.sum_values()
     x = tape.values()
     terms = int(phase1 is not None) + len(sources.values) + int(total is not None)
     logits = tape.floats(tape.tokens, terms)

@@ -39,7 +39,8 @@ class Given:
         needs_grad: whether each of them needs a gradient.
         received: so many of the last of them are inputs to autograd: their gradients are handed
             out. Those of the others stay in ``grads``.
-        partial: [..., D] running sum of the block in whose middle the stream begins.
+        partial: [..., D] running sum of the block in whose middle the stream begins, in the dtype
+            of sums.
         grads: source -> [..., D], the gradients added up so far. They outlive a backward pass.
     """
 
@@ -152,6 +153,7 @@ class Tape:
         scale: float,
         eps: float,
         grad_dtype: torch.dtype,
+        sum_dtype: torch.dtype,
         seed: Tensor | None,
         storage: str | None,
     ) -> None:
@@ -161,6 +163,7 @@ class Tape:
         self.scale, self.eps, self.grad_dtype = scale, eps, grad_dtype
         self.seed = seed  # of stochastic rounding
         self.shape, self.dtype, self.device = embedding.shape, embedding.dtype, embedding.device
+        self.sum_dtype = sum_dtype  # of running sums
         self.tokens = embedding.numel() // embedding.shape[-1]
         # [..., D] each; for the forward alone. In a storage mode, source 0 stays as it came and
         # has a quantised copy in ``stored``, beside the others' numbers and scales.
@@ -196,9 +199,10 @@ class Tape:
         """Appends a completed source, the sum of ``terms``, and returns its index."""
         if self.storage is not None:
             self.sources.append(self.store(terms).values)
+        elif len(terms) == 1:
+            self.sources.append(terms[0].to(self.dtype))
         else:
-            total = terms[0] if len(terms) == 1 else torch.add(*terms)
-            self.sources.append(total.to(self.dtype))
+            self.sources.append(torch.add(*terms, out=self.values()))
         self.source_grads.append(needs_grad)
         return len(self.sources) - 1
 
@@ -233,6 +237,10 @@ class Tape:
     def values(self, *lead: int) -> Tensor:
         """A fresh value [..., D] of the stream, or a stack of them."""
         return torch.empty((*lead, *self.shape), dtype=self.dtype, device=self.device)
+
+    def sum_values(self) -> Tensor:
+        """A fresh running sum [..., D]."""
+        return torch.empty(self.shape, dtype=self.sum_dtype, device=self.device)
 
     def floats(self, *shape: int) -> Tensor:
         """Fresh statistics."""

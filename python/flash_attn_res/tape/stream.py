@@ -43,6 +43,7 @@ class TapeStream(Stream):
             module.scale,
             module.eps,
             grad_dtype,
+            self._sum_dtype,
             self._seed,
             module.block_storage,
         )
