@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import pathlib
 import re
 import subprocess
@@ -10,9 +11,12 @@ import sys
 import tarfile
 import zipfile
 
+import numpy
 import pytest
+import rich
 import torch
 
+import compile_once
 import flash_attn_res
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -169,27 +173,75 @@ def test_version_is_the_same_everywhere():
         assert version not in (ROOT / name).read_text()
 
 
-def test_wheel(tmp_path):
-    """Builds a wheel, looks into it, and uses it from where it was unpacked."""
-    options = [f"--config-settings=build-dir={tmp_path / 'build'}"]
-    cache = ROOT / "build" / "python" / "CMakeCache.txt"
-    if cache.exists():
-        # `make` has compiled the library there, with these settings: no need to do it again.
-        options = [f"--config-settings=build-dir={cache.parent}"]
-        for name in ("FLASH_ATTN_RES_CUDA", "CMAKE_CUDA_ARCHITECTURES"):
-            value = re.search(rf"^{name}:\w+=(.*)$", cache.read_text(), re.MULTILINE)
-            if value:
-                options.append(f"--config-settings=cmake.define.{name}={value.group(1)}")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    flags = ["--no-build-isolation", "--no-deps", f"--wheel-dir={tmp_path}"]
-    run(*pip, "wheel", *flags, *options, str(ROOT))
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> pathlib.Path:
+    """The source distribution of this tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    program = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
+    return folder / run(sys.executable, "-c", program, folder, cwd=ROOT).split()[-1]
+
+
+# Forward and backward; queries of zero weigh both sources alike.
+PROGRAM = """
+import pathlib, torch, flash_attn_res
+from flash_attn_res import BlockAttnRes, attend
+sources = [torch.ones(3, 4, requires_grad=True), torch.full((3, 4), 3.0, requires_grad=True)]
+out = attend(sources, torch.zeros(1, 4)).out
+assert torch.equal(out, torch.full_like(out, 2.0)), out
+out.sum().backward()
+assert all(torch.equal(source.grad, torch.full((3, 4), 0.5)) for source in sources)
+attn_res = BlockAttnRes(num_sublayers=6, dim=8, block_size=2)
+embedding = torch.randn(2, 8, requires_grad=True)
+stream = attn_res.start(embedding)
+for _ in range(6):
+    stream.write(torch.tanh(stream.read(torch.ones(8))))
+stream.finish(torch.ones(8)).sum().backward()
+assert embedding.grad.isfinite().all() and attn_res.queries.grad.isfinite().all()
+print(flash_attn_res.__file__, flash_attn_res.__version__)
+"""
+
+
+def test_wheel(sdist, tmp_path):
+    """Built from the source distribution and used where nothing of this tree is to be found."""
+    wheel = build_wheel(sdist, tmp_path)
+    look_into(wheel)
+    python = empty_environment(tmp_path / "venv")
+    pip = ("-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps")
+    run(python, *pip, wheel)
+    alone = {"cwd": tmp_path, "env": {"PATH": str(python.parent), "HOME": str(tmp_path)}}
+    where, version = run(python, "-c", PROGRAM, **alone).split()
+    assert pathlib.Path(where).is_relative_to(tmp_path / "venv")
+    assert version == importlib.metadata.version("flash-attn-res")
+    command = python.with_name("flash-attn-res")
+    assert run(command, "--version", **alone) == f"flash-attn-res {version}\n"
+    assert "train" in run(command, "--help", **alone)
+    found = json.loads(run(command, "doctor", "--json", **alone))
+    assert pathlib.Path(found["library"]).is_relative_to(tmp_path / "venv")
+    assert found["checks"]
+    assert not any(check["error"] for check in found["checks"])
+
+
+def build_wheel(sdist: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """What pip makes of it, without CUDA and without the network."""
+    options = [f"build-dir={folder / 'build'}", "cmake.define.FLASH_ATTN_RES_CUDA=OFF"]
+    # To compile all of it takes minutes; `make` has compiled the same sources in the tree.
+    if compile_once.known(ROOT, ROOT / "build" / "python", folder / "known.json"):
+        launcher = f"{sys.executable};{compile_once.__file__};{folder / 'known.json'}"
+        options.append(f"cmake.define.CMAKE_CXX_COMPILER_LAUNCHER={launcher}")
+    run(
+        *(sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", sdist),
+        *("--no-build-isolation", "--no-deps", "--no-index", f"--wheel-dir={folder}"),
+        *(f"--config-settings={option}" for option in options),
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def look_into(wheel: pathlib.Path) -> None:
     # One file for every Python 3 and every PyTorch from 2.10 on.
     assert re.fullmatch(r"flash_attn_res-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
-
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        archive.extractall(tmp_path / "site")
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
         (scripts,) = (archive.read(n).decode() for n in names if n.endswith("/entry_points.txt"))
     package = {name for name in names if ".dist-info/" not in name}
@@ -206,19 +258,6 @@ def test_wheel(tmp_path):
     assert "Requires-Dist: torch>=2.10" in metadata
     assert "flash-attn-res = flash_attn_res.cli:main" in scripts
 
-    python = empty_environment(tmp_path / "venv")
-    run(python, *pip[1:], "install", "--no-index", "--no-deps", wheel)
-    program = """
-import torch, flash_attn_res
-result = flash_attn_res.attend([torch.ones(3, 4)], torch.zeros(1, 4))
-print(flash_attn_res.__file__, float(result.out.sum()), flash_attn_res.__version__)
-"""
-    where, total, version = run(python, "-c", program, cwd=tmp_path).split()
-    assert pathlib.Path(where).is_relative_to(tmp_path / "venv")
-    assert float(total) == 12.0
-    assert version == importlib.metadata.version("flash-attn-res")
-    assert "train" in run(python.with_name("flash-attn-res"), "--help", cwd=tmp_path)
-
 
 def empty_environment(folder: pathlib.Path) -> pathlib.Path:
     """A fresh virtual environment, which sees PyTorch and knows nothing of this package."""
@@ -226,16 +265,15 @@ def empty_environment(folder: pathlib.Path) -> pathlib.Path:
     (site,) = folder.glob("lib/python*/site-packages")
     # A folder that a .pth file names is searched, but its own .pth files, and so the editable
     # install of this package, are not.
-    (site / "torch.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent))
+    needed = {pathlib.Path(module.__file__).parents[1] for module in (torch, numpy, rich)}
+    (site / "torch.pth").write_text("\n".join(map(str, needed)))
     return folder / "bin" / "python"
 
 
-def test_sdist_holds_all_that_a_build_reads(tmp_path):
+def test_sdist_holds_all_that_a_build_reads(sdist):
     """Byte for byte: what is built from it is what is built from the tree."""
-    program = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
-    name = run(sys.executable, "-c", program, tmp_path, cwd=ROOT).split()[-1]
-    with tarfile.open(tmp_path / name) as archive:
-        prefix = name.removesuffix(".tar.gz")
+    with tarfile.open(sdist) as archive:
+        prefix = sdist.name.removesuffix(".tar.gz")
         held = {
             member.name.removeprefix(f"{prefix}/"): archive.extractfile(member).read()
             for member in archive
