@@ -95,8 +95,8 @@ class Stage(nn.Module):
         weight = whole.queries
         self.attn_res = StageAttnRes(
             layout, stage, whole.dim, forms=whole.forms, group_blocks=whole.group_blocks,
-            grad_dtype=whole.grad_dtype, block_storage=whole.block_storage, device=weight.device,
-            dtype=weight.dtype, **more,
+            grad_dtype=whole.grad_dtype, block_storage=whole.block_storage,
+            sum_dtype=whole.sum_dtype, device=weight.device, dtype=weight.dtype, **more,
         )  # fmt: skip
         sites, sublayers = layout.sites(stage), layout.sublayers(stage)
         with torch.no_grad():
@@ -404,6 +404,32 @@ def pipeline_sends_blocks_as_they_are_stored(process: Process) -> None:
 
 
 @check
+def pipeline_with_float32_sums(process: Process) -> None:
+    """The running sum travels in float32, where a stage ends in the middle of a block."""
+    P = process.world
+    for virtual, block, storage in ((1, 3, None), (2, 3, None), (2, 8, None), (2, 3, "float16")):
+        result = run_pipeline(
+            *(process, 4 * P, block),
+            virtual=virtual,
+            dtype=torch.bfloat16,
+            sum_dtype=torch.float32,
+            block_storage=storage,
+            payload=None if storage is None else Stored(storage),
+        )
+        _, (_, layout, *_), stages = result
+        if storage is None:
+            assert_pipeline(result)
+        for stage in stages:
+            if stage.is_last:
+                continue
+            received = layout.received(stage.stage_index + 1)
+            stored = 0 if storage is None else len(received) - (0 in received)
+            token = 2 * DIM * (len(received) - stored) + (2 * DIM + 2) * stored
+            token += 4 * DIM * layout.has_partial(stage.stage_index + 1)
+            assert stage.sent_bytes["forward"] == 4 * 10 * token
+
+
+@check
 def pipeline_without_gradients(process: Process) -> None:
     network = make_network(process, 8, 3, torch.float32)
     layout = PipelineLayout.even(8, 3, process.world, 2)
@@ -459,6 +485,7 @@ def pipeline_errors_are_seen_by_every_rank(process: Process) -> None:
         ("query_dim", {"query_dim": 16}, f"16, expected {DIM}"),
         ("block_storage", {"block_storage": "float8"}, "float8, expected None"),
         ("grad_dtype", {"grad_dtype": None}, "None, expected torch.float32"),
+        ("sum_dtype", {"sum_dtype": torch.float32}, "torch.float32, expected None"),
     ):
         part_of = StageAttnRes(even, process.rank, DIM, **(options if last else {}))
         with pytest.raises((TypeError, ValueError), match=f"{where}: {name} is {value} as of rank"):
@@ -491,7 +518,7 @@ def pipeline_errors_are_seen_by_every_rank(process: Process) -> None:
     with pytest.raises(ValueError, match="rank 1, stage 1: missing block: 1 tensors were given"):
         second.resume(value)
     if interleaved.values_received(1) > 1:
-        with pytest.raises(TypeError, match=r"rank 1, stage 1: value 1 is torch\.bfloat16"):
+        with pytest.raises(TypeError, match=r"rank 1, stage 1: the running sum is torch\.bfloat16"):
             second.resume(value, value.bfloat16())
 
 
@@ -606,13 +633,14 @@ def sequence_shards_with_phase_1_ahead(process: Process) -> None:
     """Against one process by the formulas; and on a side stream, the same bits every time."""
     for dtype in (torch.float32, torch.bfloat16):
         phase_1_ahead(process, dtype)
+    phase_1_ahead(process, torch.bfloat16, sum_dtype=torch.float32)
 
 
-def phase_1_ahead(process: Process, dtype: torch.dtype) -> None:
+def phase_1_ahead(process: Process, dtype: torch.dtype, **options) -> None:
     cuda = process.device.type == "cuda"
     dim, tokens = (1024, 2049) if cuda else (DIM, 9)
     torch.manual_seed(5)
-    network = Network(12, 4, dim=dim)
+    network = Network(12, 4, dim=dim, **options)
     network.layers = nn.ModuleList(Parts(SwiGlu(dim), process.world) for _ in range(12))
     network.to(process.device, dtype)
     x = torch.randn(tokens, 2, dim).to(process.device, dtype)

@@ -440,6 +440,59 @@ def test_a_stored_bank_is_the_stream_that_stores(storage: str) -> None:
     assert (y - want).norm() <= 2 * bound * want.norm()
 
 
+@pytest.mark.parametrize("storage", [None, "float8"])
+@pytest.mark.parametrize("mode", ["one_shot", "two_phase"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_running_sum(dtype: torch.dtype, mode: str, storage: str | None) -> None:
+    """Site by site with the functional API; the row of a boundary is the sum, rounded once."""
+    L, S, D, T = 11, 4, 72, 3
+    toy = Toy(L, D, dtype)
+    embedding = torch.randn(T, D).to(dtype)
+    runner = Runner(
+        toy.weights,
+        block_size=S,
+        max_tokens=T,
+        dtype=dtype,
+        mode=mode,
+        storage=storage,
+        sum_dtype=torch.float32,
+    )
+    step, rows = runner.start(embedding), []
+    total, output = embedding, None
+    u = toy.weights.queries
+    for site in range(L + 1):
+        x = (step.read() if site < L else step.finish()).clone()
+        if output is not None:
+            total = output.float() if total is None else total + output
+        if site % S == 0 and site < L and storage is None:
+            total = total.to(dtype)
+        given = {"sources": rows, "partial": total, "norm_weight": toy.norms[site], "eps": 1e-5}
+        if mode == "two_phase" and rows:
+            phase1 = attend(rows, u[site : site + 1], eps=1e-5, dtype=dtype)
+            given |= {"sources": (), "phase1": (phase1.out[0], phase1.lse[0])}
+        want = read(u[site] if rows else None, **given, dtype=dtype).x
+        assert torch.equal(x, want), site
+        if site < L and site % S == 0:
+            row = runner.bank.row(site // S, T) if storage is None else None
+            if row is not None:
+                assert torch.equal(row, total)
+                rows.append(total)
+            else:
+                stored = runner.bank.stored_row(site // S, T)
+                wanted = quantize(total, "float8")
+                assert torch.equal(stored.values.float(), wanted.values.float())
+                rows.append(wanted.dequantize())  # what float32 holds exactly
+            total = None
+        if site < L:
+            output = toy.sublayer(site, x)
+            step.write(output)
+
+
+def test_errors_of_the_sum_dtype() -> None:
+    with pytest.raises(ValueError, match=r"sum_dtype is torch.bfloat16, expected torch.float32"):
+        Runner(Toy(4, 8).weights, block_size=2, max_tokens=1, sum_dtype=torch.bfloat16)
+
+
 def test_a_step_with_a_stored_bank_allocates_nothing() -> None:
     toy = Toy(8, 32, torch.bfloat16)
     runner = Runner(toy.weights, block_size=2, max_tokens=4, mode="two_phase", storage="float8")

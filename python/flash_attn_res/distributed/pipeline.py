@@ -197,11 +197,17 @@ class StageAttnRes(BlockAttnRes):
         received = layout.received(stage)
         grad = torch.is_grad_enabled()
         # A stream begins with values; it stores them again, but for what is stored already.
-        like = values[0] if values else partial
         kept = held.sources[:known]
+        like = values[0] if values else kept[0]
+        wanted = self.sum_dtype_of(like.dtype)
+        if partial is not None and partial.dtype != wanted:
+            raise TypeError(
+                f"{op}: the running sum is {partial.dtype}, expected {wanted}, the dtype of sums "
+                f"in a stream of {like.dtype}"
+            )
         for source, item in enumerate(held.stored[:known]):
             stored[source] = item
-            if source > 0 and like is not None:
+            if source > 0:
                 kept[source] = item.dequantize(like.dtype)
         given = Given(
             sources=[*kept, *values],
@@ -252,8 +258,9 @@ class StageAttnRes(BlockAttnRes):
         """The values, and by source what came as this stage stores it."""
         received = self.layout.received(self.stage)
         formats = formats_of(self.layout, self.stage, self.payload)
-        like = torch.empty((1, self.dim), dtype=self.stream_dtype, device="meta")
-        counts = [len(form.encode(like)) for form in formats]
+        dtypes = dtypes_of(self, self.stage, self.stream_dtype)
+        likes = [torch.empty((1, self.dim), dtype=dtype, device="meta") for dtype in dtypes]
+        counts = [len(form.encode(like)) for form, like in zip(formats, likes, strict=True)]
         if len(tensors) != sum(counts):
             parts = f"the sources {spans(received)}" if received else "no source"
             if self.layout.has_partial(self.stage):
@@ -265,16 +272,17 @@ class StageAttnRes(BlockAttnRes):
         values: list[Tensor] = []
         stored: dict[int, QuantizedSource] = {}
         rest = iter(tensors)
-        for source, (form, count) in enumerate(zip(formats, counts, strict=True), received.start):
+        wires = zip(formats, dtypes, counts, strict=True)
+        for source, (form, dtype, count) in enumerate(wires, received.start):
             parts_of = [next(rest) for _ in range(count)]
-            dtype = parts_of[0].dtype if isinstance(form, Plain) else self.stream_dtype
             values.append(decode(form, parts_of, dtype))
             if isinstance(form, Stored) and form.mode == self.block_storage:
                 stored[source] = form.unpack(parts_of)
         for index, value in enumerate(values):
             _check.leading(op, f"value {index}", value)
             _check.value(op, f"value {index}", value, "value 0", values[0])
-            _check.same_dtype(op, f"value {index}", value, "value 0", values[0])
+            if index < len(received):
+                _check.same_dtype(op, f"value {index}", value, "value 0", values[0])
         return values, stored
 
     def _begin(
@@ -304,6 +312,13 @@ def formats_of(layout: PipelineLayout, stage: int, payload: Payload) -> list[Pay
     plain = Plain() if isinstance(payload, Stored) else payload
     formats = [payload if source > 0 else plain for source in layout.received(stage)]
     return [*formats, plain] if layout.has_partial(stage) else formats
+
+
+def dtypes_of(attn_res: StageAttnRes, stage: int, dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtype of each value that a stage receives, the running sum last."""
+    layout = attn_res.layout
+    dtypes = [dtype for _ in layout.received(stage)]
+    return [*dtypes, attn_res.sum_dtype_of(dtype)] if layout.has_partial(stage) else dtypes
 
 
 def _nothing() -> None:
@@ -543,9 +558,11 @@ def _wires(
     value = torch.empty(shape, dtype=dtype, device="meta")
 
     def wire(stage: int) -> tuple[Tensor, ...]:
-        formats = formats_of(layout, stage, payload)
-        parts = [item for form in formats for item in form.encode(value)]
-        return tuple(item.requires_grad_() for item in parts)
+        formats = zip(
+            formats_of(layout, stage, payload), dtypes_of(attn_res, stage, dtype), strict=True
+        )
+        parts = [item for form, own in formats for item in form.encode(value.to(own))]
+        return tuple(item.detach().requires_grad_() for item in parts)
 
     inputs = wire(stage) if stage > 0 else (value,)
     last = stage == layout.num_stages - 1
@@ -612,6 +629,7 @@ def _describe(
         "key_weight": str(attn_res.key_weight is not None),
         "block_storage": str(attn_res.block_storage),
         "grad_dtype": str(attn_res.grad_dtype),
+        "sum_dtype": str(attn_res.sum_dtype),
         "shape": str(list(shape)),
         "dtype": str(dtype),
         "payload": payload.name,
@@ -633,7 +651,7 @@ def _compare(gathered: Sequence[tuple[str, str, dict[int, dict[str, str]]]]) -> 
     for stage, rank, described in everything:
         for name, value in described.items():
             if value != first[name]:
-                typed = name in ("dtype", "grad_dtype", "payload")
+                typed = name in ("dtype", "grad_dtype", "sum_dtype", "payload")
                 kind_of = TypeError if typed else ValueError
                 raise kind_of(
                     f"make_stages: rank {rank}, stage {stage}: {name} is {value}, expected "

@@ -136,6 +136,8 @@ class Runner:
         storage: of the bank: ``"float16"`` or ``"float8"`` with scales, see :class:`BlockBank`. A
             snapshot is rounded once more and read so from then on; that takes one more launch a
             block. The site at a boundary reads the sum as it is.
+        sum_dtype: of the running sum: float32, or None for ``dtype``. A float32 sum is rounded
+            once, to a row of the bank; the site at that boundary reads the row's values.
         bank: to use in place of one of its own.
 
     Raises:
@@ -158,6 +160,7 @@ class Runner:
         power_of_two_scale: bool = False,
         round_mix: bool = False,
         storage: str | None = None,
+        sum_dtype: torch.dtype | None = None,
         bank: BlockBank | None = None,
     ) -> None:
         op = type(self).__name__
@@ -180,6 +183,10 @@ class Runner:
             raise ValueError(f"{op}: fp8 is {fp8!r}, expected None, 'token' or 'group'")
         if power_of_two_scale and fp8 is None:
             raise ValueError(f"{op}: power_of_two_scale was given without fp8")
+        if sum_dtype not in (torch.float32, None):
+            raise ValueError(
+                f"{op}: sum_dtype is {sum_dtype}, expected torch.float32, or None for dtype"
+            )
         self.mode, self.round_mix = mode, bool(round_mix)
         self.power_of_two_scale = bool(power_of_two_scale)
         self.num_sublayers = weights.num_sublayers
@@ -205,7 +212,7 @@ class Runner:
             raise ValueError(f"{op}: storage is {storage!r} but that of bank is {bank.storage!r}")
         self._check_bank(op, bank, dim, dtype, device)
         self.bank = bank
-        self._prefix = torch.empty(max_tokens, dim, dtype=dtype, device=device)  # [T, D]
+        self._prefix = torch.empty(max_tokens, dim, dtype=sum_dtype or dtype, device=device)
         self._x = torch.empty(max_tokens, dim, dtype=dtype, device=device)  # [T, D]
         self._x_fp8 = self._x_scale = None
         if fp8 is not None:
@@ -264,9 +271,9 @@ class Runner:
                 f"{op}: {name} has shape {_check.shape_text(given)}, expected at most "
                 f"{self.max_tokens} tokens, the runner's max_tokens"
             )
-        if given.dtype != self._prefix.dtype:
-            raise TypeError(f"{op}: {name} is {given.dtype}, expected {self._prefix.dtype}")
-        _check.same_device(op, name, given, "the runner's memory", self._prefix)
+        if given.dtype != self._x.dtype:
+            raise TypeError(f"{op}: {name} is {given.dtype}, expected {self._x.dtype}")
+        _check.same_device(op, name, given, "the runner's memory", self._x)
         if given.shape[-1] > 1 and given.stride(-1) != 1:
             raise ValueError(
                 f"{op}: {name} has stride {given.stride(-1)} in its last dimension, expected 1"
@@ -379,7 +386,7 @@ class Runner:
         """
         schedule = self._schedule(self.max_tokens)
         # Of the shape and dtype that a step's own tensors have.
-        update, mix = torch.empty_like(self._prefix), torch.empty_like(self._prefix)
+        update, mix = torch.empty_like(self._x), torch.empty_like(self._x)
         needs = [
             torch.ops.flash_attn_res.read_out_workspace(
                 *self._read_arguments(site, update, () if i == 0 else (update,), mix)
