@@ -46,6 +46,7 @@ class Mode:
     stream_dtype: str
     block_storage: str | None = None
     stochastic: bool = False
+    sum_dtype: str | None = None
     perturbed: bool = False
 
 
@@ -54,6 +55,7 @@ MODES = {
     CONTROL: Mode("float32", perturbed=True),
     "bfloat16": Mode("bfloat16"),
     "bfloat16 stochastic": Mode("bfloat16", stochastic=True),
+    "float32 sums": Mode("bfloat16", sum_dtype="float32"),
     "float16 blocks": Mode("bfloat16", block_storage="float16"),
     "float8 blocks": Mode("bfloat16", block_storage="float8"),
 }
@@ -125,6 +127,7 @@ def train(
         stream_dtype=mode.stream_dtype,
         block_storage=mode.block_storage,
         stochastic_rounding=seed if mode.stochastic else None,
+        sum_dtype=mode.sum_dtype,
     )
     model = LanguageModel(config, seed=seed).to(device)
     if mode.perturbed:
@@ -275,6 +278,7 @@ COLORS = {
     CONTROL: "#a5adb8",
     "bfloat16": "#1f6fd6",
     "bfloat16 stochastic": "#2b8a3e",
+    "float32 sums": "#0c8599",
     "float16 blocks": "#9c36b5",
     "float8 blocks": "#e8590c",
 }

@@ -49,6 +49,7 @@ class ModelConfig:
     stream_dtype: str | None = None  # of the residual stream, if another than that of products
     block_storage: str | None = None  # as of BlockAttnRes
     stochastic_rounding: int | None = None  # as of BlockAttnRes
+    sum_dtype: str | None = None  # as of BlockAttnRes
 
     @property
     def sublayers(self) -> int:
@@ -249,6 +250,7 @@ def make_residual(config: ModelConfig) -> PlainResidual | BlockAttnRes:
             eps=NORM_EPS,
             block_storage=config.block_storage,
             stochastic_rounding=config.stochastic_rounding,
+            sum_dtype=None if config.sum_dtype is None else DTYPES[config.sum_dtype],
         )
     except ValueError as error:
         raise CliError(

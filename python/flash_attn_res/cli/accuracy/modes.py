@@ -168,7 +168,7 @@ MODES = {
         Mode("bf16", _BF16, _BF16, bar="bf16"),
         Mode("fp16", _FP16, _FP16, bar="fp16"),  # without a scale
         Mode("fp32", _FP32, _FP32, bar="fp32"),
-        Mode("bf16 + fp32 sum", _BF16, _FP32, SUMS, "bf16"),
+        Mode("bf16 + fp32 sum", _BF16, _FP32, SUMS, "bf16", {"sum_dtype": _FP32}),
         Mode(
             "bf16 + fp16 blocks", _BF16, _BF16, READS_BLOCKS, "bf16", {"block_storage": "float16"}
         ),

@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 from flash_attn_res import BlockAttnRes
 from flash_attn_res.cli.accuracy import peers
 from flash_attn_res.cli.accuracy.families import generator_for, storable
-from flash_attn_res.cli.accuracy.modes import Mode, run
+from flash_attn_res.cli.accuracy.modes import Mode
 
 BLOCK_SIZE = 8
 TOKENS, DIM = 64, 128
@@ -146,7 +146,7 @@ def of_package(name: str, create: Callable[[peers.Case], peers.Function]) -> For
             h = create(case("merge", 0, 1, x["embedding"]))(values)[0]
             return norm(h, x["weight"][index]), partial
 
-        return two_phase(network, x, attend, norm, advance, x["embedding"].dtype)
+        return two_phase(network, x, attend, norm, advance)
 
     return forward
 
@@ -157,7 +157,6 @@ def two_phase(
     attend: Callable[[list[Tensor], slice], list[Tensor]],
     norm: Callable[[Tensor, Tensor], Tensor],
     advance: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]],
-    partial_dtype: torch.dtype,
 ) -> Tensor:
     """Phase 1 once a block, then a merge a site; the output's site reads all blocks."""
     L = network.num_sublayers
@@ -173,42 +172,15 @@ def two_phase(
                 h, partial = advance(index, out[index - first], lse[index - first], partial, update)
             output = network.layer(index, h)
             if partial is None:
-                partial = output.to(partial_dtype)
+                partial = output
             else:
                 update = output
         assert partial is not None
-        total = partial if update is None else (partial + update).to(partial_dtype)
-        sources.append(total.to(x["embedding"].dtype))
+        sources.append(partial if update is None else partial + update)
     out, _ = attend(sources, slice(L, L + 1))
     return norm(out[0], x["weight"][-1])
 
 
 def of_mode(mode: Mode) -> Forward:
-    """This package's network: the stream where one dtype serves, else its two operations."""
-    if mode.value == mode.partial:
-        return lambda network, x: stream(network, x, **mode.options)
-
-    def forward(network: Network, x: dict[str, Tensor]) -> Tensor:
-        def attend(sources: list[Tensor], rows: slice) -> list[Tensor]:
-            values = {"sources": torch.stack(sources)}
-            return run("phase1", values | {n: x[n][rows] for n in ("queries", "key_weight")})
-
-        def norm(h: Tensor, weight: Tensor) -> Tensor:
-            from flash_attn_res import read
-
-            return read(sources=[h], norm_weight=weight, eps=peers.EPS).x
-
-        def advance(
-            index: int, o: Tensor, lse: Tensor, partial: Tensor, update: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            values = site_inputs(x, index) | {"o": o, "lse": lse, "partial": partial}
-            values["weight"] = x["weight"][index]
-            if update is None:
-                return run("merge", values)[0], partial
-            values["update"] = update
-            h, total = run("advance", values)
-            return h, total
-
-        return two_phase(network, x, attend, norm, advance, mode.partial)
-
-    return forward
+    """This package's network."""
+    return lambda network, x: stream(network, x, **mode.options)
