@@ -4,7 +4,8 @@
 //
 // Every row reports GB/s = bytes that the operation must move / time, and percent_of_copy = GB/s
 // over the rate of a copy past the caches with as many threads, bytes read and written alike,
-// measured right after it. Working sets are far larger than the last-level cache.
+// measured right after it. Working sets are far larger than the last-level cache. The rows "sum"
+// only read: an operation that reads N rows for each that it writes lies between them and a copy.
 
 #include <benchmark/benchmark.h>
 
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -207,6 +209,35 @@ void BM_copy(benchmark::State& state) {
   omp_set_num_threads(before);
 #endif
   report(state, 2 * from.bytes());
+}
+
+/// Adds up what it reads, 8 bytes a time, in as many chains as hide the latency of an addition.
+uint64_t sum_piece(const unsigned char* from, int64_t bytes) {
+  constexpr int64_t kChains = 32;
+  uint64_t sums[kChains] = {};
+  for (int64_t i = 0; i + 8 * kChains <= bytes; i += 8 * kChains) {
+    for (int64_t c = 0; c < kChains; ++c) {
+      uint64_t value;
+      std::memcpy(&value, from + i + 8 * c, 8);
+      sums[c] += value;
+    }
+  }
+  return std::accumulate(sums, sums + kChains, uint64_t{0});
+}
+
+void BM_sum(benchmark::State& state) {
+  constexpr int64_t kPiece = 1 << 17;
+  Buffer from(kWorkingSet);
+  std::memset(from.data(), 1, static_cast<size_t>(from.bytes()));
+  for (auto _ : state) {
+    uint64_t sum = 0;
+#pragma omp parallel for schedule(dynamic, 1) reduction(+ : sum)
+    for (int64_t at = 0; at < from.bytes(); at += kPiece) {
+      sum += sum_piece(from.data() + at, std::min(kPiece, from.bytes() - at));
+    }
+    benchmark::DoNotOptimize(sum);
+  }
+  report(state, from.bytes());
 }
 
 // ------------------------------------------------------------------------------- operations
@@ -474,6 +505,7 @@ void add_all() {
   if (all > 1) {
     copies->Arg(all);
   }
+  benchmark::RegisterBenchmark("sum", BM_sum)->UseRealTime()->Unit(benchmark::kMillisecond);
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
     for (const int64_t N : {4, 8}) {
       for (const int64_t S : {1, 8}) {

@@ -27,6 +27,65 @@ FLASH_ATTN_RES_INLINE float inverse_rms(float square_sum, int64_t count, float e
   return 1.0f / __builtin_sqrtf(square_sum / static_cast<float>(count) + eps);
 }
 
+/// From the products of token t, in w.logits, and the sums of squares, in w.inv_rms, to its
+/// probabilities; stores what the caller asked for.
+inline void attend_statistics(const AttendParams& p, const AttendScratch& w, int64_t t) {
+  for (int64_t n = 0; n < p.N; ++n) {
+    w.inv_rms[n] = inverse_rms(w.inv_rms[n], p.R, p.eps);
+    if (given(p.inv_rms)) {
+      put_float(p.inv_rms, t, n, w.inv_rms[n]);
+    }
+  }
+  for (int64_t s = 0; s < p.S; ++s) {
+    for (int64_t n = 0; n < p.N; ++n) {
+      w.logits[s * p.N + n] *= p.scale * w.inv_rms[n];
+    }
+  }
+  softmax_rows(w.logits, p.S, p.N, w.probs, w.lse);
+  for (int64_t s = 0; s < p.S; ++s) {
+    put_float(p.lse, s, t, w.lse[s]);
+  }
+  for (int64_t i = 0; given(p.logits) && i < p.S * p.N; ++i) {
+    put_float(p.logits, t, i, w.logits[i]);
+  }
+  for (int64_t i = 0; given(p.probs) && i < p.S * p.N; ++i) {
+    put_float(p.probs, t, i, w.probs[i]);
+  }
+}
+
+/// A single query has but one use for each source, for which a packed copy would be made in vain:
+/// both visits are of the rows themselves.
+template <class Ev, class Eo>
+inline void attend_tokens_of_one(const AttendParams& p, const AttendScratch& w, int64_t begin,
+                                 int64_t end) {
+  const int64_t key_start = p.D - p.R;
+  Reader<Ev> v[kMaxSources];    // (N) rows of D
+  Reader<Ev> key[kMaxSources];  // (N) rows of R
+  const Reader<Float32> query = reader<Float32>(p.queries, 0);
+  pack<Ev>(&query, 1, p.R, w.queries);
+  const Reader<Packed> u = {w.queries};
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t n = 0; n < p.N; ++n) {
+      v[n] = source_reader<Ev>(p.sources, p.source_scales, n, t);
+      key[n] = v[n].from(key_start);
+    }
+    dots<Sweep::kFirstWithSquares>(u, key, p.N, p.R, w.logits, w.inv_rms);
+    attend_statistics(p, w, t);
+    const Writer<Eo> out = writer<Eo>(p.out[0], t, p.stream);
+    for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
+      Pair h[1];
+      for (int64_t n = 1; n < p.N; n += 2) {
+        v[n].prefetch(i);  // the dot products fetch the others
+      }
+      mixture_at<1>(v, p.N, w.probs, i, part, h);
+      out.put(i, h[0], part);
+    });
+  }
+  if (p.stream) {
+    stream_fence();
+  }
+}
+
 template <class Ev, class Eo>
 inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t begin,
                           int64_t end) {
@@ -65,27 +124,7 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
     for (int64_t s = 0; s < p.S; ++s) {
       out[s] = writer<Eo>(p.out[s], t, stream);
     }
-    for (int64_t n = 0; n < p.N; ++n) {
-      w.inv_rms[n] = inverse_rms(w.inv_rms[n], p.R, p.eps);
-      if (given(p.inv_rms)) {
-        put_float(p.inv_rms, t, n, w.inv_rms[n]);
-      }
-    }
-    for (int64_t s = 0; s < p.S; ++s) {
-      for (int64_t n = 0; n < p.N; ++n) {
-        w.logits[s * p.N + n] *= p.scale * w.inv_rms[n];
-      }
-    }
-    softmax_rows(w.logits, p.S, p.N, w.probs, w.lse);
-    for (int64_t s = 0; s < p.S; ++s) {
-      put_float(p.lse, s, t, w.lse[s]);
-    }
-    for (int64_t i = 0; given(p.logits) && i < p.S * p.N; ++i) {
-      put_float(p.logits, t, i, w.logits[i]);
-    }
-    for (int64_t i = 0; given(p.probs) && i < p.S * p.N; ++i) {
-      put_float(p.probs, t, i, w.probs[i]);
-    }
+    attend_statistics(p, w, t);
   }
   if (begin < end) {
     const auto mix_last = [&](const float* packed, int64_t start, int64_t count) {
@@ -102,25 +141,33 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
   }
 }
 
+template <class Ev, class Eo>
+inline void attend_of(const AttendParams& p, const AttendScratch& w, int64_t begin, int64_t end) {
+  if (p.S == 1) {
+    return attend_tokens_of_one<Ev, Eo>(p, w, begin, end);
+  }
+  attend_tokens<Ev, Eo>(p, w, begin, end);
+}
+
 inline void attend(const AttendParams& p, const AttendScratch& w, int64_t begin, int64_t end) {
   const DType dtype = p.sources[0].dtype;
   const bool uniform = p.out[0].dtype == dtype && p.source_scales == nullptr;
   if (uniform && dtype == DType::kFloat32) {
-    return attend_tokens<Float32, Float32>(p, w, begin, end);
+    return attend_of<Float32, Float32>(p, w, begin, end);
   }
   if (uniform && dtype == DType::kBFloat16) {
-    return attend_tokens<BFloat16, BFloat16>(p, w, begin, end);
+    return attend_of<BFloat16, BFloat16>(p, w, begin, end);
   }
   if (uniform && dtype == DType::kFloat16) {
-    return attend_tokens<Float16, Float16>(p, w, begin, end);
+    return attend_of<Float16, Float16>(p, w, begin, end);
   }
   if (p.source_scales != nullptr && dtype == DType::kFloat16) {
-    return attend_tokens<Scaled<Float16>, AnyFloat>(p, w, begin, end);
+    return attend_of<Scaled<Float16>, AnyFloat>(p, w, begin, end);
   }
   if (p.source_scales != nullptr && dtype == DType::kFloat8E4M3) {
-    return attend_tokens<Scaled<Float8>, AnyFloat>(p, w, begin, end);
+    return attend_of<Scaled<Float8>, AnyFloat>(p, w, begin, end);
   }
-  attend_tokens<AnyFloat, AnyFloat>(p, w, begin, end);
+  attend_of<AnyFloat, AnyFloat>(p, w, begin, end);
 }
 
 }  // namespace flash_attn_res::cpu::FLASH_ATTN_RES_TARGET

@@ -113,11 +113,46 @@ inline void attend_gradients(const AttendBackwardParams& p, const AttendBackward
   }
 }
 
+/// The same for a single query, whose second visit is of the rows v themselves, from `start` on.
+template <class Ev, class Es>
+inline void attend_gradients_of_one(const AttendBackwardParams& p, const AttendBackwardScratch& w,
+                                    int64_t t, const Reader<Ev>* v, int64_t start, int64_t count,
+                                    bool keyed) {
+  if (keyed && w.recent != nullptr) {
+    accumulate(v, p.N, w.dp, 0, w.recent, 0, 1, 0, count);
+  }
+  if (p.dsources == nullptr) {
+    return;
+  }
+  const Reader<Packed> u = {w.queries};
+  const Reader<Packed> dh = {keyed ? w.dh_key : w.dh_plain};
+  Reader<Es> old[kMaxSources];  // (N)
+  Writer<Es> dv[kMaxSources];   // (N)
+  for (int64_t n = 0; n < p.N; ++n) {
+    old[n] = held<Es>(p.dsources[n], t).from(start);
+    dv[n] = writer<Es>(p.dsources[n], t, p.stream).from(start);
+  }
+  const GradientRows<Ev, Es> rows = {1,
+                                     p.N,
+                                     p.dout != nullptr ? &dh : nullptr,
+                                     w.probs,
+                                     keyed ? &u : nullptr,
+                                     w.dp,
+                                     v,
+                                     w.key_factor,
+                                     p.accumulate_dsources ? old : nullptr,
+                                     dv,
+                                     p.dout != nullptr,  // dots have fetched the even rows
+                                     0};
+  gradients(rows, p.N, count);
+}
+
 /// Ev is the type of the sources, E that of dout and of dsources. Both have the same order.
 template <class Ev, class E>
 inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBackwardScratch& w,
                                    int64_t begin, int64_t end) {
   const int64_t key_start = p.D - p.R;
+  const bool one = p.S == 1;       // nothing is packed but dout
   Reader<Float32> u[kMaxQueries];  // (S) rows of R
   Reader<E> dout[kMaxQueries];     // (S) rows of D or R
   Reader<Ev> v[kMaxSources];       // (N) rows of D
@@ -147,21 +182,34 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
       }
       if (key_start > 0) {
         pack<E>(dout, p.S, key_start, w.dh_plain);
-        dots_packing<Sweep::kFirst>(w.dh_plain, p.S, v, p.N, key_start, w.v_plain, w.dp_plain,
-                                    nullptr);
+        if (one) {
+          dots<Sweep::kFirst>(Reader<Packed>{w.dh_plain}, v, p.N, key_start, w.dp_plain, nullptr);
+        } else {
+          dots_packing<Sweep::kFirst>(w.dh_plain, p.S, v, p.N, key_start, w.v_plain, w.dp_plain,
+                                      nullptr);
+        }
       }
       for (int64_t s = 0; s < p.S; ++s) {
         dout[s] = dout[s].from(key_start);
       }
       pack<E>(dout, p.S, p.R, w.dh_key);
-      dots_packing<Sweep::kFirst>(w.dh_key, p.S, key, p.N, p.R, w.v_key, w.dp, nullptr);
-    } else {
+      if (one) {
+        dots<Sweep::kFirst>(Reader<Packed>{w.dh_key}, key, p.N, p.R, w.dp, nullptr);
+      } else {
+        dots_packing<Sweep::kFirst>(w.dh_key, p.S, key, p.N, p.R, w.v_key, w.dp, nullptr);
+      }
+    } else if (!one) {
       pack<Ev>(key, p.N, p.R, w.v_key);
     }
     attend_factors(p, w, t);
 
-    attend_gradients<E>(p, w, t, 0, key_start, false);
-    attend_gradients<E>(p, w, t, key_start, p.R, true);
+    if (one) {
+      attend_gradients_of_one<Ev, E>(p, w, t, v, 0, key_start, false);
+      attend_gradients_of_one<Ev, E>(p, w, t, key, key_start, p.R, true);
+    } else {
+      attend_gradients<E>(p, w, t, 0, key_start, false);
+      attend_gradients<E>(p, w, t, key_start, p.R, true);
+    }
     if (w.dqueries != nullptr && (t + 1 == end || (t + 1 - begin) % kTokensPerSum == 0)) {
       settle(w.recent, w.dqueries, whole_pieces(p.R) * p.S);
     }
