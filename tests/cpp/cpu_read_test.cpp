@@ -471,6 +471,31 @@ TEST_P(CpuRead, RandomCases) {
 }
 
 // Rounding to storage before the norm, against its definition.
+TEST_P(CpuRead, RowsFurtherApartThan32BitsCount) {
+  if (!can_map_far_rows()) {
+    GTEST_SKIP() << kNoAddressSpace;
+  }
+  Rng rng(9);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const bool accumulate : {false, true}) {
+      ReadCase kimi;
+      set_all_dtypes(kimi, dtype);
+      kimi.D = 40;
+      kimi.R = 33;
+      kimi.with_partial = true;
+      kimi.num_updates = 1;
+      kimi.norm = OutputNorm::kRms;
+      kimi.layout = kFarRows;
+      kimi.accumulate = accumulate;
+      check(kimi, rng);
+      ReadCase advance = kimi;
+      advance.N = 0;
+      advance.with_phase1 = true;
+      check(advance, rng);
+    }
+  }
+}
+
 TEST_P(CpuRead, MixIsRoundedBeforeTheNorm) {
   Rng rng(3);
   ReadCase c;

@@ -9,12 +9,16 @@
 #define FLASH_ATTN_RES_TESTS_CPU_TESTING_H_
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -52,6 +56,79 @@ struct Layout {
   bool repeated = false;  // one row for all tokens (stride 0)
 };
 
+/// Bytes that hold a pattern until something is written to them. Large memory is address space
+/// alone: a page of it takes memory once it is used.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t size) : size_(size) {
+    if (size < kLarge) {
+      small_.assign(size, kUnused);
+      return;
+    }
+    void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) {
+      throw std::bad_alloc();
+    }
+    // A row is to cost its own pages, not 2 MiB.
+    madvise(pages, size, MADV_NOHUGEPAGE);
+    large_ = {static_cast<unsigned char*>(pages), Unmap{size}};
+  }
+
+  unsigned char* data() const {
+    return large_ ? large_.get() : const_cast<unsigned char*>(small_.data());
+  }
+  size_t size() const { return size_; }
+
+  /// Calls visit(first, last, pattern) for ranges that hold every byte that was ever written.
+  template <class Visit>
+  void for_each_used(Visit visit) const {
+    if (!large_) {
+      visit(size_t{0}, size_, kUnused);
+      return;
+    }
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    std::vector<unsigned char> used(size_t{1} << 16);
+    for (size_t begin = 0; begin < size_; begin += used.size() * page) {
+      const size_t count = std::min(used.size() * page, size_ - begin);
+      ASSERT_EQ(mincore(large_.get() + begin, count, used.data()), 0);
+      for (size_t i = 0; i * page < count; ++i) {
+        if (used[i] & 1) {
+          visit(begin + i * page, std::min(begin + (i + 1) * page, size_), 0);
+        }
+      }
+    }
+  }
+
+  /// Whether this much address space is to be had.
+  static bool can_map(size_t size) {
+    try {
+      return Memory(size).data() != nullptr;
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+  }
+
+ private:
+  struct Unmap {
+    size_t size;
+    void operator()(unsigned char* pages) const { munmap(pages, size); }
+  };
+  static constexpr unsigned char kUnused = 0x5a;
+  static constexpr size_t kLarge = size_t{1} << 30;
+
+  std::vector<unsigned char> small_;
+  std::unique_ptr<unsigned char, Unmap> large_;
+  size_t size_ = 0;
+};
+
+/// Rows so far apart that the third one begins 2^31 elements after the first, and the fifth 2^32.
+inline constexpr Layout kFarRows = {(int64_t{1} << 30) + 3, 1, false};
+inline constexpr const char* kNoAddressSpace =
+    "2 TiB of address space are not to be had here (ulimit -v, or vm.overcommit_memory is 2)";
+inline bool can_map_far_rows() { return Memory::can_map(size_t{1} << 41); }
+
 /// A matrix that owns its memory. Unused elements hold a pattern that is checked at the end.
 class Tensor {
  public:
@@ -59,7 +136,7 @@ class Tensor {
   Tensor(DType dtype, int64_t rows, int64_t cols, Layout layout = {})
       : rows_(rows), cols_(cols), dtype_(dtype), layout_(layout) {
     const int64_t count = layout.shift + std::max<int64_t>(stored_rows(), 1) * pitch() + 64;
-    bytes_.assign(static_cast<size_t>(count * size_of(dtype)) + 64, kUnused);
+    bytes_ = Memory(static_cast<size_t>(count * size_of(dtype)) + 64);
     const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
     aligned_ = static_cast<int64_t>((64 - address % 64) % 64);
     poison();
@@ -111,19 +188,20 @@ class Tensor {
 
   /// Whether nothing outside the rows was written.
   bool untouched_outside() const {
-    std::vector<bool> used(bytes_.size(), false);
-    for (int64_t r = 0; present() && r < stored_rows(); ++r) {
-      const int64_t begin = aligned_ + (layout_.shift + r * pitch()) * size_of(dtype_);
-      for (int64_t i = 0; i < cols_ * size_of(dtype_); ++i) {
-        used[static_cast<size_t>(begin + i)] = true;
+    const int64_t row_bytes = cols_ * size_of(dtype_), pitch_bytes = pitch() * size_of(dtype_);
+    const int64_t first_row = aligned_ + layout_.shift * size_of(dtype_);
+    const auto in_a_row = [&](size_t i) {
+      const int64_t offset = static_cast<int64_t>(i) - first_row;
+      return present() && offset >= 0 && offset < stored_rows() * pitch_bytes &&
+             offset % pitch_bytes < row_bytes;
+    };
+    bool untouched = true;
+    bytes_.for_each_used([&](size_t first, size_t last, unsigned char pattern) {
+      for (size_t i = first; i < last; ++i) {
+        untouched = untouched && (bytes_.data()[i] == pattern || in_a_row(i));
       }
-    }
-    for (size_t i = 0; i < bytes_.size(); ++i) {
-      if (!used[i] && bytes_[i] != kUnused) {
-        return false;
-      }
-    }
-    return true;
+    });
+    return untouched;
   }
 
   bool same_bits(const Tensor& other) const {
@@ -141,12 +219,10 @@ class Tensor {
   }
 
  private:
-  static constexpr unsigned char kUnused = 0x5a;
-
   int64_t pitch() const { return cols_ + layout_.row_gap; }
   int64_t stored_rows() const { return layout_.repeated ? std::min<int64_t>(rows_, 1) : rows_; }
   void* data() const {
-    return const_cast<unsigned char*>(bytes_.data()) + aligned_ + layout_.shift * size_of(dtype_);
+    return bytes_.data() + aligned_ + layout_.shift * size_of(dtype_);
   }
   void copy_rows(const Tensor& other) {
     for (int64_t r = 0; r < stored_rows(); ++r) {
@@ -155,7 +231,7 @@ class Tensor {
     }
   }
 
-  std::vector<unsigned char> bytes_;
+  Memory bytes_;
   int64_t aligned_ = 0;
   int64_t rows_ = 0;
   int64_t cols_ = 0;
