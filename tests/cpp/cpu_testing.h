@@ -221,9 +221,7 @@ class Tensor {
  private:
   int64_t pitch() const { return cols_ + layout_.row_gap; }
   int64_t stored_rows() const { return layout_.repeated ? std::min<int64_t>(rows_, 1) : rows_; }
-  void* data() const {
-    return bytes_.data() + aligned_ + layout_.shift * size_of(dtype_);
-  }
+  void* data() const { return bytes_.data() + aligned_ + layout_.shift * size_of(dtype_); }
   void copy_rows(const Tensor& other) {
     for (int64_t r = 0; r < stored_rows(); ++r) {
       std::memcpy(const_cast<unsigned char*>(row(r)), other.row(r),
