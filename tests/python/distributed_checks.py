@@ -45,6 +45,7 @@ from flash_attn_res.distributed import (
     paper_volume,
     shared_errors,
 )
+from flash_attn_res.distributed.planning import Estimate
 from stream_networks import DIM, Network, SwiGlu, assert_equal, assert_gradients
 
 TIMEOUT = 60
@@ -328,10 +329,34 @@ def pipeline_frees_and_counts(process: Process) -> None:
             volume += P - 1 if cache else P * virtual - 1
             assert sent.tolist() == [volume * value] * 2
             assert layout.blocks_sent() == volume
-            if cache and virtual == 2:
-                # Micro-batches in flight at a time, times what each has by then.
-                bound = min(M, 2 * P + 1) * layout.values_held(process.rank)
-                assert 0 < stages[0].cache.peak_values <= bound
+            plan = Estimate(
+                *(layout.num_sublayers, DIM, layout.block_size, P, virtual),
+                seq=2 * 5,
+                micro_batches=M,
+                value_bytes=4,
+            )
+            own = sum(sum(stage.sent_bytes.values()) for stage in stages)
+            if cache:
+                assert own == 2 * plan.sent(process.rank)  # steps
+                assert stages[0].cache.peak_values == most_kept(plan, process.rank)
+
+
+def most_kept(plan: Estimate, rank: int) -> int:
+    """Values that a rank's cache holds at a time: of micro-batches that it still runs forward."""
+    layout = plan.layout()
+    own = layout.stages_of(rank)
+    kept: dict[int, int] = {}
+    most = 0
+    for backward, stage, micro_batch in plan.actions(rank):
+        if backward:
+            continue
+        kept.setdefault(micro_batch, 0)
+        if stage + 1 < layout.num_stages:  # the last stage keeps no more
+            kept[micro_batch] = layout.completed(stage + 1)
+        most = max(most, sum(kept.values()))
+        if stage == own[-1]:
+            del kept[micro_batch]
+    return most
 
 
 @check

@@ -6,9 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from distributed_checks import TIMEOUT, lose_a_peer, miss_a_block, run_all, spawn
-from flash_attn_res.distributed import PipelineLayout, Scaled, StageAttnRes, paper_volume
+from distributed_checks import TIMEOUT, Stage, lose_a_peer, miss_a_block, run_all, spawn
+from flash_attn_res.cli import main
+from flash_attn_res.distributed import (
+    PipelineLayout,
+    Scaled,
+    StageAttnRes,
+    paper_volume,
+    schedule,
+)
+from flash_attn_res.distributed.planning import Estimate
+from stream_networks import DIM, Network, large_saved
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -71,19 +81,62 @@ def test_a_stage_rounds_to_nearest() -> None:
 
 
 def test_payload_errors() -> None:
-    import torch
-
     with pytest.raises(TypeError, match=r"dtype is torch.bfloat16, expected torch.float16 or"):
         Scaled(torch.bfloat16)
     with pytest.raises(ValueError, match=r"shape \[2, 5\], expected an even width"):
         Scaled(torch.float8_e4m3fn).encode(torch.randn(2, 5))
 
 
-def test_plan_prints_the_numbers_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
-    """Section 3.4: 8 blocks of 128K tokens are 15 GB, and 1.9 GB a device in a group of 8."""
-    from flash_attn_res.cli import main
-    from flash_attn_res.distributed.planning import Estimate
+@pytest.mark.parametrize("sum_dtype", [None, torch.float32])
+@pytest.mark.parametrize(
+    ("layers", "block", "ranks"), [(12, 4, 3), (12, 3, 3), (8, 3, 4), (6, 1, 2), (7, 8, 2)]
+)
+def test_the_plan_of_memory_is_what_a_stage_keeps(layers, block, ranks, sum_dtype) -> None:
+    """Bytes that autograd saves for a micro-batch whose sublayers are recomputed."""
+    network = Network(layers, block, forms="two_phase", group_blocks=1, sum_dtype=sum_dtype)
+    network.to(torch.bfloat16)
+    plan = Estimate(
+        *(layers, DIM, block, ranks),
+        seq=64,
+        micro_batches=1,
+        sum_bytes=None if sum_dtype is None else 4,
+    )
+    layout = plan.layout()
+    given: tuple[torch.Tensor, ...] = (torch.randn(1, 64, DIM).bfloat16().requires_grad_(),)
+    for rank in range(ranks):
+        stage = Stage(network, layout, rank, checkpoint=True)
+        with large_saved(64 * DIM) as saved:
+            sent = stage(*given)
+        held = plan.memory(rank)
+        own = plan.value if rank == 0 else 0  # what the test's stage multiplies its embedding with
+        assert sum(saved.values()) == held.blocks + held.sums + own
+        if rank + 1 < ranks:
+            sizes = sum(tensor.nbytes for tensor in sent)
+            assert sizes == plan.transitions()[rank]
+            given = tuple(tensor.detach().requires_grad_() for tensor in sent)
 
+
+def test_the_plan_of_a_step() -> None:
+    """1F1B keeps as many micro-batches as stages follow, at most M; the bubble's known share."""
+    for micro_batches in (2, 4, 8):
+        plan = Estimate(16, 64, 2, pp=4, micro_batches=micro_batches)
+        flying = [plan.memory(rank).in_flight for rank in range(4)]
+        assert flying == [min(micro_batches, 4 - rank) for rank in range(4)]
+    for P, V, M in ((4, 1, 8), (4, 1, 2), (4, 2, 8), (8, 3, 16), (2, 2, 2), (1, 1, 5)):
+        assert schedule.bubble(P, V, M) == pytest.approx((P - 1) / (V * M + P - 1))
+    interleaved = Estimate(16, 64, 2, pp=4, vpp=2, micro_batches=8)
+    every = 9  # the embedding and the blocks: each is held once, over all stages of a rank
+    for rank in range(4):
+        held = interleaved.memory(rank)
+        assert held.blocks <= held.in_flight * every * interleaved.value
+        assert max(held.blocks, held.sums, held.buffers) <= held.together
+
+
+def test_plan_prints_the_numbers_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prefill: 8 blocks of 128K tokens are 15 GB, 1.9 GB a device in a group of 8, and less than
+
+    0.3 GB in chunks of 16K tokens. Pipelines: the volumes of figure 3, and a transition's peak.
+    """
     estimate = Estimate(layers=168, dim=7168, block_size=24, tp=8, seq=131072)
     assert 8 * estimate.value == pytest.approx(1.88e9, rel=0.01)
     assert 8 * estimate.value * 8 == pytest.approx(15.03e9, rel=0.01)
@@ -91,6 +144,11 @@ def test_plan_prints_the_numbers_of_the_paper(capsys: pytest.CaptureFixture[str]
     embedding = 3  # travels once to every rank but the first
     assert sum(cached.transitions()) == (22 - 4 + embedding) * cached.value
     assert sum(cached.transitions(cache=False)) == (28 + 7) * cached.value
+    chunk = Estimate(layers=168, dim=7168, block_size=24, tp=8, seq=16384)
+    assert 8 * chunk.value == pytest.approx(0.235e9, rel=0.01)
+    # P - 1 blocks and the sum, where naively there are C - 1 and the embedding.
+    assert max(cached.transitions()[3:]) == 3 * cached.value
+    assert max(cached.transitions(cache=False)) == 8 * cached.value
     assert main(["plan", "--tp", "8"]) == 0
     printed = capsys.readouterr().out
     assert "186 sublayers of width 7168 in 8 blocks of 24" in printed
@@ -99,3 +157,11 @@ def test_plan_prints_the_numbers_of_the_paper(capsys: pytest.CaptureFixture[str]
     assert main(["plan", "--pp", "0"]) == 2
     assert "--pp is 0, expected at least 1" in capsys.readouterr().err
     assert main(["plan", "--pp", "100"]) == 2
+    assert main(["plan", "--micro-batches", "0"]) == 2
+    assert "--micro-batches is 0, expected at least 1" in capsys.readouterr().err
+    assert main(["plan", "--value-bytes", "4", "--sum-bytes", "2"]) == 2
+    assert "--sum-bytes is 2, expected at least the 4 of --value-bytes" in capsys.readouterr().err
+    assert main(["plan", "--pp", "4", "--micro-batches", "9"]) == 2
+    assert "--micro-batches: 9 micro-batches, expected a multiple of 2" in capsys.readouterr().err
+    assert main(["plan", "--pp", "4", "--vpp", "1", "--micro-batches", "9"]) == 0
+    assert "bubble: 25.0 % of a step" in capsys.readouterr().out

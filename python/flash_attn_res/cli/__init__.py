@@ -314,9 +314,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Prints what the blocks of Attention Residuals take up on each device and what travels "
-        "between pipeline stages and in a tensor-parallel group. The defaults are of Kimi K3's "
-        "size."
+        "Prints what the blocks and running sums of Attention Residuals take up on each device "
+        "in a training step, the bubble of the pipeline, and what travels between its stages and "
+        "in a tensor-parallel group. One stage a rank runs 1F1B, several run interleaved 1F1B. "
+        "The defaults are of Kimi K3's size."
     )
     for flag, default, text in (
         ("--layers", 186, "sublayers; a Transformer layer has two"),
@@ -326,12 +327,19 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         ("--vpp", 2, "virtual stages to a rank"),
         ("--tp", 1, "ranks of the tensor-parallel group"),
         ("--seq", 8192, "tokens of a micro-batch"),
+        ("--micro-batches", 16, "of a step"),
     ):
         parser.add_argument(
             flag, type=int, default=default, metavar="N", help=f"{text} (default {default})"
         )
     parser.add_argument(
         "--value-bytes", type=int, choices=(1, 2, 4), default=2, help="of an element (default 2)"
+    )
+    parser.add_argument(
+        "--sum-bytes",
+        type=int,
+        choices=(2, 4),
+        help="of an element of a running sum (default: as --value-bytes)",
     )
     parser.add_argument(
         "--links",

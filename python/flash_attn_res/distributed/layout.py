@@ -139,16 +139,6 @@ class PipelineLayout:
         """Sources that all transitions carry for one micro-batch, forward."""
         return sum(len(self.received(stage)) for stage in range(self.num_stages))
 
-    def values_held(self, rank: int) -> int:
-        """Sources [T, D] that a rank holds for one micro-batch when its last stage has run."""
-        stages = self.stages_of(rank)
-        if not self.cache:
-            return max(self._after(stage) for stage in stages)
-        return self._after(stages[-1])
-
-    def _after(self, stage: int) -> int:
-        return 1 + -(-self.bounds[stage + 1] // self.block_size)
-
 
 def paper_volume(
     num_ranks: int, num_virtual: int, blocks_per_stage: float, *, cache: bool
