@@ -109,14 +109,21 @@ def demo_pictures(summary: Mapping[str, Any]) -> list[Picture]:
     """That of the demo which a page shows; none where times and losses alone are kept."""
     if not all("depth" in entry for entry in summary["variants"].values()):
         return []
+    shown = {
+        "options": summary["options"],
+        "text": summary["text"],
+        "variants": {
+            name: {"depth": {"attention": entry["depth"]["attention"]}}
+            for name, entry in summary["variants"].items()
+        },
+    }
     draw = figures.depth_attention
-    shown = {name: value for name, value in summary.items() if name != "file"}
     return [
         Picture(
             "depth_attention",
             summary,
             fingerprint(draw, shown),
-            lambda: draw(summary),
+            lambda: draw(shown),
             figures.STYLE,
         )
     ]
