@@ -227,6 +227,23 @@ def test_tables_say_which_commits_they_are_of() -> None:
                 assert "Measured at `" in text or text.startswith("Not measured yet"), path
 
 
+def test_the_shapes_of_errors_are_the_worst_of_all_rows() -> None:
+    def row(tensor: str, ulp: float | None, cosine: float | None, bias: float | None) -> Any:
+        place = {"package": harness.OURS, "storage": "bf16", "op": "phase1", "tensor": tensor}
+        return place | {"max_ulp": ulp, "cosine": cosine, "bias": bias, "commit": "abcdef0"}
+
+    rows = [
+        row("output", 0.5, 1 - 1e-6, 1e-5),
+        row("output", 12.0, 1 - 4e-3, -3e-2),
+        row("output", None, None, None),  # not finite
+        row("lse", 1e6, 1.0, 0.0),
+    ]
+    head = {"device": "CPU", "versions": {"torch": "2"}, "commit": "none", "rows": rows}
+    text = tables.error_shapes(head)
+    assert "| phase1: output | 12, 4e-3, -3e-2 |" in text
+    assert "| phase1: lse | 1e6, 0, +0e0 |" in text
+
+
 def test_a_run_of_some_packages_keeps_the_errors_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,15 +289,18 @@ def fp8(document: Document) -> str:
     return markdown(["x stored as", "inputs", "error / norm", "largest error / RMS"], lines)
 
 
+ACCURACY_COLUMNS = [
+    (OURS, "bf16", "ours, bf16"),
+    ("eager (float32 inside)", "bf16", "eager with float32 inside, bf16"),
+    ("eager", "bf16", "eager, bf16"),
+    (OURS, "fp16", "ours, fp16"),
+    (OURS, "fp32", "ours, fp32"),
+]
+
+
 def accuracy(document: Document) -> str:
     """Errors of every tensor, the worst of the families."""
-    columns = [
-        ("flash_attn_res", "bf16", "ours, bf16"),
-        ("eager (float32 inside)", "bf16", "eager with float32 inside, bf16"),
-        ("eager", "bf16", "eager, bf16"),
-        ("flash_attn_res", "fp16", "ours, fp16"),
-        ("flash_attn_res", "fp32", "ours, fp32"),
-    ]
+    columns = ACCURACY_COLUMNS
     worst: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for row in document["rows"]:
         found = worst.setdefault((row["op"], row["tensor"]), {})
@@ -351,6 +354,47 @@ def storage_errors(document: Document) -> str:
         + measured_at(document, document["rows"])
     )
     return caption + "\n\n" + markdown(["", *STORAGE_MODES], lines)
+
+
+def error_shapes(document: Document) -> str:
+    """What else is measured of every tensor's error: ulps, the angle, the mean; in every mode."""
+    modes = [column for column in ACCURACY_COLUMNS if column[0] != "eager"]
+    modes += [(OURS, mode, f"ours, {mode}") for mode in STORAGE_MODES[1:]]
+    worst: dict[tuple[str, str], dict[tuple[str, str], tuple[float, float, float]]] = {}
+    for row in document["rows"]:
+        if row["max_ulp"] is None:
+            continue
+        found = worst.setdefault((row["op"], row["tensor"]), {})
+        key = (row["package"], row["storage"])
+        ulp, angle, bias = found.get(key, (0.0, 0.0, 0.0))
+        found[key] = (
+            max(ulp, row["max_ulp"]),
+            max(angle, 1 - row["cosine"]),
+            max(bias, row["bias"], key=abs),
+        )
+    parts = []
+    for some in (modes[:4], modes[4:]):
+        lines = [
+            [
+                f"{op}: {tensor}",
+                *(_error_shape(*found[p, s]) if (p, s) in found else "" for p, s, _ in some),
+            ]
+            for (op, tensor), found in worst.items()
+        ]
+        lines = [line for line in lines if any(line[1:])]
+        parts.append(markdown(["", *(title for *_, title in some)], lines))
+    caption = (
+        f"{document['device']}, torch {document['versions']['torch']}: the largest error in ulps, "
+        "1 - cosine and bias, each the worst of all families and numbers of sources. "
+        + measured_at(document, document["rows"])
+    )
+    return "\n\n".join([caption, *parts])
+
+
+def _error_shape(ulp: float, angle: float, bias: float) -> str:
+    ulps = f"{ulp:.2f}" if ulp < 10 else f"{ulp:.0f}" if ulp < 1e5 else f"{ulp:.0e}"
+    angles = f"{angle:.0e}" if angle else "0"  # below the digits of the file
+    return f"{ulps}, {angles}, {bias:+.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def curves(document: Document) -> str:
@@ -543,6 +587,7 @@ def distributed(document: Document) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Document], str], str]] = {
     "accuracy": ("accuracy", accuracy, "flash-attn-res bench accuracy"),
+    "error_shapes": ("accuracy", error_shapes, "flash-attn-res bench accuracy"),
     "decode": ("decode", decode, "flash-attn-res bench decode"),
     "distributed": ("distributed", distributed, "benchmarks/python/distributed.py"),
     "fp8": ("fp8-error", fp8, "benchmarks/python/fp8_error.py"),
