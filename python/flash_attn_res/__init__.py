@@ -11,7 +11,7 @@ from flash_attn_res._load import load_operators as _load_operators
 
 _load_operators()
 
-from flash_attn_res import compat, inference  # noqa: E402
+from flash_attn_res import compat, inference, quantized  # noqa: E402, F401
 from flash_attn_res.finite import check_finite  # noqa: E402
 from flash_attn_res.functional import AttendResult, ReadResult, attend, read, stochastic_add  # noqa: E402
 from flash_attn_res.modules import BlockAttnRes  # noqa: E402

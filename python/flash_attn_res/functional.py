@@ -7,14 +7,14 @@ derivations are in ``docs/math.md``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flash_attn_res import _check, finite
 from flash_attn_res.ops import statistics_dtype
-from flash_attn_res.storage import QuantizedSource
+from flash_attn_res.storage import QuantizedSource, check_source
 
 
 class AttendResult(NamedTuple):
@@ -45,27 +45,29 @@ def _flatten(value: Tensor) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
-def _refuse_quantized(op: str, sources: object) -> None:
-    held = isinstance(sources, (list, tuple)) and any(
-        isinstance(item, QuantizedSource) for item in (sources, *sources)
-    )
-    if held:
-        raise TypeError(
-            f"{op}: sources is quantised, expected values of one dtype: flash_attn_res.inference "
-            "reads quantised sources without gradients, BlockAttnRes(block_storage=...) trains "
-            "with them"
-        )
+Sources: TypeAlias = Sequence[Tensor] | Sequence[QuantizedSource] | Tensor | QuantizedSource
+"""Values, or what :func:`quantize` makes of them, all in one storage mode."""
 
 
-def _list_sources(
-    op: str, sources: Sequence[Tensor] | Tensor, empty_ok: bool = False
-) -> tuple[list[Tensor], Tensor | None, str, int]:
-    """Checks sources and flattens their tokens.
+class _Sources(NamedTuple):
+    """Checked sources, tokens flattened."""
 
-    Returns the items for the operator ([T, D] each, or one packed [N, T, D]), a value [..., D] to
-    hold other arguments against, its name, and N.
-    """
-    _refuse_quantized(op, sources)
+    items: list[Tensor]  # [T, D] each, or one packed [N, T, D]
+    scales: list[Tensor]  # of quantised ones, which are never packed here
+    origins: list[Tensor]
+    like: Tensor | None  # [..., D], to hold other arguments against
+    name: str  # of like
+    number: int  # N
+
+    def named(self) -> finite.Named:
+        """For messages. Of quantised ones the scales say whether the values are finite."""
+        if self.scales:
+            scales = [scale.view(torch.float8_e8m0fnu).float() for scale in self.scales]
+            return finite.numbered("the scales of sources", scales)
+        return finite.numbered("sources", self.items)
+
+
+def _list_sources(op: str, sources: Sources, empty_ok: bool = False) -> _Sources:
     if isinstance(sources, Tensor):
         packed = _check.leading(op, "sources", sources)
         if packed.dim() < 2:
@@ -75,22 +77,61 @@ def _list_sources(
             )
         _check.count(op, "sources", packed.shape[0], 1, _check.MAX_SOURCES)
         item = packed.reshape(packed.shape[0], -1, packed.shape[-1])
-        return [item], packed[0], "sources", packed.shape[0]
-    given = _check.sequence(op, "sources", sources)
+        return _Sources([item], [], [], packed[0], "sources", packed.shape[0])
+    given: Sequence[object]
+    if isinstance(sources, QuantizedSource):
+        given = _unpacked(op, sources)
+    else:
+        given = _check.sequence(op, "sources", sources)
     _check.count(op, "sources", len(given), 0 if empty_ok else 1, _check.MAX_SOURCES)
     if not given:
-        return [], None, "sources", 0
-    first = _check.leading(op, "sources[0]", given[0])
-    items = [_flatten(first)]
-    for index, source in enumerate(given[1:], start=1):
-        checked = _check.value(op, f"sources[{index}]", source, "sources[0]", first)
-        _check.same_dtype(op, f"sources[{index}]", checked, "sources[0]", first)
+        return _Sources([], [], [], None, "sources", 0)
+    quantized = isinstance(given[0], QuantizedSource)
+    items, scales, origins, first = [], [], [], None
+    for index, source in enumerate(given):
+        name = f"sources[{index}]"
+        if isinstance(source, QuantizedSource) != quantized:
+            raise TypeError(
+                f"{op}: {name} is a {type(source).__name__} but sources[0] is a "
+                f"{type(given[0]).__name__}, expected one storage mode"
+            )
+        if isinstance(source, QuantizedSource):
+            checked = check_source(op, name, source)
+            if first is not None and checked.shape != first.shape:
+                raise ValueError(
+                    f"{op}: {name} has shape {_check.shape_text(checked)}, expected "
+                    f"{_check.shape_text(first)} like sources[0]"
+                )
+            scales.append(_flatten(source.scale))
+            origin = source.origin
+            if origin is None:
+                origin = checked.new_zeros((), dtype=torch.float32).expand(checked.shape)
+            origins.append(_flatten(origin))
+        elif first is None:
+            checked = _check.leading(op, name, source)
+        else:
+            checked = _check.value(op, name, source, "sources[0]", first)
+        first = checked if first is None else first
+        _check.same_dtype(op, name, checked, "sources[0]", first)
         items.append(_flatten(checked))
-    return items, first, "sources[0]", len(given)
+    return _Sources(items, scales, origins, first, "sources[0]", len(given))
+
+
+def _unpacked(op: str, packed: QuantizedSource) -> list[QuantizedSource]:
+    """The sources [..., D] of numbers [N, ..., D], views."""
+    values = check_source(op, "sources", packed)
+    if values.dim() < 2:
+        raise ValueError(
+            f"{op}: sources.values has shape {_check.shape_text(values)}, expected packed "
+            "[N, ..., D], or a list of [..., D]"
+        )
+    origins = [None] * len(values) if packed.origin is None else packed.origin.unbind()
+    parts = zip(values.unbind(), packed.scale.unbind(), origins, strict=True)
+    return [QuantizedSource(*part) for part in parts]
 
 
 def attend(
-    sources: Sequence[Tensor] | Tensor,
+    sources: Sources,
     queries: Tensor,
     key_weight: Tensor | None = None,
     *,
@@ -109,12 +150,14 @@ def attend(
 
     Args:
         sources: N tensors [..., D] of one dtype, or one packed tensor [N, ..., D] (any strides:
-            ``bank.movedim(-2, 0)`` reads a token-major bank without a copy). 1 <= N <= 512.
+            ``bank.movedim(-2, 0)`` reads a token-major bank without a copy). 1 <= N <= 512. Or
+            N :class:`QuantizedSource` of one storage mode, or one packed, for the values that they
+            stand for; the gradient of those goes straight through to what was quantised.
         queries: [S, R] pseudo-queries, R <= D (R < D: the keys are the last R coordinates).
         key_weight: RMSNorm weight of the keys, [S, R] or [R]; None for ones.
         scale: factor of the logits.
         eps: added to the mean square of a key.
-        dtype: of ``out``; by default that of the sources.
+        dtype: of ``out``; by default that of the sources, float32 for quantised ones.
         return_probs: also return the probabilities.
 
     Returns:
@@ -126,7 +169,8 @@ def attend(
     """
     op = "attend"
     _check.no_transform(op)
-    items, like, like_name, num_sources = _list_sources(op, sources)
+    listed = _list_sources(op, sources)
+    items, like, like_name = listed.items, listed.like, listed.name
     assert like is not None
     queries = _check.query(op, "queries", queries, 2, like_name, like)
     if key_weight is not None:
@@ -136,16 +180,21 @@ def attend(
     _check.result_dtype(op, "dtype", dtype)
 
     folded = fold_query(queries, key_weight, statistics_dtype(like))
-    out, lse, logits, _ = torch.ops.flash_attn_res.attend(items, folded, scale, eps, dtype)
+    if listed.scales:
+        out, lse, logits, _ = torch.ops.flash_attn_res.attend_quantized(
+            *(items, listed.scales, listed.origins, folded, scale, eps, dtype or torch.float32)
+        )
+    else:
+        out, lse, logits, _ = torch.ops.flash_attn_res.attend(items, folded, scale, eps, dtype)
     if finite.enabled():
-        given = [*finite.numbered("sources", items), ("queries", folded)]
+        given = [*listed.named(), ("queries", folded)]
         finite.check(op, [("lse", lse), ("out", out)], given)
     lead = like.shape[:-1]
     num_queries = queries.shape[0]
     probs = None
     if return_probs:
         probs = (logits - lse.detach().t().unsqueeze(-1)).exp()
-        probs = probs.reshape(*lead, num_queries, num_sources)
+        probs = probs.reshape(*lead, num_queries, listed.number)
     return AttendResult(
         out.reshape(num_queries, *like.shape), lse.reshape(num_queries, *lead), probs
     )
@@ -156,7 +205,7 @@ def read(
     key_weight: Tensor | None = None,
     *,
     phase1: tuple[Tensor, Tensor] | None = None,
-    sources: Sequence[Tensor] | Tensor = (),
+    sources: Sources = (),
     partial: Tensor | None = None,
     update: Tensor | Sequence[Tensor] | None = None,
     scale: float = 1.0,
@@ -190,14 +239,15 @@ def read(
         query: [R] pseudo-query; may be None when there is a single term.
         key_weight: [R] RMSNorm weight of the keys; None for ones.
         phase1: ``(out, lse)`` of one query of :func:`attend`: [..., D] and [...].
-        sources: as for :func:`attend`; may be empty.
+        sources: as for :func:`attend`; may be empty. With quantised ones there are at most one
+            update, no ``round_mix`` and no ``return_mix``.
         partial: [..., D] running sum of the current block.
         update: [..., D] output to add to the sum first, or up to two of them.
         scale, eps: as for :func:`attend`.
         norm: normalise the mixture; implied by ``norm_weight`` [D].
         norm_eps: of that norm; by default ``eps``.
         round_mix: round the mixture to the dtype of x before the norm, as some engines do.
-        dtype: of x and mix; by default that of the first term.
+        dtype: of x and mix; by default that of the first term, float32 where that is quantised.
         return_mix, return_probs: also return the mixture before the norm / the probabilities.
 
     Returns:
@@ -210,7 +260,8 @@ def read(
     """
     op = "read"
     _check.no_transform(op)
-    items, like, like_name, num_sources = _list_sources(op, sources, empty_ok=True)
+    listed = _list_sources(op, sources, empty_ok=True)
+    items, like, like_name, num_sources = listed.items, listed.like, listed.name, listed.number
     if update is None or isinstance(update, Tensor):
         updates: list[Any] = [] if update is None else [update]
     else:
@@ -270,22 +321,30 @@ def read(
     _check.result_dtype(op, "dtype", dtype)
     norm_eps = eps if norm_eps is None else _check.positive(op, "norm_eps", norm_eps)
 
-    x, partial_out, mix, logits, _, _ = torch.ops.flash_attn_res.read(
-        phase1_out,
-        phase1_lse,
-        items,
-        None if partial is None else _flatten(partial),
-        [_flatten(item) for item in updates],
-        folded,
-        norm_weight,
-        scale,
-        eps,
-        norm or norm_weight is not None,
-        norm_eps,
-        round_mix,
-        return_mix,
-        dtype,
-    )
+    addends = [_flatten(item) for item in updates]
+    total = None if partial is None else _flatten(partial)
+    norm = norm or norm_weight is not None
+    mix = None
+    if listed.scales:
+        asked = {"round_mix": round_mix, "return_mix": return_mix, "two updates": len(updates) > 1}
+        for name, given in asked.items():
+            if given:
+                raise ValueError(
+                    f"{op}: {name} was given with quantised sources, expected none: "
+                    "flash_attn_res.inference.read_out has it, without gradients"
+                )
+        if dtype is None:
+            dtype = torch.float32 if phase1_out is None else phase1_out.dtype
+        x, partial_out, logits, _, _ = torch.ops.flash_attn_res.read_quantized(
+            *(phase1_out, phase1_lse, items, listed.scales, listed.origins, total),
+            *(addends[0] if addends else None, folded, norm_weight, scale, eps, norm, norm_eps),
+            dtype,
+        )
+    else:
+        x, partial_out, mix, logits, _, _ = torch.ops.flash_attn_res.read(
+            *(phase1_out, phase1_lse, items, total, addends, folded, norm_weight, scale, eps),
+            *(norm, norm_eps, round_mix, return_mix, dtype),
+        )
     if finite.enabled():
         finite.check(
             op,
@@ -293,7 +352,7 @@ def read(
             [
                 ("phase1[0]", phase1_out),
                 ("phase1[1]", phase1_lse),
-                *finite.numbered("sources", items),
+                *listed.named(),
                 ("partial", partial),
                 *finite.numbered("update", updates),
                 ("query", folded),
@@ -303,7 +362,7 @@ def read(
     return ReadResult(
         x.reshape(like.shape),
         partial_out.reshape(like.shape) if updates else partial,
-        mix.reshape(like.shape) if return_mix else None,
+        mix.reshape(like.shape) if return_mix and mix is not None else None,
         logits.softmax(-1).reshape(*lead, num_terms) if return_probs else None,
     )
 

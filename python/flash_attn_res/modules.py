@@ -66,8 +66,7 @@ class BlockAttnRes(nn.Module):
             ``"float8"``, instead of in the dtype of the stream. A block is rounded once more when
             it is complete, and the embedding for the blocks behind the first; running sums and
             gradients keep their dtypes, and the gradient of a block passes the rounding unchanged.
-            Reads of several blocks then go through phase 1, unless ``forms`` says otherwise. Eager
-            mode alone.
+            Reads of several blocks then go through phase 1, unless ``forms`` says otherwise.
 
     Attributes:
         queries: [L + 1, R] pseudo-queries, zero at initialisation; the last is the output's.
@@ -270,8 +269,7 @@ class BlockAttnRes(nn.Module):
 
         Raises:
             ValueError, TypeError: naming the argument, its shape or dtype and what was expected.
-            RuntimeError: ``block_storage`` with pure operators, or a transform of ``torch.func``
-                (``functional_call`` is none).
+            RuntimeError: a transform of ``torch.func`` is active (``functional_call`` is none).
         """
         _check.no_transform("start")
         queries = self._fold("start", "embedding", embedding)
@@ -285,11 +283,6 @@ class BlockAttnRes(nn.Module):
             plan = self._training_plans[embedding.dtype]
         if functional is None:
             functional = torch.compiler.is_compiling()
-        if self.block_storage is not None and functional:
-            raise RuntimeError(
-                "start: block_storage is for eager mode: the stream of torch.compile and "
-                "torch.export keeps its blocks in the dtype of the embedding"
-            )
         if self.block_storage is not None and embedding.dtype == torch.float64:
             raise TypeError(
                 f"start: embedding is {embedding.dtype}, expected torch.float32, torch.bfloat16 or "

@@ -345,7 +345,9 @@ def _stochastic_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return grads, None, None
 
 
-def _refuse_double_backward(name: str) -> Any:
+def refuse_double_backward(name: str) -> Any:
+    """The backward of an operator that is one."""
+
     def backward(ctx: Any, *_grads: Any) -> Any:
         raise RuntimeError(
             f"flash_attn_res: {name} has no second derivative; call backward once, "
@@ -363,4 +365,4 @@ torch.library.register_autograd(
     "flash_attn_res::stochastic_add", _stochastic_backward, setup_context=_stochastic_setup
 )
 for _name in ("attend_backward", "read_backward"):
-    torch.library.register_autograd(f"flash_attn_res::{_name}", _refuse_double_backward(_name))
+    torch.library.register_autograd(f"flash_attn_res::{_name}", refuse_double_backward(_name))

@@ -18,7 +18,7 @@ sources in place. The functional one, here, is made of pure operators, for ``tor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from flash_attn_res import _check
 from flash_attn_res.functional import AttendResult, attend, read
 from flash_attn_res.plan import PartialPlan, Plan, Site
+from flash_attn_res.storage import QuantizedSource, quantize
 
 if TYPE_CHECKING:
     from flash_attn_res.modules import BlockAttnRes
@@ -259,7 +260,10 @@ class FunctionalStream(Stream):
     ) -> None:
         super().__init__(module, embedding, plan, return_probs)
         self._queries = queries  # [L + 1, R] folded
-        self._sources = [embedding]
+        self._storage = module.block_storage
+        # [..., D]; in a storage mode quantised, the embedding as well.
+        self._sources: list[Any] = []
+        self._complete([embedding])
         self._phase1: AttendResult | None = None
 
     def _mark(self) -> tuple[Any, ...]:
@@ -303,9 +307,7 @@ class FunctionalStream(Stream):
         if site.closes:
             partial, update = self._pending(site)
             assert partial is not None
-            self._sources.append(
-                (partial if update is None else partial + update).to(self._like.dtype)
-            )
+            self._complete([partial] if update is None else [partial, update])
             self._partial = self._update = None
         first = site.index
         self._phase1 = attend(
@@ -313,8 +315,17 @@ class FunctionalStream(Stream):
             self._queries[first : first + site.group.size],
             scale=self._scale,
             eps=self._eps,
+            dtype=self._like.dtype,
             return_probs=self._return_probs,
         )
+
+    def _complete(self, terms: Sequence[Tensor]) -> None:
+        """Appends a source, the sum of terms [..., D]."""
+        if self._storage is not None:
+            self._sources.append(quantize(terms, self._storage))
+        else:
+            total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            self._sources.append(total.to(self._like.dtype))
 
     def _pending(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
         """(partial, update) for a read. A block's first output is its partial sum as it stands."""
@@ -334,7 +345,10 @@ class FunctionalStream(Stream):
             assert self._phase1 is not None
             out, lse = self._phase1.out[site.slot], self._phase1.lse[site.slot]
         sources = self._sources[site.first_direct : site.num_sources]
-        return (out, lse, *self._pending(site), self._queries[site.index], *sources)
+        if site.first_direct == 0 and site.num_sources == 1:
+            sources = [self._like]  # the embedding alone is read as it came
+        parts = [part for source in sources for part in _parts(source)]
+        return (out, lse, *self._pending(site), self._queries[site.index], *parts)
 
     def _call(
         self,
@@ -346,8 +360,12 @@ class FunctionalStream(Stream):
         partial: Tensor | None,
         update: Tensor | None,
         query: Tensor,
-        *sources: Tensor,
+        *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        count = site.num_sources - site.first_direct
+        sources: list[Any] = list(parts)
+        if len(parts) > count:
+            sources = [QuantizedSource(*parts[i : i + 3]) for i in range(0, 3 * count, 3)]  # type: ignore[arg-type]
         terms = int(out is not None) + len(sources) + int(partial is not None)
         result = read(
             query if terms > 1 else None,
@@ -359,6 +377,7 @@ class FunctionalStream(Stream):
             eps=self._eps,
             norm_weight=norm_weight,
             norm_eps=norm_eps,
+            dtype=self._like.dtype,
             return_probs=self._return_probs,
         )
         return result.x, result.partial, result.probs
@@ -367,7 +386,7 @@ class FunctionalStream(Stream):
         """After a read: the completed sum goes on as the block's, or becomes a source."""
         if site.promotes:
             assert total is not None
-            self._sources.append(total.to(self._like.dtype))
+            self._complete([total])
             total = None
         self._partial, self._update = total, None
         if probs is not None:
@@ -380,6 +399,10 @@ class FunctionalStream(Stream):
 
     def _release(self) -> None:
         self._sources, self._phase1 = [], None
+
+
+def _parts(source: Tensor | QuantizedSource) -> tuple[Tensor | None, ...]:
+    return tuple(source) if isinstance(source, QuantizedSource) else (source,)
 
 
 def as_it_stands(output: Tensor, dtype: torch.dtype, sum_dtype: torch.dtype) -> Tensor:

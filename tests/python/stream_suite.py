@@ -874,6 +874,7 @@ SCHEDULES = {
     "one-shot": (7, 3, {"forms": "one_shot"}),
     "as planned": (7, 3, {}),
     "stored": (7, 2, {"block_storage": "float16"}),
+    "stored, one-shot": (7, 2, {"block_storage": "float8", "forms": "one_shot"}),
     "stochastic": (7, 2, {"stochastic_rounding": 3, "grad_dtype": None}),
     "float32 sums": (7, 3, {"sum_dtype": torch.float32}),
 }
@@ -883,8 +884,6 @@ every_stream = pytest.mark.parametrize("functional", [False, True], ids=["lean",
 
 def build_schedule(schedule, functional: bool, device: str):
     num_sublayers, block_size, options = schedule
-    if functional and "block_storage" in options:
-        pytest.skip("block_storage is for the lean stream")
     narrow = options.keys() & {"stochastic_rounding", "sum_dtype"}
     dtype = torch.bfloat16 if narrow else torch.float32
     return make(num_sublayers, block_size, device, dtype, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ def test_opcheck_operators_that_write_into_what_is_given(storage: str | None) ->
     scales: list[Tensor] = []
     if storage is not None:
         stored = [quantize(source, storage) for source in sources]
-        opcheck(torch.ops.flash_attn_res.quantize_into, (sources, *quantize(sources, storage)))
+        opcheck(torch.ops.flash_attn_res.quantize_into, (sources, *quantize(sources, storage)[:2]))
         sources, scales = [s.values for s in stored], [s.scale for s in stored]
     queries = torch.randn(4, 8)
     out, lse = torch.empty(4, 2, 3, 8), torch.empty(4, 6)
@@ -113,6 +115,71 @@ def test_opcheck_operators_that_write_into_what_is_given(storage: str | None) ->
             *(dsources, True, torch.empty(2, 3, 8), torch.randn(8), True, torch.empty(8), scales),
         ),
     )
+
+
+def test_opcheck_quantised_sources() -> None:
+    terms = [random(6, 8), random(6, 8, dtype=torch.bfloat16)]
+    opcheck(OPS.quantize, (terms, "float16", False))
+    stored = [quantize(terms, "float16"), quantize(terms[0].detach(), "float16")]
+    values, scales = [s.values for s in stored], [s.scale for s in stored]
+    origins = [torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)]
+    queries = random(3, 8)
+    given = (values, scales, origins, queries, 1.0, 1e-6, torch.float32)
+    opcheck(OPS.attend_quantized, given)
+    out, lse, logits, inv_rms = (t.detach() for t in OPS.attend_quantized(*given))
+    for dout, dlse, needs in ((out, lse, (True, True)), (None, lse, (False, True))):
+        saved = (values, scales, queries.detach(), lse, logits, inv_rms, 1.0)
+        opcheck(OPS.attend_quantized_backward, (dout, dlse, *saved, *needs))
+    options = (1.0, 1e-6, True, 1e-6, torch.bfloat16)
+    site = (random(6, 8), random(6), values, scales, origins, random(6, 8), random(6, 8))
+    opcheck(OPS.read_quantized, (*site, random(8), random(8), *options))
+    bare = (None, None, values, scales, origins, None, None, random(8), None)
+    opcheck(OPS.read_quantized, (*bare, 1.0, 1e-6, False, 1e-6, torch.float32))
+    o, partial, query, weight = (random(6, 8), random(6, 8), random(8), random(8))
+    x, _, *saved = OPS.read_quantized(
+        *(o, random(6), values, scales, origins, partial, None, query, weight, *options)
+    )
+    tensors = (x, partial, o, values, scales, partial, query, weight, *saved)
+    tensors = tuple(t.detach() if isinstance(t, Tensor) else t for t in tensors)
+    opcheck(OPS.read_quantized_backward, (*tensors, 1.0, True, *(True,) * 5))
+
+
+STREAMS = {
+    "float16 blocks": {"block_storage": "float16"},
+    "float8 blocks, one-shot": {"block_storage": "float8", "forms": "one_shot"},
+    "float32 sums": {"sum_dtype": torch.float32},
+    "both": {"block_storage": "float8", "sum_dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS.keys())
+def test_compiled_storage_modes(options: dict, backend: str) -> None:
+    """Forward and backward of the functional stream, on one graph."""
+    torch._dynamo.reset()
+    network = Network(3, **options).bfloat16()
+    x = torch.randn(2, 5, 16).bfloat16().requires_grad_()
+    given = torch.randn(2, 5, 16).bfloat16()
+    wanted = [x, *network.parameters()]
+    eager = network(x, functional=True)
+    y = torch.compile(network, fullgraph=True, backend=backend)(x)
+    torch.testing.assert_close(y, eager, rtol=5e-2, atol=5e-2)
+    if backend == "aot_eager":
+        assert torch.equal(y, eager)
+        assert torch.equal(y, network(x))
+    expected = torch.autograd.grad(eager, wanted, given)
+    for ours, gradient in zip(torch.autograd.grad(y, wanted, given), expected, strict=True):
+        if backend == "aot_eager":
+            assert torch.equal(ours, gradient)
+        assert (ours - gradient).float().norm() <= 0.1 * gradient.float().norm() + 1e-2
+
+
+@pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS.keys())
+def test_exported_storage_modes(options: dict) -> None:
+    network = Network(3, **options).eval().bfloat16()
+    x = torch.randn(2, 5, 16).bfloat16()
+    program = torch.export.export(network, (x,))
+    assert torch.equal(program.module()(x), network(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -200,9 +267,9 @@ def test_dynamic_tokens_compile_once() -> None:
 
 
 class Network(nn.Module):
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, **options: Any) -> None:
         super().__init__()
-        self.attn_res = BlockAttnRes(6, 16, block_size)
+        self.attn_res = BlockAttnRes(6, 16, block_size, **options)
         self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
         self.norms = nn.ParameterList(torch.ones(16) for _ in range(7))
         nn.init.normal_(self.attn_res.queries, std=0.3)
@@ -264,6 +331,7 @@ def test_transforms_are_refused(transform) -> None:
         "attend": lambda x: attend([x, x], queries).out.sum(),
         "read": lambda x: read(queries[0], sources=[x, x]).x.sum(),
         "stochastic_add": lambda x: stochastic_add([x, x], 1).sum(),
+        "quantize": lambda x: quantize(x).dequantize().sum(),
         "start": lambda x: network(x, functional=True).sum(),
     }
     for name, call in calls.items():

@@ -164,6 +164,11 @@ def test_defaults_and_gradients() -> None:
     given = quantize([value, value.detach()])
     assert not given.values.requires_grad
     assert not given.scale.requires_grad
+    assert given.origin is not None
+    assert given.origin.untyped_storage().nbytes() == 4  # whatever it stands for
+    assert quantize(value.detach()).origin is None
+    with torch.no_grad():
+        assert quantize(value).origin is None
 
 
 @every_storage
@@ -418,6 +423,127 @@ def test_inference_operators(storage: str, layout: str) -> None:
     assert torch.equal(x, expected)
 
 
+# --------------------------------------------------------------------- the functional API
+
+
+def leaves(count: int, lead: tuple[int, ...], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(*lead, dim).to(dtype).requires_grad_() for _ in range(count)]
+
+
+def assert_gradients_of(
+    outputs: list[Tensor], expected: list[Tensor], ours: list[Tensor], theirs: list[Tensor]
+) -> None:
+    """Gradients of random cotangents, of two ways to compute the same in float32."""
+    given = [torch.randn_like(output) for output in outputs]
+    for one, other in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(outputs, ours, given)
+    wanted = torch.autograd.grad(expected, theirs, given)
+    for a, b, leaf in zip(found, wanted, ours, strict=True):
+        assert a.dtype == leaf.dtype
+        largest = b.abs().max().item()
+        eps = torch.finfo(leaf.dtype).eps
+        torch.testing.assert_close(
+            a.float(), b.float(), rtol=2 * eps, atol=(1e-5 + eps / 4) * largest
+        )
+
+
+@every_storage
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [((7,), 200), ((2, 3), 136), ((1,), 1), ((5,), 100)])
+def test_attend_has_gradients(storage, by_group, dtype, shape) -> None:
+    """Straight through: those of attend over the values that are stored, in place of the terms."""
+    (lead, dim), N, S = shape, 3, 4
+    terms = leaves(N, lead, dim, dtype)
+    queries, weight = torch.randn(S, dim) / dim**0.5, torch.randn(dim)
+    stored = [quantize(term, storage, by_group=by_group) for term in terms]
+    values = [source.dequantize().detach().requires_grad_() for source in stored]
+    results = []
+    for sources in (stored, values):
+        u, g = queries.clone().requires_grad_(), weight.clone().requires_grad_()
+        found = attend(sources, u, g, scale=0.9, return_probs=True)
+        assert found.out.dtype == torch.float32
+        results.append((found, [u, g]))
+    (ours, own), (theirs, other) = results
+    assert torch.equal(ours.out, theirs.out)
+    assert torch.equal(ours.lse, theirs.lse)
+    assert torch.equal(ours.probs, theirs.probs)
+    assert_gradients_of(
+        [ours.out, ours.lse], [theirs.out, theirs.lse], [*terms, *own], [*values, *other]
+    )
+    # One gradient alone, and of queries alone.
+    plain = [quantize(term.detach(), storage, by_group=by_group) for term in terms]
+    u = queries.clone().requires_grad_()
+    attend(plain, u).lse.sum().backward()
+    assert u.grad is not None
+    assert u.grad.isfinite().all()
+    packed = QuantizedSource(*(torch.stack([s[i] for s in plain]) for i in range(2)))
+    assert torch.equal(attend(packed, u).out, attend(plain, u).out)
+
+
+@every_storage
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("phase1", [False, True])
+@pytest.mark.parametrize("addends", [0, 1, 2, 3])
+def test_read_has_gradients(storage, by_group, norm, phase1, addends) -> None:
+    """addends: none, the sum, the sum and an update, an update alone."""
+    T, D, N = 9, 136, 3
+    terms = leaves(N, (T,), D, torch.float32)
+    stored = [quantize(term, storage, by_group=by_group) for term in terms]
+    values = [source.dequantize().detach().requires_grad_() for source in stored]
+    drawn = {
+        "query": torch.randn(D) / D**0.5,
+        "key_weight": 1 + 0.1 * torch.randn(D),
+        "norm_weight": torch.randn(D) if norm else None,
+        "o": torch.randn(T, D) if phase1 else None,
+        "lse": torch.randn(T) if phase1 else None,
+        "partial": torch.randn(T, D) if addends in (1, 2) else None,
+        "update": torch.randn(T, D) if addends in (2, 3) else None,
+    }
+    results = []
+    for sources in (stored, values):
+        given = {n: t.clone().requires_grad_() for n, t in drawn.items() if t is not None}
+        options = dict(given)
+        if phase1:
+            options["phase1"] = (options.pop("o"), options.pop("lse"))
+        found = read(sources=sources, return_probs=True, **options)
+        outputs = [found.x] if addends < 2 else [found.x, found.partial]
+        results.append((outputs, list(given.values()), found.probs))
+    (ours, own, probs), (theirs, other, expected) = results
+    torch.testing.assert_close(probs, expected)
+    assert_gradients_of(ours, theirs, [*terms, *own], [*values, *other])
+
+
+@every_mode
+def test_every_term_gets_the_gradient_of_the_sum(storage: str) -> None:
+    """In its own dtype; what several readers give is summed in float32 first."""
+    terms = [torch.randn(3, 130).to(dtype).requires_grad_() for dtype in DTYPES]
+    fixed = torch.randn(3, 130)
+    source = quantize([*terms, fixed], storage)
+    queries = torch.randn(2, 2, 130)
+    given = torch.randn(2, 3, 130)
+    out = attend([source, source], queries[0]).out * given
+    total = out.sum() + (read(queries[1, 0], sources=[source, source]).x * given[1]).sum()
+    total = total + (source.dequantize() * given[0]).sum()
+    found = torch.autograd.grad(total, terms)
+    value = source.dequantize().detach().requires_grad_()
+    out = attend([value, value], queries[0]).out * given
+    total = out.sum() + (read(queries[1, 0], sources=[value, value]).x * given[1]).sum()
+    (expected,) = torch.autograd.grad(total + (value * given[0]).sum(), value)
+    for term, gradient in zip(terms, found, strict=True):
+        assert gradient.dtype == term.dtype
+        eps = torch.finfo(term.dtype).eps
+        torch.testing.assert_close(gradient.float(), expected, rtol=eps, atol=1e-5)
+
+
+def test_no_second_derivative() -> None:
+    value = torch.randn(3, 130, requires_grad=True)
+    out = attend([quantize(value)] * 2, torch.randn(2, 130, requires_grad=True)).out
+    with pytest.raises(RuntimeError, match="second derivative"):  # noqa: PT012
+        (g,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
+        g.sum().backward()
+
+
 # ------------------------------------------------------------------------------- whole networks
 
 
@@ -565,7 +691,13 @@ def test_network(storage: str, layout: tuple[int, int, dict], dtype: torch.dtype
             for (n, g), t in zip(grads.items(), tensors_of(copy, leaf).values(), strict=True)
         } | {"y": found.detach()}
 
-    assert_gradients(ours, reference(torch.float64), reference(dtype))
+    exact, by_formulas = reference(torch.float64), reference(dtype)
+    assert_gradients(ours, exact, by_formulas)
+    y = network(x, functional=True)
+    assert torch.equal(y, ours["y"])
+    found = gradients(y, tensors_of(network, x), cotangent, allow_unused=True)
+    found = {n: torch.zeros_like(exact[n]) if g is None else g for n, g in found.items()}
+    assert_gradients(found | {"y": y.detach()}, exact, by_formulas)
     plain = Network(num_sublayers, block_size, dim=144).to(dtype)
     plain.load_state_dict(network.state_dict())
     if num_sublayers > block_size:
@@ -592,7 +724,10 @@ def test_the_same_bits_however_it_is_run(
     def known(found: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in found.items() if value is not None}
 
+    functional = known(run(functional=True))
+    assert_equal(known(run(functional=True, checkpoint=True)), functional)
     expected = known(run())
+    assert torch.equal(functional["y"], expected["y"])
     assert_equal(known(run()), expected)
     assert_equal(known(run(checkpoint=True)), expected)
     for keep in ("all", "last"):
@@ -617,12 +752,13 @@ def test_stochastic_rounding_beside_it(storage: str) -> None:
         9, 3, "cpu", torch.bfloat16, block_storage=storage, stochastic_rounding=3
     )
     runs = []
-    for checkpoint in (False, True):
+    for given in ({}, {"checkpoint": True}, {"functional": True}):
         assert network.attn_res.rounding_seed is not None
         network.attn_res.rounding_seed[1] = 4
-        y = network(x, checkpoint=checkpoint)
+        y = network(x, **given)
         runs.append(gradients(y, tensors_of(network, x), cotangent) | {"y": y})
     assert_equal(runs[0], runs[1])
+    assert torch.equal(runs[0]["y"], runs[2]["y"])
 
 
 # -------------------------------------------------------------------------------- memory, plans
@@ -762,10 +898,10 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "start: embedding is torch.float64, expected torch.float32, torch.bfloat16 or",
     ),
-    "functional stream": (
-        lambda: start(V, functional=True),
-        RuntimeError,
-        "start: block_storage is for eager mode",
+    "float64 functional stream": (
+        lambda: start(V.double(), functional=True),
+        TypeError,
+        "start: embedding is torch.float64, expected torch.float32, torch.bfloat16 or",
     ),
     "shape of a scale": (
         lambda: attend_quantized([QuantizedSource(Q.values, Q.scale[:2])]),
@@ -813,15 +949,50 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         RuntimeError,
         "source_scales[1] has shape [3, 1], expected that of source_scales[0], [3, 2]",
     ),
-    "attend takes values": (
-        lambda: attend(Q, torch.zeros(2, 200)),
-        TypeError,
-        "attend: sources is quantised",
+    "packed without sources": (
+        lambda: attend(QuantizedSource(Q.values[0], Q.scale[0]), torch.zeros(2, 200)),
+        ValueError,
+        "attend: sources.values has shape [200], expected packed [N, ..., D], or a list of",
     ),
-    "so does read": (
-        lambda: read(torch.zeros(200), sources=[H, H]),
+    "shape of a quantised source": (
+        lambda: attend([Q, quantize(V[:2])], torch.zeros(2, 200)),
+        ValueError,
+        "attend: sources[1] has shape [2, 200], expected [3, 200] like sources[0]",
+    ),
+    "two modes with gradients": (
+        lambda: read(torch.zeros(200), sources=[Q, H]),
         TypeError,
-        "read: sources is quantised, expected values of one dtype: flash_attn_res.inference reads",
+        "read: sources[1] is torch.float16 but sources[0] is torch.float8_e4m3fn",
+    ),
+    "quantised beside values": (
+        lambda: read(torch.zeros(200), sources=[V, H]),
+        TypeError,
+        "read: sources[1] is a QuantizedSource but sources[0] is a Tensor, expected one storage",
+    ),
+    "a scale of another shape, with gradients": (
+        lambda: attend([QuantizedSource(Q.values, Q.scale[:2])], torch.zeros(2, 200)),
+        ValueError,
+        "attend: sources[0].scale has shape [2, 2], expected [3, 1] or [3, 2]",
+    ),
+    "a rounded mixture": (
+        lambda: read(torch.zeros(200), sources=[Q], norm=True, round_mix=True),
+        ValueError,
+        "read: round_mix was given with quantised sources, expected none: flash_attn_res.inference",
+    ),
+    "the mixture": (
+        lambda: read(torch.zeros(200), sources=[Q], return_mix=True),
+        ValueError,
+        "read: return_mix was given with quantised sources",
+    ),
+    "updates": (
+        lambda: read(torch.zeros(200), sources=[Q], update=[V, V]),
+        ValueError,
+        "read: two updates was given with quantised sources",
+    ),
+    "a gradient where there is none": (
+        lambda: attend_quantized([quantize(V.clone().requires_grad_())]),
+        RuntimeError,
+        "attend_out: an input requires a gradient, which this operation does not have",
     ),
 }
 

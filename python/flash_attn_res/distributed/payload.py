@@ -107,7 +107,7 @@ class Stored:
     def encode(self, value: Tensor) -> tuple[Tensor, ...]:
         """The value, quantised."""
         if value.is_meta:
-            return self.pack(storage.empty(value.shape, self.mode, value.device))
+            return self.pack(QuantizedSource(*storage.empty(value.shape, self.mode, value.device)))
         return self.pack(storage.quantize(value, self.mode))
 
     def decode(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -116,7 +116,7 @@ class Stored:
 
     def pack(self, stored: QuantizedSource) -> tuple[Tensor, Tensor]:
         """What is stored, as floating-point tensors; the scales are bytes in bfloat16 tensors."""
-        values, scale = stored
+        values, scale, _ = stored
         if values.dtype.itemsize == 1:
             if values.shape[-1] % 2:
                 raise ValueError(
@@ -147,7 +147,7 @@ class _Encode(Function):
         ctx.set_materialize_grads(False)
         ctx.payload, ctx.dtype = payload, value.dtype
         if stored is not None and isinstance(payload, Stored):
-            return payload.pack(QuantizedSource(*(part.detach() for part in stored)))
+            return payload.pack(QuantizedSource(stored.values.detach(), stored.scale.detach()))
         return payload.encode(value)
 
     @staticmethod

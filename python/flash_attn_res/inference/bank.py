@@ -128,7 +128,7 @@ class BlockBank:
         """:meth:`write` through views that are there: ``row`` is ``stored_row(index, T)``."""
         self._check_free(index)
         try:
-            torch.ops.flash_attn_res.quantize_into([value], *row)
+            torch.ops.flash_attn_res.quantize_into([value], row.values, row.scale)
         except RuntimeError as error:
             raise in_words(error) from None
         self._written[index] = True

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn_res import _check
-from flash_attn_res.functional import fold_query
+from flash_attn_res.functional import Sources, fold_query
 from flash_attn_res.ops import count_sources, statistics_dtype
-from flash_attn_res.storage import SCALE_GROUP, QuantizedSource
+from flash_attn_res.storage import SCALE_GROUP, QuantizedSource, check_source
 
 FP8 = torch.float8_e4m3fn
-
-Sources: TypeAlias = Sequence[Tensor] | Sequence[QuantizedSource] | Tensor | QuantizedSource
-"""Values, or what :func:`flash_attn_res.quantize` makes of them, all in one storage mode."""
 
 
 # What the library says begins with the operation; behind it stand shapes where CUDA failed.
@@ -113,27 +110,6 @@ def _dense_rows(op: str, name: str, given: Tensor) -> None:
         )
 
 
-def _check_scale(op: str, name: str, values: Tensor, scale: object) -> None:
-    """The scales of quantised values [T, D], or packed [n, T, D]."""
-    checked = _check.tensor(op, f"{name}.scale", scale)
-    columns = 1 if checked.shape[-1:] == (1,) else scale_columns(values.shape[-1], True)
-    if checked.shape != (*values.shape[:-1], columns):
-        raise ValueError(
-            f"{op}: {name}.scale has shape {_check.shape_text(checked)}, expected "
-            f"{[*values.shape[:-1], 1]} or "
-            f"{[*values.shape[:-1], scale_columns(values.shape[-1], True)]}"
-        )
-    if checked.dtype != torch.uint8:
-        raise TypeError(
-            f"{op}: {name}.scale is {checked.dtype}, expected torch.uint8, the bits of "
-            "float8_e8m0fnu"
-        )
-    if values.dtype not in (torch.float16, FP8):
-        raise TypeError(f"{op}: {name}.values is {values.dtype}, expected torch.float16 or {FP8}")
-    _check.same_device(op, f"{name}.scale", checked, f"{name}.values", values)
-    _dense_rows(op, f"{name}.scale", checked)
-
-
 def _list_sources(
     op: str, sources: Sources, empty_ok: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
@@ -152,8 +128,9 @@ def _list_sources(
                 f"{type(given[0]).__name__}, expected one storage mode"
             )
         if quantized:
-            checked = _check.tensor(op, f"{name}.values", item.values)
-            _check_scale(op, name, checked, item.scale)
+            checked = check_source(op, name, item)
+            _refuse_gradients(op, "attend" if op.startswith("attend") else "read", item.origin)
+            _dense_rows(op, f"{name}.scale", item.scale)
             scales.append(item.scale)
         else:
             checked = _check.leading(op, name, item)

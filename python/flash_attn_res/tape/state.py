@@ -190,10 +190,10 @@ class Tape:
     def store(self, terms: Sequence[Tensor]) -> QuantizedSource:
         """A sum [..., D] in the storage mode, appended to ``stored``."""
         assert self.storage is not None
-        stored = empty(self.shape, self.storage, self.device)
-        operators.quantize(terms, *stored)
-        self.stored.append(stored)
-        return stored
+        numbers, scale = empty(self.shape, self.storage, self.device)
+        operators.quantize(terms, numbers, scale)
+        self.stored.append(QuantizedSource(numbers, scale))
+        return self.stored[-1]
 
     def add_source(self, terms: Sequence[Tensor], needs_grad: bool) -> int:
         """Appends a completed source, the sum of ``terms``, and returns its index."""
@@ -297,7 +297,7 @@ class Tape:
         elif before != current:
             current.wait_stream(before)
             held = [*self.dsources.values(), *self.sources]
-            held += [tensor for item in self.stored for tensor in item]
+            held += [tensor for item in self.stored for tensor in (item.values, item.scale)]
             held += [] if self.dqueries is None else [self.dqueries]
             for phase1 in self.begun:
                 held += [phase1.gate, phase1.dlse]

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn_res import QuantizedSource, attend, quantize, read, stochastic_add
+from flash_attn_res import attend, quantize, read, stochastic_add
 from flash_attn_res.cli.accuracy.peers import EPS
-from flash_attn_res.functional import fold_query
 
 ALL = ("phase1", "oneshot_norm", "advance", "network")
 READS_BLOCKS = ("phase1", "oneshot_norm", "network")
@@ -81,83 +80,14 @@ def run(op: str, x: dict[str, Tensor]) -> list[Tensor]:
     return [result.x, result.partial]
 
 
-# ------------------------------------------------------------------------- over stored sources
-
-
-class _Attend(torch.autograd.Function):
-    """Phase 1 as a stream with `block_storage` runs it: gradients pass the rounding unchanged."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, storage: str, dtype: torch.dtype, queries: Tensor, *sources: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        values, scales = _stored(sources, storage)
-        (T, D), S, N = sources[0].shape, len(queries), len(sources)
-        out, lse = queries.new_empty(S, T, D, dtype=dtype), queries.new_empty(S, T)
-        logits, inv_rms = queries.new_empty(T, S, N), queries.new_empty(T, N)
-        torch.ops.flash_attn_res.attend_into(
-            values, queries, 1.0, EPS, out, lse, logits, inv_rms, scales
-        )
-        ctx.save_for_backward(queries, lse, logits, inv_rms, *values, *scales)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        queries, lse, logits, inv_rms, *stored = ctx.saved_tensors
-        values, scales = stored[: len(stored) // 2], stored[len(stored) // 2 :]
-        dsources = [torch.empty_like(value, dtype=torch.float32) for value in values]
-        dqueries = torch.empty_like(queries)
-        torch.ops.flash_attn_res.attend_backward_into(
-            *(dout, dlse, None, values, queries, lse, logits, inv_rms, 1.0, dsources, False),
-            *(dqueries, False, scales),
-        )
-        return None, None, dqueries, *dsources
-
-
-class _Read(torch.autograd.Function):
-    """A one-shot read with output norm of the same kind."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, storage: str, dtype: torch.dtype, query: Tensor, weight: Tensor, *sources: Tensor
-    ) -> Tensor:
-        values, scales = _stored(sources, storage)
-        T, N = sources[0].shape[0], len(sources)
-        x = torch.empty_like(sources[0], dtype=dtype)
-        logits, inv_rms, mix_inv_rms = (query.new_empty(*shape) for shape in ((T, N), (T, N), (T,)))
-        torch.ops.flash_attn_res.read_into(
-            *(None, None, values, None, None, query, weight, 1.0, EPS, True, EPS, x, None),
-            *(logits, inv_rms, mix_inv_rms, scales),
-        )
-        ctx.save_for_backward(query, weight, logits, inv_rms, mix_inv_rms, *values, *scales)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        query, weight, logits, inv_rms, mix_inv_rms, *stored = ctx.saved_tensors
-        values, scales = stored[: len(stored) // 2], stored[len(stored) // 2 :]
-        dsources = [torch.empty_like(value, dtype=torch.float32) for value in values]
-        dquery, dweight = torch.empty_like(query), torch.empty_like(weight)
-        torch.ops.flash_attn_res.read_backward_into(
-            *(dx, None, None, values, None, query, weight, logits, inv_rms, mix_inv_rms, 1.0),
-            *(True, None, None, None, dsources, False, None, dquery, False, dweight, scales),
-        )
-        return None, None, dquery, dweight, *dsources
-
-
-def _stored(sources: tuple[Tensor, ...], storage: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Numbers and scales."""
-    held: list[QuantizedSource] = [quantize(source, storage) for source in sources]
-    return [item.values for item in held], [item.scale for item in held]
-
-
 def run_stored(op: str, x: dict[str, Tensor], storage: str, dtype: torch.dtype) -> list[Tensor]:
-    """`run` over quantised sources, results in `dtype`."""
-    queries = fold_query(x["queries"], x["key_weight"], torch.float32)
-    sources = x["sources"].unbind(0)
+    """`run` over quantised sources, as a stream with `block_storage` has them; results in dtype."""
+    sources = [quantize(source, storage) for source in x["sources"].unbind(0)]
+    queries, weights = x["queries"], x["key_weight"]
     if op == "phase1":
-        return list(_Attend.apply(storage, dtype, queries, *sources))
-    return [_Read.apply(storage, dtype, queries[0], x["weight"], *sources)]
+        return list(attend(sources, queries, weights, eps=EPS, dtype=dtype)[:2])
+    site = (queries[0], weights[0])
+    return [read(*site, sources=sources, norm_weight=x["weight"], eps=EPS, dtype=dtype).x]
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
