@@ -301,7 +301,7 @@ def read(
         _check.same_device(op, "phase1[1]", lse, like_name, like)
         phase1_lse = lse.reshape(-1)
 
-    num_terms = int(phase1 is not None) + num_sources + int(partial is not None or bool(updates))
+    num_terms = int(phase1 is not None) + num_sources + int(partial is not None or len(updates) > 0)
     folded = None
     if query is not None:
         query = _check.query(op, "query", query, 1, like_name, like)

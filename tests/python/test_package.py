@@ -207,7 +207,7 @@ def test_wheel(sdist, tmp_path):
     look_into(wheel)
     python = empty_environment(tmp_path / "venv")
     pip = ("-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps")
-    run(python, *pip, wheel)
+    run(python, *pip, "--ignore-installed", wheel)
     alone = {"cwd": tmp_path, "env": {"PATH": str(python.parent), "HOME": str(tmp_path)}}
     where, version = run(python, "-c", PROGRAM, **alone).split()
     assert pathlib.Path(where).is_relative_to(tmp_path / "venv")
@@ -264,7 +264,7 @@ def empty_environment(folder: pathlib.Path) -> pathlib.Path:
     run(sys.executable, "-m", "venv", folder)
     (site,) = folder.glob("lib/python*/site-packages")
     # A folder that a .pth file names is searched, but its own .pth files, and so the editable
-    # install of this package, are not.
+    # install of this package, are not. A plain install that is there comes after the new one.
     needed = {pathlib.Path(module.__file__).parents[1] for module in (torch, numpy, rich)}
     (site / "torch.pth").write_text("\n".join(map(str, needed)))
     return folder / "bin" / "python"

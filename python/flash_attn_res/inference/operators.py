@@ -315,7 +315,7 @@ def _read_arguments(
     phase1_out, phase1_lse = phase1 if phase1 is not None else (None, None)
     if phase1_lse is not None:
         _statistic(op, "phase1[1]", phase1_lse, (tokens,), name, like)
-    has_sum = partial is not None or bool(updates)
+    has_sum = partial is not None or len(updates) > 0
     terms = int(phase1 is not None) + count_sources(items) + int(has_sum)
     folded = None
     if query is not None:
