@@ -1,8 +1,8 @@
 """`flash-attn-res report`: tables and plots from result files alone.
 
 In a page of README or docs a table stands between "<!-- generated: NAME -->" and
-"<!-- end of generated: NAME -->"; NAME is one of :data:`tables.TABLES`, or `demo`, or `plots`. It
-is that of the GPU that was measured last; "NAME all" has the tables of all GPUs.
+"<!-- end of generated: NAME -->"; NAME is one of :data:`tables.TABLES`, or `demo`, `torch_versions`
+or `plots`. It is that of the GPU that was measured last; "NAME all" has the tables of all GPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flash_attn_res.cli.bench.plots import (
     lens_picture,
     picture,
 )
-from flash_attn_res.cli.bench.tables import TABLES, demo, missing
+from flash_attn_res.cli.bench.tables import TABLES, demo, missing, torch_versions
 from flash_attn_res.cli.checkpoint import make_folder, write_atomically
 from flash_attn_res.cli.device import checkout
 from flash_attn_res.cli.errors import CliError, need
@@ -80,6 +80,10 @@ class Results:
     def demo(self) -> dict[str, Any] | None:
         """What the demo has left: the summary.json of a run of `train`."""
         return self._other("demo.json")
+
+    def tested(self) -> dict[str, Any] | None:
+        """The outcome of the Python tests by PyTorch: what tools/test_with_torch has left."""
+        return self._other("torch-versions.json")
 
     def _other(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -138,6 +142,9 @@ def block(name: str, results: Results) -> str:
     if name == "demo":
         summary = results.demo()
         return made(summary, "table", demo, summary) if summary else "Run `make demo`."
+    if name == "torch_versions":
+        tested = results.tested()
+        return made(tested, "table", torch_versions, tested) if tested else "Not tested yet."
     name, _, everywhere = name.partition(" ")
     if name not in TABLES:
         raise CliError(f"a page asks for the table {name!r}; known: {', '.join(TABLES)}")

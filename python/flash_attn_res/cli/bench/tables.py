@@ -124,6 +124,22 @@ def demo(document: Document) -> str:
     return caption + "\n\n" + markdown(header, rows)
 
 
+def torch_versions(document: Document) -> str:
+    """On which versions of PyTorch the Python tests were run, with one wheel, and how it went."""
+    rows = [
+        [
+            entry["torch"],
+            entry["python"],
+            entry["built_with"] or "",
+            *(str(entry[outcome]) for outcome in ("passed", "failed", "skipped")),
+            f"`{entry['commit']}`",
+        ]
+        for entry in document["versions"]
+    ]
+    header = ["PyTorch", "Python", "wheel built with", "passed", "failed", "skipped", "commit"]
+    return markdown(header, rows)
+
+
 KERNEL_OPS = {
     "phase1_fwd": "phase 1 forward",
     "phase1_bwd": "phase 1 backward, accumulating, gated",
