@@ -140,9 +140,15 @@ CASES = ["one_shot", "merge", "advance", "kimi_k3", "first"]
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dim", [1, 2, 96, 1024, 2304, 4096, 7168, 9216])
-def test_read(dtype: torch.dtype, layout: str, case: str, norm: bool, dim: int) -> None:
+@pytest.mark.parametrize("wide_sum", [False, True])
+def test_read(
+    dtype: torch.dtype, layout: str, case: str, norm: bool, dim: int, wide_sum: bool
+) -> None:
+    """wide_sum: the running sum is float32 beside values of 16 bits."""
     if norm and dim == 1:
         pytest.skip("one column normalised is its sign: its gradient is what cancellation leaves")
+    if wide_sum and (dtype == torch.float32 or case == "one_shot"):
+        pytest.skip("there is no sum of another dtype")
     tokens = 3
     count = {"one_shot": 5, "kimi_k3": 8}.get(case, 0)
     tensors = {f"source {n}": rows((tokens, dim), dtype, layout) for n in range(count)}
@@ -150,7 +156,8 @@ def test_read(dtype: torch.dtype, layout: str, case: str, norm: bool, dim: int) 
         tensors["phase1"] = rows((tokens, dim), dtype, layout)
         tensors["lse"] = torch.randn(tokens, device="cuda")
     if case != "one_shot":
-        tensors["partial"] = rows((tokens, dim), dtype, layout)
+        sum_dtype = torch.float32 if wide_sum else dtype
+        tensors["partial"] = rows((tokens, dim), sum_dtype, layout)
     if case in ("advance", "kimi_k3", "first"):
         tensors["update"] = rows((tokens, dim), dtype, layout)
     for name in {"partial", "update"} & tensors.keys() if "update" in tensors else ():

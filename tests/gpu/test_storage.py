@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn_res import BlockAttnRes, QuantizedSource, quantize
+from flash_attn_res import BlockAttnRes, QuantizedSource, attend, quantize, read
 
 OPS = torch.ops.flash_attn_res
 EPS = 1e-6
@@ -232,10 +232,45 @@ def test_read_over_quantised_sources(dim: int, storage: str, by_group: bool) -> 
         assert relative(ours, reference) <= 1.1 * rounding + 1e-5, name
 
 
+@pytest.mark.parametrize(("storage", "by_group"), STORAGE)
+@pytest.mark.parametrize("dim", [100, 264, 2048])
+def test_gradients_of_the_functional_api(dim: int, storage: str, by_group: bool) -> None:
+    """Straight through to what was quantised, with a phase-1 result and a running sum beside it."""
+    tokens, num_sources = 37, 4
+    drawn = [torch.randn(tokens, dim) for _ in range(num_sources + 4)]
+    queries, lse, weight = torch.randn(3, dim) / dim**0.5, torch.randn(tokens), torch.randn(dim)
+    dout, dlse = torch.randn(3, tokens, dim), torch.randn(3, tokens)
+
+    def run(device: str) -> list[Tensor]:
+        leaves = [t.to(device).requires_grad_() for t in (*drawn, queries, lse, weight)]
+        *terms, o, partial, update, _, u, total, g = leaves
+        sources = [quantize(term, storage, by_group=by_group) for term in terms]
+        phase1 = attend(sources, u, scale=0.9)
+        site = read(
+            u[0],
+            sources=sources,
+            phase1=(o, total),
+            partial=partial,
+            update=update,
+            norm_weight=g,
+        )
+        results = [phase1.out, phase1.lse, site.x, site.partial]
+        given = [dout, dlse, dout[0], dout[1]]
+        wanted = [*terms, o, partial, update, u, total, g]
+        given = [t.to(device) for t in given]
+        return [*(r.detach() for r in results), *torch.autograd.grad(results, wanted, given)]
+
+    for ours, theirs in zip(run("cuda"), run("cpu"), strict=True):
+        assert relative(ours, theirs.double()) < 1e-3
+
+
 @pytest.mark.parametrize("storage", ["float16", "float8"])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("block_size", [1, 4])
-def test_stream_with_block_storage(storage: str, checkpoint: bool, block_size: int) -> None:
+@pytest.mark.parametrize("functional", [False, True])
+def test_stream_with_block_storage(
+    storage: str, checkpoint: bool, block_size: int, functional: bool
+) -> None:
     """A network in float32 with stored blocks computes on CUDA what it computes on the CPU."""
     layers, dim = 11, 256
     torch.manual_seed(random.randrange(2**31))
@@ -249,7 +284,7 @@ def test_stream_with_block_storage(storage: str, checkpoint: bool, block_size: i
         network.load_state_dict(module.state_dict())
         inputs = embedding.to(device).requires_grad_()
         weight = torch.ones(dim, device=device, requires_grad=True)
-        stream = network.start(inputs)
+        stream = network.start(inputs, functional=functional)
         for matrix in matrices:
             at = matrix.to(device)
             stream.sublayer(lambda x, at=at: torch.tanh(x @ at), weight, checkpoint=checkpoint)
