@@ -462,4 +462,4 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: Capture) -> No
 
 def test_every_suite_has_its_table() -> None:
     assert {suite for suite, _, _ in tables.TABLES.values()} > {"kernels", "step", "decode", "cpu"}
-    assert set(step.SHAPES) == set(step.SMALL)
+    assert set(step.SHAPES) == set(step.ON_CPU) == set(step.SMALL)
