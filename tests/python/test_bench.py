@@ -411,6 +411,9 @@ def test_another_schema(schema: int | None, tmp_path: Path, capsys: Capture) -> 
 def test_bad_results(tmp_path: Path, capsys: Capture) -> None:
     assert "is no folder" in error_of(capsys, "report", "--results", str(tmp_path / "none"))
     assert "no result files" in error_of(capsys, "report", "--results", str(tmp_path))
+    (tmp_path / "quick").mkdir()
+    message = error_of(capsys, "report", "--results", str(tmp_path))
+    assert message.endswith(f"of a quick run there are in {tmp_path}/quick")
     (tmp_path / "cpu.json").write_text("{")
     assert "cpu.json: cannot be read" in error_of(capsys, "report", "--results", str(tmp_path))
     (tmp_path / "cpu.json").write_text("[]")

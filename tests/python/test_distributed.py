@@ -159,6 +159,8 @@ def test_plan_prints_the_numbers_of_the_paper(capsys: pytest.CaptureFixture[str]
     assert main(["plan", "--pp", "100"]) == 2
     assert main(["plan", "--micro-batches", "0"]) == 2
     assert "--micro-batches is 0, expected at least 1" in capsys.readouterr().err
+    assert main(["plan", "--links", "50", "nan"]) == 2
+    assert "--links are [50.0, nan], expected numbers above 0" in capsys.readouterr().err
     assert main(["plan", "--value-bytes", "4", "--sum-bytes", "2"]) == 2
     assert "--sum-bytes is 2, expected at least the 4 of --value-bytes" in capsys.readouterr().err
     assert main(["plan", "--pp", "4", "--micro-batches", "9"]) == 2

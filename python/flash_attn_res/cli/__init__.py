@@ -156,7 +156,9 @@ def _add_accuracy(parser: argparse.ArgumentParser) -> None:
         "this package in its storage modes, eager PyTorch, and whichever other packages are "
         "installed."
     )
-    parser.add_argument("--quick", action="store_true", help="small cases: seconds, to try it out")
+    parser.add_argument(
+        "--quick", action="store_true", help="small cases, under a minute, to try it out"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all rows to this JSON file")
     parser.add_argument("--details", action="store_true", help="print every row")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from flash_attn_res.cli.errors import CliError
 
@@ -22,7 +23,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
             f"--sum-bytes is {arguments.sum_bytes}, expected at least the "
             f"{arguments.value_bytes} of --value-bytes"
         )
-    if any(link <= 0 for link in arguments.links):
+    if not all(0 < link < math.inf for link in arguments.links):
         raise CliError(f"--links are {arguments.links}, expected numbers above 0, in GB/s")
     if arguments.pp * arguments.vpp > arguments.layers:
         raise CliError(

@@ -114,8 +114,9 @@ def _plan(arguments: argparse.Namespace, device: torch.device) -> table.Plan:
     if arguments.queries > 128:
         raise CliError(f"--queries must be at most 128, not {arguments.queries}")
     quick = arguments.quick
+    default = [name for name in everything if not quick or name != families.LONGEST]
     return table.Plan(
-        families=tuple(chosen("--families", arguments.families, everything, everything)),
+        families=tuple(chosen("--families", arguments.families, everything, default)),
         sources=tuple(dict.fromkeys(sources)),
         queries=arguments.queries,
         tokens=arguments.tokens or (64 if quick else 256),
