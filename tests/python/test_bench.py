@@ -413,7 +413,7 @@ def test_bad_results(tmp_path: Path, capsys: Capture) -> None:
     assert "no result files" in error_of(capsys, "report", "--results", str(tmp_path))
     (tmp_path / "quick").mkdir()
     message = error_of(capsys, "report", "--results", str(tmp_path))
-    assert message.endswith(f"of a quick run there are in {tmp_path}/quick")
+    assert f"those of a quick run are in {tmp_path}/quick" in message
     (tmp_path / "cpu.json").write_text("{")
     assert "cpu.json: cannot be read" in error_of(capsys, "report", "--results", str(tmp_path))
     (tmp_path / "cpu.json").write_text("[]")

@@ -44,8 +44,9 @@ def run_report(arguments: argparse.Namespace) -> int:
     if folder.resolve().parent.name == "benchmarks" and (pages / "README.md").is_file():
         return _fill_pages(Results(folder, found), pages, check=arguments.check)
     if not found:
-        quick = f"; of a quick run there are in {folder}/quick" if (folder / "quick").is_dir() else ""
-        raise CliError(f"--results: {folder} has no result files of flash-attn-res bench{quick}")
+        quick = folder / "quick"
+        hint = f"; those of a quick run are in {quick}" if quick.is_dir() else ""
+        raise CliError(f"--results: {folder} has no result files of flash-attn-res bench{hint}")
     return _write_report(folder, found, check=arguments.check)
 
 
