@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from flash_attn_res import BlockAttnRes, attend, quantize, read, stochastic_add
+from stream_networks import assert_equal, gradients, make, tensors_of
 
 OPS = torch.ops.flash_attn_res
 
@@ -172,6 +173,19 @@ def test_compiled_storage_modes(options: dict, backend: str) -> None:
         if backend == "aot_eager":
             assert torch.equal(ours, gradient)
         assert (ours - gradient).float().norm() <= 0.1 * gradient.float().norm() + 1e-2
+
+
+@pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS.keys())
+def test_compiled_checkpoints_of_storage_modes(options: dict) -> None:
+    torch._dynamo.reset()
+    network, x, cotangent = make(6, 3, "cpu", torch.bfloat16, **options)
+    tensors = tensors_of(network, x)
+    compiled = torch.compile(
+        lambda x: network(x, checkpoint=True), fullgraph=True, backend="aot_eager"
+    )
+    y, expected = compiled(x), network(x, functional=True)
+    assert torch.equal(y, expected)
+    assert_equal(gradients(y, tensors, cotangent), gradients(expected, tensors, cotangent))
 
 
 @pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS.keys())

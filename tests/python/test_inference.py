@@ -458,30 +458,31 @@ def test_a_float32_running_sum(dtype: torch.dtype, mode: str, storage: str | Non
         sum_dtype=torch.float32,
     )
     step, rows = runner.start(embedding), []
-    total, output = embedding, None
+    total, output, phase1 = embedding, None, None
     u = toy.weights.queries
     for site in range(L + 1):
         x = (step.read() if site < L else step.finish()).clone()
         if output is not None:
             total = output.float() if total is None else total + output
         if site % S == 0 and site < L and storage is None:
-            total = total.to(dtype)
+            total = total.to(dtype).float()  # rows of one dtype would go to another kernel
         given = {"sources": rows, "partial": total, "norm_weight": toy.norms[site], "eps": 1e-5}
         if mode == "two_phase" and rows:
-            phase1 = attend(rows, u[site : site + 1], eps=1e-5, dtype=dtype)
-            given |= {"sources": (), "phase1": (phase1.out[0], phase1.lse[0])}
+            slot = (site - 1) % S
+            given |= {"sources": (), "phase1": (phase1.out[slot], phase1.lse[slot])}
         want = read(u[site] if rows else None, **given, dtype=dtype).x
         assert torch.equal(x, want), site
         if site < L and site % S == 0:
-            row = runner.bank.row(site // S, T) if storage is None else None
-            if row is not None:
-                assert torch.equal(row, total)
-                rows.append(total)
+            if storage is None:
+                rows.append(total.to(dtype))
+                assert torch.equal(runner.bank.row(site // S, T), rows[-1])
             else:
+                rows.append(quantize(total, storage))
                 stored = runner.bank.stored_row(site // S, T)
-                wanted = quantize(total, "float8")
-                assert torch.equal(stored.values.float(), wanted.values.float())
-                rows.append(wanted.dequantize())  # what float32 holds exactly
+                assert torch.equal(stored.values.float(), rows[-1].values.float())
+                assert torch.equal(stored.scale, rows[-1].scale)
+            if mode == "two_phase":
+                phase1 = attend(rows, u[site + 1 : site + S + 1], eps=1e-5, dtype=dtype)
             total = None
         if site < L:
             output = toy.sublayer(site, x)

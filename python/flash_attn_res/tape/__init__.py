@@ -10,7 +10,7 @@ large. What belongs to several sites goes past it, over a *tape* that one forwar
 * Storage modes. With ``block_storage`` the completed sources are quantised; a source's gradient is
   that of the value that it stands for, and goes to what the value was made of. The embedding is
   kept as it came, too: the first block reads it alone. With ``sum_dtype`` running sums and their
-  gradients are float32; only what becomes a source, x and what layers get are of the stream's dtype.
+  gradients are float32, sources and x of the stream's dtype.
 * Phase-1 results. A group's results [S, T, D] live while the group runs forward; the backward
   computes them again, once a group (or keeps them, by an option). The gradient of a phase-1 result
   is never written: a site's backward writes dh over its row of the results, and the phase-1
