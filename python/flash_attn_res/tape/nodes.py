@@ -77,7 +77,7 @@ class Close(Function):
     def backward(ctx: Any, _token: Tensor | None) -> tuple[Any, ...]:
         tape: Tape = ctx.tape
         tape.enter()
-        gradient = tape.take(ctx.source, tape.sum_dtype)
+        gradient = tape.dsources.pop(ctx.source, None)  # complete, in the dtype of the buffers
         _, _, *needs, _ = ctx.needs_input_grad
         return None, None, *to_addends(gradient, ctx.partial_dtype, ctx.update_dtype, needs), None
 
