@@ -197,7 +197,8 @@ class Estimate:
             rows = [("transition", "carries", "bytes", "without cache", *_headers(links))]
             for stage, (some, every) in enumerate(zip(cached, naive, strict=True)):
                 count = len(layout.received(stage + 1))
-                carries = f"{count} block{'s' * (count != 1)}" + " + sum" * layout.has_partial(stage + 1)
+                carries = "1 block" if count == 1 else f"{count} blocks"
+                carries += " + sum" * layout.has_partial(stage + 1)
                 places = (f"{stage}-{stage + 1}", carries, _size(some), _size(every))
                 rows.append((*places, *_times(some, links)))
             busiest = max(range(self.pp), key=self.sent)
