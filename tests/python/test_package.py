@@ -224,8 +224,10 @@ def test_wheel(sdist, tmp_path):
 def build_wheel(sdist: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """What pip makes of it, without CUDA and without the network."""
     options = [f"build-dir={folder / 'build'}", "cmake.define.FLASH_ATTN_RES_CUDA=OFF"]
-    # To compile all of it takes minutes; `make` has compiled the same sources in the tree.
-    if compile_once.known(ROOT, ROOT / "build" / "python", folder / "known.json"):
+    # To compile all of it takes minutes; `make` has compiled the same sources in the tree, or
+    # tools/test_with_torch has.
+    builds = (ROOT / "build" / name for name in ("python", "wheel"))
+    if any(compile_once.known(ROOT, build, folder / "known.json") for build in builds):
         launcher = f"{sys.executable};{compile_once.__file__};{folder / 'known.json'}"
         options.append(f"cmake.define.CMAKE_CXX_COMPILER_LAUNCHER={launcher}")
     run(
