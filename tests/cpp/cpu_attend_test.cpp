@@ -365,6 +365,46 @@ TEST_P(CpuAttend, TokenDoesNotDependOnItsBatch) {
   }
 }
 
+// A block that is read in parts, in a pipeline say, gives what it gives as a whole.
+TEST_P(CpuAttend, QueryDoesNotDependOnTheOthers) {
+  Rng rng(11);
+  for (int i = 0; i < random_cases(30); ++i) {
+    AttendCase c;
+    c.T = pick<int64_t>(rng, {1, 7, 70});
+    c.N = 1 + static_cast<int64_t>(rng() % 9);
+    c.S = 2 + static_cast<int64_t>(rng() % 8);
+    c.D = 1 + static_cast<int64_t>(rng() % 1200);
+    c.R = rng() % 2 == 0 ? c.D : 1 + static_cast<int64_t>(rng() % c.D);
+    c.sources = c.out = c.dsources = pick_dtype(rng);
+    c.with_dsources = false;  // they are sums over the queries
+    const AttendInputs in = make_inputs(c, rng);
+    const AttendForward all = run_forward(c, in);
+    const AttendBackward all_grad = run_backward(c, in, all);
+    AttendCase alone = c;
+    alone.S = 1;
+    const auto row = [](const Tensor& tensor, int64_t s) {
+      Tensor one(tensor.view().dtype, 1, tensor.view().cols);
+      for (int64_t i = 0; i < one.view().cols; ++i) {
+        one.set(0, i, tensor.at(s, i));
+      }
+      return one;
+    };
+    for (int64_t s = 0; s < c.S; ++s) {
+      AttendInputs own = in;
+      own.queries = row(in.queries, s);
+      own.dout = {in.dout[s]};
+      own.gate = row(in.gate, s);
+      own.dlse = row(in.dlse, s);
+      own.dqueries_before = row(in.dqueries_before, s);
+      const AttendForward got = run_forward(alone, own);
+      const AttendBackward grad = run_backward(alone, own, got);
+      EXPECT_TRUE(got.out[0].same_bits(all.out[s])) << describe(c);
+      EXPECT_TRUE(got.lse.same_bits(row(all.lse, s))) << describe(c);
+      EXPECT_TRUE(grad.dqueries.same_bits(row(all_grad.dqueries, s))) << describe(c);
+    }
+  }
+}
+
 TEST_P(CpuAttend, OneSourceIsCopiedAndGivesNoQueryGradient) {
   Rng rng(6);
   for (const int64_t S : {1, 3}) {

@@ -54,7 +54,7 @@ inline void attend_statistics(const AttendParams& p, const AttendScratch& w, int
 }
 
 /// A single query has but one use for each source, for which a packed copy would be made in vain:
-/// both visits are of the rows themselves.
+/// both visits are of the rows themselves. It has the bits that it would have among others.
 template <class Ev, class Eo>
 inline void attend_tokens_of_one(const AttendParams& p, const AttendScratch& w, int64_t begin,
                                  int64_t end) {
@@ -69,7 +69,7 @@ inline void attend_tokens_of_one(const AttendParams& p, const AttendScratch& w, 
       v[n] = source_reader<Ev>(p.sources, p.source_scales, n, t);
       key[n] = v[n].from(key_start);
     }
-    dots<Sweep::kFirstWithSquares>(u, key, p.N, p.R, w.logits, w.inv_rms);
+    dots_of_one<Sweep::kFirstWithSquares>(u, key, p.N, p.R, w.logits, w.inv_rms);
     attend_statistics(p, w, t);
     const Writer<Eo> out = writer<Eo>(p.out[0], t, p.stream);
     for_steps(0, p.D, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {

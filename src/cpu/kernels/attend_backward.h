@@ -183,7 +183,8 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
       if (key_start > 0) {
         pack<E>(dout, p.S, key_start, w.dh_plain);
         if (one) {
-          dots<Sweep::kFirst>(Reader<Packed>{w.dh_plain}, v, p.N, key_start, w.dp_plain, nullptr);
+          dots_of_one<Sweep::kFirst>(Reader<Packed>{w.dh_plain}, v, p.N, key_start, w.dp_plain,
+                                     nullptr);
         } else {
           dots_packing<Sweep::kFirst>(w.dh_plain, p.S, v, p.N, key_start, w.v_plain, w.dp_plain,
                                       nullptr);
@@ -194,7 +195,7 @@ inline void attend_backward_tokens(const AttendBackwardParams& p, const AttendBa
       }
       pack<E>(dout, p.S, p.R, w.dh_key);
       if (one) {
-        dots<Sweep::kFirst>(Reader<Packed>{w.dh_key}, key, p.N, p.R, w.dp, nullptr);
+        dots_of_one<Sweep::kFirst>(Reader<Packed>{w.dh_key}, key, p.N, p.R, w.dp, nullptr);
       } else {
         dots_packing<Sweep::kFirst>(w.dh_key, p.S, key, p.N, p.R, w.v_key, w.dp, nullptr);
       }

@@ -51,8 +51,8 @@ FLASH_ATTN_RES_INLINE void dot_tile(const Reader<Ex>* x, const Reader<Ev>* v, in
     }
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      if constexpr (kSweep != Sweep::kAgain) {
-        vr[b].prefetch(i);
+      if (kSweep != Sweep::kAgain && fetches(Fetch::kEven, b)) {
+        vr[b].prefetch(i);  // rows that are not packed
       }
       const Pair vi = vr[b].get(i, part);
 #pragma GCC unroll 8
@@ -271,6 +271,44 @@ inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t
         }
       }
     }
+  }
+}
+
+/// B rows of v from row b on, for dots_of_one.
+template <int B, Sweep kSweep, class Ev>
+inline void dot_tile_of_one(const Reader<Packed>& x, const Reader<Ev>* v, int64_t b, int64_t count,
+                            float* out, float* squares) {
+  Vec sums[B];
+  Vec square_sums[B];
+  for (int i = 0; i < B; ++i) {
+    sums[i] = square_sums[i] = broadcast(0.0f);
+  }
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const int64_t end = count - begin < kPiece ? count : begin + kPiece;
+    dot_tile<1, B, kSweep>(&x, v + b, begin, end, sums, square_sums);
+  }
+  for (int i = 0; i < B; ++i) {
+    out[b + i] = reduce_add(sums[i]);
+    if (kSweep == Sweep::kFirstWithSquares) {
+      squares[b + i] = reduce_add(square_sums[i]);
+    }
+  }
+}
+
+/// As dots_packing, with its bits, of a single packed row x, and packs nothing: the first sweep
+/// fetches the next token's rows b = 0, 2, ....
+template <Sweep kSweep, class Ev>
+inline void dots_of_one(const Reader<Packed>& x, const Reader<Ev>* v, int64_t B, int64_t count,
+                        float* out, float* squares) {
+  int64_t b = 0;
+  for (; b + 4 <= B; b += 4) {
+    dot_tile_of_one<4, kSweep>(x, v, b, count, out, squares);
+  }
+  for (; b + 2 <= B; b += 2) {
+    dot_tile_of_one<2, kSweep>(x, v, b, count, out, squares);
+  }
+  if (b < B) {
+    dot_tile_of_one<1, kSweep>(x, v, b, count, out, squares);
   }
 }
 
