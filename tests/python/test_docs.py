@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from flash_attn_res import BlockAttnRes
 from flash_attn_res.cli import COMMANDS
+from flash_attn_res.cli.bench import plots
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -250,6 +252,19 @@ def test_generated_pages_are_up_to_date(command: list[str | pathlib.Path]) -> No
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_pictures_of_the_documentation_are_of_results() -> None:
+    """`report --check` holds each to what it was drawn from, by the hash that it carries."""
+    shown = {
+        (page.parent / name).resolve()
+        for page in PAGES
+        for name in re.findall(r"!\[[^]]*\]\(([^)]*images/[^)]+)\)", page.read_text())
+    }
+    assert shown == set((ROOT / "docs" / "images").iterdir())
+    for path in shown:
+        with Image.open(path) as image:
+            assert plots.KEY in image.info, path.name
 
 
 def test_links_between_pages_lead_somewhere() -> None:

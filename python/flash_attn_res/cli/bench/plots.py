@@ -106,9 +106,7 @@ def picture(name: str, document: Document) -> Picture:
 
 
 def demo_pictures(summary: Mapping[str, Any]) -> list[Picture]:
-    """That of the demo which a page shows; none where times and losses alone are kept."""
-    if not all("depth" in entry for entry in summary["variants"].values()):
-        return []
+    """That of the demo which a page shows."""
     shown = {
         "options": summary["options"],
         "text": summary["text"],
