@@ -108,7 +108,6 @@ inline void attend_tokens(const AttendParams& p, const AttendScratch& w, int64_t
       }
     };
     const auto leave_key = [&](int64_t i, int64_t width) FLASH_ATTN_RES_ALWAYS {
-      fetch_odd(key, p.N, i, width);
       if (t > begin) {
         mix_piece(w.v_key, p.N, w.probs, out, p.S, key_start, i, width);
       }

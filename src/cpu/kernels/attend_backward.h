@@ -89,7 +89,7 @@ inline void attend_gradients(const AttendBackwardParams& p, const AttendBackward
   rows.key_factor = w.key_factor;
   rows.old = p.accumulate_dsources ? old : nullptr;
   rows.dv = dv;
-  rows.fetch_odd = false;  // packing has fetched all
+  rows.fetch_odd = false;  // the first visit has fetched all
   rows.term = 0;
   for (int64_t i = 0; i < count; i += kPiece) {
     const int64_t width = count - i < kPiece ? count - i : kPiece;

@@ -134,9 +134,7 @@ template <class Ev>
 FLASH_ATTN_RES_INLINE void fetch_odd(const Reader<Ev>* rows, int64_t N, int64_t begin,
                                      int64_t width) {
   for (int64_t n = 1; n < N; n += 2) {
-    for (int64_t i = 0; i < width; i += kStep) {
-      rows[n].prefetch(begin + i);
-    }
+    fetch_row(rows[n].from(begin), width);
   }
 }
 

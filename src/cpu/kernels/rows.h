@@ -144,10 +144,10 @@ __attribute__((noinline)) inline void store_tail(unsigned char* p, Pair a, Tail 
 /// Which rows of the next token a sweep fetches into the cache while it computes. Where two sweeps
 /// take about as long, the first fetches every other row and the second the rows in between: memory
 /// is busy all the time instead of in the first sweep alone.
-enum class Fetch { kAll, kEven };
+enum class Fetch { kNone, kEven, kAll };
 
 FLASH_ATTN_RES_INLINE constexpr bool fetches(Fetch fetch, int64_t row) {
-  return fetch == Fetch::kAll || row % 2 == 0;
+  return fetch == Fetch::kAll || (fetch == Fetch::kEven && row % 2 == 0);
 }
 
 /// Brings the cache lines of a step of so many bytes into L2.
@@ -331,6 +331,14 @@ struct Writer<Packed> {
   }
   FLASH_ATTN_RES_INLINE Writer from(int64_t i) const { return {data + i}; }
 };
+
+/// Fetches the next token's elements [0, width) of a row.
+template <class E>
+FLASH_ATTN_RES_INLINE void fetch_row(const Reader<E>& row, int64_t width) {
+  for (int64_t i = 0; i < width; i += kStep) {
+    row.prefetch(i);
+  }
+}
 
 /// Row t of a view.
 template <class E>
