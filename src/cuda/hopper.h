@@ -43,11 +43,6 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* plan =
 Status attend_backward(const AttendBackwardArgs& args, const Context& context,
                        const Plan* plan = nullptr);
 
-/// Runs a `read` with the kernel that brings rows through a ring in shared memory, unless a token
-/// is too wide for it. `storage` is the one 16-bit dtype of all rows, aligned to 16 bytes. Where it
-/// is the faster one: `read_rings` in policy.h.
-bool run_read(Call& call, const ReadRowsParams& read, DType storage, int* issued);
-
 /// Whether the Hopper kernel can run this `read_backward`: sm_90, K <= 32, one 16-bit dtype for all
 /// values (dsources may be float32), rows aligned to 16 bytes, keys that begin at a multiple of
 /// eight columns, dx given where there is a norm. T > 0.

@@ -154,24 +154,28 @@ struct ReadRowsForm {
   int registers;    // of a thread, at most
   int blocks;       // that a multiprocessor should hold: a token that takes more is split
   int least_terms;  // the fewest that it is chosen for
+  int least_warps;  // that a token takes, with at most an eighth of a row to spare; 0: all tokens
 
   /// Threads that the registers of a multiprocessor allow: 16384 for each quarter of its warps.
   constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
 };
 
-/// The forms for rows of one 16-bit type, by number of terms, two chunks a thread before one. The
-/// rows in registers are what a multiprocessor has under way, of which it needs some 40 KB to keep
-/// the memory busy. Two blocks at least, so that one loads while the other sums and stores; more
-/// but smaller ones, of clusters, are no faster.
+/// The forms for rows of one 16-bit type, by number of terms, more chunks a thread first. The rows
+/// in registers are what a multiprocessor has under way, of which it needs some 40 KB to keep the
+/// memory busy. On an H200 instructions are as scarce, and what a warp does once a token is shared
+/// by its chunks: 5 to 20 % more of the copy than with half as many. Two blocks at least, so that
+/// one loads while the other sums and stores; for six terms four smaller ones are faster.
 inline constexpr ReadRowsForm kReadRowsHalf[] = {
-    {2, 2, 64, 2, 1},    {2, 1, 64, 2, 1},    {4, 2, 80, 2, 3},  {4, 1, 72, 2, 3},
-    {6, 1, 64, 2, 5},    {8, 1, 64, 2, 7},    {10, 1, 72, 2, 9}, {12, 1, 96, 2, 11},
-    {18, 1, 128, 4, 13}, {32, 1, 168, 3, 19},
+    {2, 4, 80, 2, 1, 1},    {2, 3, 80, 2, 1, 2},  {2, 2, 64, 2, 1, 0},   {2, 1, 64, 2, 1, 0},
+    {4, 4, 128, 2, 3, 1},   {4, 3, 96, 2, 3, 2},  {4, 2, 80, 2, 3, 0},   {4, 1, 72, 2, 3, 0},
+    {6, 2, 96, 4, 5, 4},    {6, 1, 64, 2, 5, 0},  {8, 2, 112, 2, 7, 4},  {8, 1, 64, 2, 7, 0},
+    {10, 2, 128, 2, 9, 4},  {10, 1, 72, 2, 9, 0}, {12, 1, 96, 2, 11, 0}, {18, 1, 128, 4, 13, 0},
+    {32, 1, 168, 3, 19, 0},
 };
 
 /// The forms for float32 and mixed rows, which take 32 bytes a chunk.
 inline constexpr ReadRowsForm kReadRowsAny[] = {
-    {2, 1, 64, 4, 1}, {4, 1, 72, 4, 3}, {8, 1, 128, 4, 5}, {12, 1, 168, 3, 9}};
+    {2, 1, 64, 4, 1, 0}, {4, 1, 72, 4, 3, 0}, {8, 1, 128, 4, 5, 0}, {12, 1, 168, 3, 9, 0}};
 
 inline constexpr int kReadRowsMaxTerms = 32;
 
@@ -210,11 +214,16 @@ inline constexpr int64_t kReadFewTokens = 128;
 /// instead of 3.7.
 inline constexpr int64_t kReadThinTokens = 32;
 
+/// A read that forms a new partial sum has one or two further rows under way: up to this width two
+/// chunks a thread do (with four: 92 % of the copy instead of 96 at D = 2048, but 93 instead of 86
+/// at 7168).
+inline constexpr int64_t kReadNarrowUpdate = 2048;
+
 /// Takes the form with the fewest terms that has room, and splits a token over the fewest blocks
 /// that let the multiprocessor hold as many as the form wants, or over more where tokens are few.
 /// The choice never shows in the results: sums over D have one order.
-constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters,
-                                          int64_t tokens) {
+constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, bool update, int64_t dim,
+                                          bool clusters, int64_t tokens) {
   constexpr int64_t kSegment = 256;  // columns of a warp and chunk
   constexpr int kMaxCluster = 8;     // that every device with clusters has
   // Narrow tokens share a block: a multiprocessor has room for 32 blocks.
@@ -223,7 +232,13 @@ constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim,
   const bool thin = clusters && tokens <= kReadThinTokens;
   const int most = clusters ? kMaxCluster : 1;
   for (const ReadRowsForm& form : read_rows_forms(half)) {
-    if (form.terms < terms || (few && form.chunks > 1)) {
+    if (form.terms < terms || (few && form.chunks > 1) ||
+        (update && dim <= kReadNarrowUpdate && form.chunks > 2)) {
+      continue;
+    }
+    const int64_t warps = ceil_div(dim, kSegment * form.chunks);
+    if (form.least_warps > 0 &&
+        (warps < form.least_warps || warps * kSegment * form.chunks * 8 > dim * 9)) {
       continue;
     }
     const auto threads = [&](int cluster) {
@@ -249,44 +264,8 @@ constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim,
     break;  // a form with more terms has no more threads
   }
   // Too wide for one chunk a thread: not for two.
-  return few ? choose_read_rows(half, terms, dim, clusters, kReadFewTokens + 1) : ReadRowsPolicy{};
-}
-
-/// Where the kernel with a ring in shared memory (hopper_read.cuh) reads many tokens faster than
-/// the one with rows in registers, by more than a hundredth: 'x'. Measured on an H200 with bfloat16
-/// rows of 80 MB; on an H100 the ring wins in the same places, and without a norm in a few more. It
-/// loses by up to a half where rows in registers fill a multiprocessor evenly, and wins where a
-/// token would have to be split over a cluster.
-inline constexpr int64_t kReadRingDims[] = {1024, 2048, 2304, 3072, 4096, 5120, 7168, 8192};
-inline constexpr int64_t kReadRingTerms[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 32};
-inline constexpr std::string_view kReadRingWins[2][2][13] = {
-    {{"..xx.xx.", "..x..xx.", "..xx.xx.", "...x.xx.", ".......x", ".......x", ".......x",  //
-      ".......x", ".......x", ".......x", ".xx...xx", "..x..xxx", ".....x.."},
-     {".xx.....", ".xx.....", "..xx.xx.", "...x.x..", ".......x", "..x....x", "..xx....",  // update
-      "...x...x", ".......x", "......xx", ".x....xx", "......xx", "..x....."}},
-    {{"..xx....", "........", "..x..xx.", "..x..xx.", ".......x", "..x....x", "..x....x",  // norm
-      ".......x", ".......x", ".......x", ".xx...xx", "..x..xxx", "....x..x"},
-     {"..x.....", "..xx.x..", "..xx.xx.", "..xx.xx.", ".......x", ".......x", ".......x",  // both
-      ".......x", ".......x", "......xx", ".x....x.", ".....xx.", "....x..."}},
-};
-
-/// Whether the ring should serve a read: the entry for the nearest width. Fewer than four tokens a
-/// multiprocessor leave it no time to fill.
-constexpr bool read_rings(bool norm, bool update, int64_t terms, int64_t dim, int64_t tokens,
-                          const DeviceLimits& limits) {
-  if (limits.major != 9 || limits.minor != 0 || terms > kReadRingTerms[12] ||
-      tokens < 4 * static_cast<int64_t>(limits.multiprocessors)) {
-    return false;
-  }
-  int row = 0;
-  while (kReadRingTerms[row] < terms) {
-    ++row;
-  }
-  int column = 0;
-  while (column < 7 && dim * dim > kReadRingDims[column] * kReadRingDims[column + 1]) {
-    ++column;
-  }
-  return kReadRingWins[norm ? 1 : 0][update ? 1 : 0][row][static_cast<size_t>(column)] == 'x';
+  return few ? choose_read_rows(half, terms, update, dim, clusters, kReadFewTokens + 1)
+             : ReadRowsPolicy{};
 }
 
 /// Which form of `read_backward` runs, and its block.

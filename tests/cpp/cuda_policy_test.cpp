@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "cuda/hopper_read_backward_plan.h"
-#include "cuda/hopper_read_plan.h"
 
 namespace flash_attn_res::cuda {
 namespace {
@@ -28,6 +27,7 @@ TEST(ReadRows, RegistersOfAMultiprocessorHoldTheBlocksOfEachForm) {
       EXPECT_GE(form.max_threads() / form.blocks, 96);
       EXPECT_EQ(read_rows_form(half, form.terms, form.chunks).registers, form.registers);
       EXPECT_LE(form.least_terms, form.terms);
+      EXPECT_TRUE(form.least_warps == 0 || form.chunks > 1) << "narrow tokens need a form as well";
     }
     EXPECT_EQ(chunks, 1) << "few tokens have one chunk a thread";
     EXPECT_LE(terms, kReadRowsMaxTerms);
@@ -41,7 +41,9 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
         for (int64_t dim = 8; dim <= 32768; dim += dim < 4096 ? 8 : 1016) {
           for (const int64_t tokens : {int64_t{1}, kReadThinTokens, kReadThinTokens + 1,
                                        kReadFewTokens, kReadFewTokens + 1}) {
-            const ReadRowsPolicy policy = choose_read_rows(half, terms, dim, clusters, tokens);
+            const bool update = dim % 16 == 0;
+            const ReadRowsPolicy policy =
+                choose_read_rows(half, terms, update, dim, clusters, tokens);
             if (policy.terms == 0) {
               EXPECT_TRUE(terms > read_rows_forms(half).back().terms || dim > 3072)
                   << "K=" << terms << " D=" << dim;
@@ -67,63 +69,29 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
 }
 
 TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
-  EXPECT_EQ(choose_read_rows(true, 4, 2048, true, 8192), (ReadRowsPolicy{4, 2, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 8192), (ReadRowsPolicy{2, 2, 1, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 8, 7168, true, 8192), (ReadRowsPolicy{8, 1, 4, 224, 1}));
-  EXPECT_EQ(choose_read_rows(true, 9, 2304, true, 8192), (ReadRowsPolicy{10, 1, 1, 288, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 8192), (ReadRowsPolicy{2, 2, 1, 448, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 256, true, 8192), (ReadRowsPolicy{2, 2, 1, 32, 4}));
-  EXPECT_EQ(choose_read_rows(true, 9, 7168, true, 128), (ReadRowsPolicy{10, 1, 2, 448, 1}));
+  const auto choose = [](int64_t terms, int64_t dim, int64_t tokens, bool update = false) {
+    return choose_read_rows(/*half=*/true, terms, update, dim, /*clusters=*/true, tokens);
+  };
+  EXPECT_EQ(choose(4, 2048, 8192), (ReadRowsPolicy{4, 4, 1, 64, 2}));
+  EXPECT_EQ(choose(2, 2048, 8192), (ReadRowsPolicy{2, 4, 1, 64, 2}));
+  EXPECT_EQ(choose(2, 2048, 8192, /*update=*/true), (ReadRowsPolicy{2, 2, 1, 128, 1}));
+  EXPECT_EQ(choose(2, 7168, 8192, /*update=*/true), (ReadRowsPolicy{2, 4, 1, 224, 1}));
+  EXPECT_EQ(choose(2, 2304, 8192, /*update=*/true), (ReadRowsPolicy{2, 3, 1, 96, 1}));
+  EXPECT_EQ(choose(8, 7168, 8192), (ReadRowsPolicy{8, 2, 2, 224, 1}));
+  EXPECT_EQ(choose(6, 7168, 8192), (ReadRowsPolicy{6, 2, 4, 128, 1}));
+  EXPECT_EQ(choose(9, 2304, 8192), (ReadRowsPolicy{10, 2, 1, 160, 1}));
+  EXPECT_EQ(choose(2, 7168, 8192), (ReadRowsPolicy{2, 4, 1, 224, 1}));
+  EXPECT_EQ(choose(2, 1024, 8192), (ReadRowsPolicy{2, 4, 1, 32, 4}));
+  EXPECT_EQ(choose(2, 256, 8192), (ReadRowsPolicy{2, 2, 1, 32, 4}));
+  EXPECT_EQ(choose(8, 1024, 8192), (ReadRowsPolicy{8, 1, 1, 128, 1})) << "too few warps for two";
+  EXPECT_EQ(choose(9, 7168, 128), (ReadRowsPolicy{10, 1, 2, 448, 1}));
   // Few tokens are split thinly, but not into blocks of fewer than four warps.
-  EXPECT_EQ(choose_read_rows(true, 2, 7168, true, 1), (ReadRowsPolicy{2, 1, 8, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 9, 7168, true, 32), (ReadRowsPolicy{10, 1, 8, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 2048, true, 1), (ReadRowsPolicy{2, 1, 2, 128, 1}));
-  EXPECT_EQ(choose_read_rows(true, 2, 256, true, 1), (ReadRowsPolicy{2, 1, 1, 32, 4}));
+  EXPECT_EQ(choose(2, 7168, 1), (ReadRowsPolicy{2, 1, 8, 128, 1}));
+  EXPECT_EQ(choose(9, 7168, 32), (ReadRowsPolicy{10, 1, 8, 128, 1}));
+  EXPECT_EQ(choose(2, 2048, 1), (ReadRowsPolicy{2, 1, 2, 128, 1}));
+  EXPECT_EQ(choose(2, 256, 1), (ReadRowsPolicy{2, 1, 1, 32, 4}));
   // Whether rows in registers serve a token does not depend on how many there are.
-  EXPECT_EQ(choose_read_rows(true, 2, 100000, true, 1),
-            choose_read_rows(true, 2, 100000, true, 999));
-}
-
-TEST(HopperRead, APlanHasRoomForItsTokens) {
-  constexpr int64_t kShared = 227 * 1024;
-  for (int terms = 1; terms <= kReadRowsMaxTerms; ++terms) {
-    for (int updates = 0; updates <= kReadRowsMaxUpdates; ++updates) {
-      for (int dim = 8; dim <= 16384; dim += dim < 4096 ? 8 : 1016) {
-        const int rows = terms + updates;
-        const hopper::ReadPlan plan =
-            hopper::choose_read(terms, rows, dim, terms % 2 == 0, kShared);
-        if (plan.warps == 0) {
-          const bool too_wide = dim > 31 * hopper::read_segments(terms) * kSegment;
-          EXPECT_TRUE(too_wide || rows * dim * 3 > kShared - 32 * 1024)
-              << "K=" << terms << " rows=" << rows << " D=" << dim;
-          continue;
-        }
-        SCOPED_TRACE(testing::Message() << "K=" << terms << " rows=" << rows << " D=" << dim);
-        ASSERT_LE(hopper::read_map(plan, terms, dim).bytes, kShared);
-        ASSERT_LE(plan.threads(), hopper::kReadThreadsMax);
-        ASSERT_LE(plan.groups, hopper::kReadGroupsMax);
-        ASSERT_GE(plan.warps * hopper::read_segments(terms) * kSegment, dim);
-        ASSERT_GE(plan.slots, rows);  // or no token would ever be complete
-        ASSERT_LE(plan.groups, plan.tokens);
-        // The barrier of a token is free before the next one that has it.
-        ASSERT_LE(plan.tokens, hopper::kReadTokensMax);
-        ASSERT_GE((plan.tokens - 1) * rows, plan.slots);
-      }
-    }
-  }
-}
-
-TEST(HopperRead, TheTableSaysWhoServes) {
-  DeviceLimits h100;
-  h100.major = 9;
-  h100.multiprocessors = 132;
-  EXPECT_TRUE(read_rings(/*norm=*/true, /*update=*/false, 4, 2304, 16384, h100));
-  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 10, 2304, 16384, h100));
-  EXPECT_TRUE(read_rings(/*norm=*/false, /*update=*/false, 2, 7168, 8192, h100));
-  EXPECT_FALSE(read_rings(/*norm=*/false, /*update=*/false, 2, 2048, 65536, h100));
-  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 4, 2304, 500, h100)) << "few tokens";
-  h100.major = 8;
-  EXPECT_FALSE(read_rings(/*norm=*/true, /*update=*/false, 4, 2304, 16384, h100));
+  EXPECT_EQ(choose(2, 100000, 1), choose(2, 100000, 999));
 }
 
 constexpr DeviceLimits kH100 = {.major = 9,

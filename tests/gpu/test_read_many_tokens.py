@@ -1,8 +1,8 @@
-"""Both ways through the forward of `read` on the same numbers: many tokens at once, and few.
+"""The forms of the forward of `read` on the same numbers: many tokens at once, and few.
 
-A Hopper GPU reads many tokens with rows in a ring in shared memory where that is faster, few tokens
-with rows in registers, and very few spread over more threads. A token has the same bits whichever
-kernel serves it, so slices of the call must give exactly what the whole call gives.
+With many tokens a thread has two, three or four chunks of every row where that is faster, with few
+one, and very few are spread over more threads. A token has the same bits whichever form serves it,
+so slices of the call must give exactly what the whole call gives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Tokens of slices, in turn: thinly split up to 32, one chunk a thread up to 128, else as many have
-# them. The ring begins at four a multiprocessor.
+# them.
 FEW = (1, 30, 100, 200)
 
 
@@ -41,7 +41,7 @@ class Site:
 
 
 SITES = [
-    # One group in a block, and the widths beside those that have two.
+    # Blocks of one and two to a multiprocessor, and widths that leave lanes idle.
     *(
         Site(D=D, sources=N, norm=norm)
         for D in (7680, 7688, 8192, 9728, 9736)
@@ -68,7 +68,19 @@ SITES = [
     Site(D=7168, sources=8, norm=True, T=528),
     Site(D=7168, sources=8, norm=True, T=529),
     Site(D=7168, sources=9, norm=True),
-    # The ring where it wins clearly, and what the policy says elsewhere.
+    # A thread with one, two, three and four chunks; one, three and more warps a token.
+    *(
+        Site(D=D, sources=N, norm=norm)
+        for D in (1024, 1536)
+        for N in (2, 4)
+        for norm in (False, True)
+    ),
+    *(Site(D=D, site=True, updates=u) for D in (1000, 2304, 3072) for u in (0, 1)),
+    *(Site(D=D, sources=1, site=True, updates=u) for D in (1536, 2304, 4096) for u in (0, 1)),
+    *(Site(D=D, site=True, updates=2, norm=True) for D in (1024, 2304, 3584, 5000)),
+    Site(D=2304, site=True, updates=1, norm=True, key_dim=500, round_mix=True, mix=True),
+    Site(D=4096, site=True, norm=True, key_dim=4000, storage=torch.float16, gap=8),
+    Site(D=3072, sources=6, norm=True, gap=8),
     *(Site(D=D, sources=10, norm=True) for D in (1024, 2304, 4096)),
     *(Site(D=D, sources=4, norm=True) for D in (2048, 5120, 8192)),
     *(Site(D=D, site=True, T=4001) for D in (2304, 7168)),

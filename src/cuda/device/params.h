@@ -71,6 +71,13 @@ struct ValueTable {
     dtype[j] = static_cast<uint8_t>(view.dtype);
     vectorized[j] = view.vectorized ? 1 : 0;
   }
+
+  void copy(int from, int to) {
+    data[to] = data[from];
+    stride_bytes[to] = stride_bytes[from];
+    dtype[to] = dtype[from];
+    vectorized[to] = vectorized[from];
+  }
 };
 
 /// The same with a scale for each token or group of columns, or for none of the tensors. Only

@@ -16,7 +16,8 @@
 // A thread loads its chunks of all rows at once and keeps them as stored until the mixture. Nothing
 // else hides latency: blocks are small, live for one token, and there are enough of them on a
 // multiprocessor that some load while others compute. Columns are dealt out in segments, one a warp
-// and chunk: segment (rank * kChunks + c) * warps + warp. Below sm_90 there is one rank.
+// and chunk: segment (rank * kChunks + c) * warps + warp. Below sm_90 there is one rank. What a warp
+// does once a token is shared by its chunks; with more than two, u and g come when they are used.
 //
 //   prefetch to L2 -> the grid before has ended
 //   load rows, u -> partial' -> sums of this block -> barrier -> softmax, in every warp
@@ -74,7 +75,8 @@ __device__ __forceinline__ uint32_t largest_bits(const Chunk& c) {
   return largest;
 }
 
-template <class T, int kTerms, int kChunks, bool kQuantized>
+/// kMerge: two terms, of which the first is a phase-1 result.
+template <class T, int kTerms, int kChunks, bool kMerge, bool kQuantized>
 __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads())
     read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
   constexpr unsigned kLanes = kWarp;
@@ -85,7 +87,8 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   if (t >= p.tokens) {
     return;  // the barriers count the others
   }
-  const int K = p.num_terms;
+  const int K = kMerge ? 2 : p.num_terms;
+  const int first_key = kMerge ? 1 : p.first_key;
   const unsigned chunks = static_cast<unsigned>(p.dim) / kChunk;
   const unsigned segments = (chunks + kLanes - 1) / kLanes;
 
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   __shared__ Mailbox term_mail, norm_mail, largest_mail;
   if (ranks > 1) {
     if (threadIdx.x == 0) {
-      term_mail.open(segments * 2 * kTerms * sizeof(float));
+      term_mail.open(segments * 2 * (kMerge ? 1 : kTerms) * sizeof(float));
       norm_mail.open(segments * sizeof(float));
       if (kQuantized) {
         largest_mail.open(segments * sizeof(float));
@@ -117,19 +120,32 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   };
   const auto wait_for_sums = [&](Mailbox& mail) {
     if (ranks == 1) {
-      __syncthreads();
+      if (blockDim.x == kLanes) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
     } else {
       mail.wait();
     }
   };
 
+  constexpr int kPadded = kChunks == 3 ? 4 : kChunks;  // sums over a warp come in powers of two
+  // With more chunks a thread has no registers for what can be loaded later from L1.
+  constexpr bool kEarly = kChunks <= 2;
+  constexpr int kEarlyUpdates = kEarly ? kReadRowsMaxUpdates : 1;
   unsigned chunk[kChunks];  // of a row; its segment is chunk / 32
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     chunk[c] = (rank * kChunks + c) * blockDim.x + threadIdx.x;
   }
 
-  // Registers have no index: slot s holds term s, but the last slot always the last term.
+  const auto segment_of = [&](unsigned c) {
+    return ((rank * kChunks + c) * blockDim.x + threadIdx.x) / kLanes;
+  };
+
+  // Registers have no index: slot s holds term s, but the last slot always the last term. The table
+  // of rows is in the order of the slots.
   constexpr int kLast = kTerms - 1;
   constexpr int kAlways = kReadRowsForm<T, kTerms, kChunks>.least_terms - 1;
   const auto in_use = [&](int s) { return s < kAlways || s < K - 1 || s == kLast; };
@@ -144,14 +160,14 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   RowRef update_rows[kReadRowsMaxUpdates];
 #pragma unroll
   for (int s = 0; s < kTerms; ++s) {
-    slot_rows[s] = own_chunks(p.rows.row(term_of(s), t));
+    slot_rows[s] = own_chunks(p.rows.row(s, t));
   }
 #pragma unroll
   for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
-    update_rows[e] = own_chunks(p.rows.row(K + e, t));
+    update_rows[e] = own_chunks(p.rows.row(kTerms + e, t));
   }
   const RowRef query_row = {reinterpret_cast<char*>(p.query.data), DType::kFloat32, true};
-  const bool whole_key = p.key_begin == 0 && p.query_aligned;
+  const bool whole_key = p.key_begin == 0 && p.query_aligned && p.query.present();
 
   // What memory must fetch is on its way to L2 while the grid before this one ends. Blocks that
   // begin later than that would only lose time.
@@ -172,7 +188,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
             prefetch_row_chunk<T>(update_rows[e], c * blockDim.x);
           }
         }
-        if (whole_key && p.query.present()) {
+        if (whole_key) {
           prefetch_row_chunk<AnyAligned>(query_row, chunk[c]);
         }
         if (p.norm_weight.present()) {
@@ -198,10 +214,10 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   };
   const bool new_partial = p.partial_out.present();
   load_slot(kLast);
-  Packed<T> updates[kReadRowsMaxUpdates][kChunks];
+  Packed<T> updates[kEarlyUpdates][kChunks];
   if (new_partial) {
 #pragma unroll
-    for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
+    for (int e = 0; e < kEarlyUpdates; ++e) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         updates[e][c] = {};
@@ -215,31 +231,47 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   for (int s = 0; s < kLast; ++s) {
     load_slot(s);
   }
-  Chunk u[kChunks];
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
+  // Of a whole key there is no question to ask: what lies beyond a row meets zeros.
+  const auto load_query = [&]<bool kWholeKey>(int c) {
+    if (kWholeKey) {
+      return unpack(
+          load_whole<float>(query_row.data, static_cast<int>(min(chunk[c], chunks - 1)) * kChunk));
+    }
     const int col = static_cast<int>(chunk[c]) * kChunk;
-    const bool in_key = chunk[c] < chunks && col + kChunk > p.key_begin;
-    u[c] = zero_chunk();
-    if (in_key && p.query.present()) {
-      u[c] = whole_key ? load_shared_chunk(query_row, chunk[c])
-                       : load_query_chunk(p.query, col, p.key_begin, p.query_aligned);
+    const bool in_key = chunk[c] < chunks && col + kChunk > p.key_begin && p.query.present();
+    return in_key ? load_query_chunk(p.query, col, p.key_begin, p.query_aligned) : zero_chunk();
+  };
+  Chunk early_query[kEarly ? kChunks : 1];
+  if constexpr (kEarly) {
+    if (whole_key) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        early_query[c] = load_query.template operator()<true>(c);
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        early_query[c] = load_query.template operator()<false>(c);
+      }
     }
   }
 
   const auto dtype_in = [&](int row) { return static_cast<DType>(p.rows.dtype[row]); };
   const auto dtype_of = [&](int s) {
-    return s == kLast && new_partial ? p.partial_out.dtype : dtype_in(term_of(s));
+    return s == kLast && new_partial ? p.partial_out.dtype : dtype_in(s);
   };
   if (new_partial) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (chunk[c] < chunks) {
-        Chunk sum = unpack_row_chunk<T>(slots[kLast][c], dtype_in(K - 1));
+        Chunk sum = unpack_row_chunk<T>(slots[kLast][c], dtype_in(kLast));
 #pragma unroll
         for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
           if (e < num_updates) {
-            add(sum, unpack_row_chunk<T>(updates[e][c], dtype_in(K + e)));
+            const Packed<T> update = e < kEarlyUpdates
+                                         ? updates[e < kEarlyUpdates ? e : 0][c]
+                                         : load_row_chunk<T>(update_rows[e], c * blockDim.x);
+            add(sum, unpack_row_chunk<T>(update, dtype_in(kTerms + e)));
           }
         }
         slots[kLast][c] = pack_row_chunk<T>(sum, p.partial_out.dtype);
@@ -254,37 +286,73 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
     cluster_wait();  // every mailbox is open
   }
 
-  // |k_j|^2 and <u, k_j> of each of this warp's segments, up to eight terms at once.
+  // |k_j|^2 and <u, k_j> of each of this warp's segments: of up to eight terms of a segment at
+  // once, and of so many segments that they are eight pairs.
   const auto sum_terms = [&]<int kFirst, bool kWholeKey>() {
-    using Sums = PairSums<(kTerms - kFirst < 8 ? kTerms - kFirst : 8)>;
+    constexpr int kTermPairs = PairSums<(kTerms - kFirst < 8 ? kTerms - kFirst : 8)>::kPairs;
+    constexpr int kTogether = kChunks * kTermPairs < 8 ? kChunks : 8 / kTermPairs;
+    using Sums = PairSums<2 * kTermPairs * kTogether>;
     constexpr unsigned kCopies = 8 / Sums::kPairs;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int col = static_cast<int>(chunk[c]) * kChunk;
+    for (int first_chunk = 0; first_chunk < kChunks; first_chunk += kTogether) {
       Sums sums;
 #pragma unroll
-      for (int i = 0; i < Sums::kPairs; ++i) {
-        float pair[4] = {};  // (terms, square and dot)
+      for (int d = 0; d < kTogether; ++d) {
+        const int c = first_chunk + d;
+        const int col = static_cast<int>(chunk[c]) * kChunk;
+        const Chunk u =
+            kEarly ? early_query[kEarly ? c : 0] : load_query.template operator()<kWholeKey>(c);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int s = kFirst + 2 * i + k;
-          if (s < kTerms && in_use(s) && (s > 0 || p.first_key == 0)) {
-            Chunk key = unpack_row_chunk<T>(slots[s][c], dtype_of(s));
-            if (!kWholeKey) {
-              keep_from(key, col, p.key_begin);
+        for (int i = 0; i < kTermPairs; ++i) {
+          float pair[4] = {};  // (terms, square and dot)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const int s = kFirst + 2 * i + k;
+            if (s < kTerms && in_use(s) && (s > 0 || first_key == 0)) {
+              Chunk key = unpack_row_chunk<T>(slots[s][c], dtype_of(s));
+              if (!kWholeKey) {
+                keep_from(key, col, p.key_begin);
+              }
+              pair[2 * k] = dot_add(key, key, 0.0f);
+              pair[2 * k + 1] = dot_add(u, key, 0.0f);
             }
-            pair[2 * k] = dot_add(key, key, 0.0f);
-            pair[2 * k + 1] = dot_add(u[c], key, 0.0f);
           }
+          sums.set(d * kTermPairs + i, pair, lane);
         }
-        sums.set(i, pair, lane);
       }
       const float sum = sums.finish(lane);
-      const int index = 2 * kFirst + Sums::index(lane);
-      if (index < 2 * kTerms && chunk[c] / kLanes < segments) {
-        share(term_sums + chunk[c] / kLanes * 2 * kTerms + index, sum, term_mail,
+      constexpr int kPerSegment = 4 * kTermPairs;
+      const int own = Sums::index(lane);
+      const int index = 2 * kFirst + (kTogether > 1 ? own % kPerSegment : own);
+      const int own_chunk = first_chunk + (kTogether > 1 ? own / kPerSegment : 0);
+      const unsigned segment = segment_of(own_chunk);
+      if (index < 2 * kTerms && own_chunk < kChunks && segment < segments) {
+        share(term_sums + segment * 2 * kTerms + index, sum, term_mail,
               static_cast<unsigned>(lane) % kCopies, kCopies);
       }
+    }
+  };
+  // The one key of a merge: the sums of all this warp's segments at once.
+  const auto sum_partial = [&]<bool kWholeKey>() {
+    float sums[2 * kPadded] = {};  // (segments, square and dot)
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const Chunk u =
+          kEarly ? early_query[kEarly ? c : 0] : load_query.template operator()<kWholeKey>(c);
+      Chunk key = unpack_row_chunk<T>(slots[kLast][c], dtype_of(kLast));
+      if (!kWholeKey) {
+        keep_from(key, static_cast<int>(chunk[c]) * kChunk, p.key_begin);
+      }
+      sums[2 * c] = dot_add(key, key, 0.0f);
+      sums[2 * c + 1] = dot_add(u, key, 0.0f);
+    }
+    const float sum = warp_sum_scatter(sums);
+    constexpr unsigned kCopies = kLanes / (2 * kPadded);
+    const unsigned index = static_cast<unsigned>(lane) / kCopies;
+    const unsigned segment = segment_of(index / 2);
+    if (index / 2 < kChunks && segment < segments) {
+      share(term_sums + (segment * kTerms + kLast) * 2 + index % 2, sum, term_mail,
+            static_cast<unsigned>(lane) % kCopies, kCopies);
     }
   };
   const auto sum_all_terms =
@@ -292,22 +360,20 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
         (sum_terms.template operator()<8 * kGroup, kWholeKey>(), ...);
       };
   using Groups = std::make_integer_sequence<int, (kTerms + 7) / 8>;
-  if (p.key_begin == 0) {
-    sum_all_terms.template operator()<true>(Groups{});
+  if constexpr (kMerge) {
+    whole_key ? sum_partial.template operator()<true>() : sum_partial.template operator()<false>();
   } else {
-    sum_all_terms.template operator()<false>(Groups{});
+    whole_key ? sum_all_terms.template operator()<true>(Groups{})
+              : sum_all_terms.template operator()<false>(Groups{});
   }
 
   // On their way during the barrier.
-  const float phase1_lse = p.first_key > 0 ? p.phase1_lse.at(0, t) : 0.0f;
-  Chunk weight[kChunks];
-  if (p.norm) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      weight[c] = {{1, 1, 1, 1, 1, 1, 1, 1}};
-      if (p.norm_weight.present() && chunk[c] < chunks) {
-        weight[c] = load_shared_chunk(p.norm_weight.row(0), chunk[c]);
-      }
+  const float phase1_lse = first_key > 0 ? p.phase1_lse.at(0, t) : 0.0f;
+  Chunk early_weight[kEarly ? kChunks : 1];
+  if constexpr (kEarly) {
+    if (p.norm && p.norm_weight.present()) {
+      for_shared_chunks(p.norm_weight.row(0), chunk, chunks,
+                        [&](int c, const Chunk& weight) { early_weight[c] = weight; });
     }
   }
   wait_for_sums(term_mail);
@@ -315,7 +381,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   // Every warp computes the softmax for itself: lane l has term l.
   TermLogit own = term_logit<kReadRowsForm<T, kTerms, kChunks>.least_terms, kTerms>(
       p, term_sums, kTerms, kLast, segments, lane);
-  if (lane < p.first_key || lane >= K) {
+  if (lane < first_key || lane >= K) {
     own = {lane < K ? phase1_lse : -INFINITY, 0.0f};
   }
   const auto [logit, inv_rms] = own;
@@ -324,32 +390,43 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
     store_statistics(p, t, lane, {logit, inv_rms}, prob);
   }
 
+  // Chunk by chunk where a thread has several: what a chunk's rows took, its mixture takes.
   Chunk h[kChunks];
+  float probs[kTerms];
+  const auto prob_of = [&](int s) { return __shfl_sync(kAllLanes, prob, term_of(s)); };
+  if (kChunks > 1) {
+#pragma unroll
+    for (int s = 0; s < kTerms; ++s) {
+      if (in_use(s)) {
+        probs[s] = prob_of(s);
+      }
+    }
+  }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     h[c] = zero_chunk();
-  }
 #pragma unroll
-  for (int s = 0; s < kTerms; ++s) {
-    if (in_use(s)) {
-      const float p_s = __shfl_sync(kAllLanes, prob, term_of(s));
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        add_scaled(h[c], p_s, unpack_row_chunk<T>(slots[s][c], dtype_of(s)));
+    for (int s = 0; s < kTerms; ++s) {
+      if (in_use(s)) {
+        add_scaled(h[c], kChunks > 1 ? probs[s] : prob_of(s),
+                   unpack_row_chunk<T>(slots[s][c], dtype_of(s)));
       }
     }
-  }
-  if (p.mix.present()) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      if (chunk[c] < chunks) {
+    if (chunk[c] < chunks) {
+      if (p.mix.present()) {
         store_row_chunk<T>(p.mix.row(t), chunk[c], pack_row_chunk<T>(h[c], p.mix.dtype));
       }
+      if (!kQuantized && !p.norm) {
+        store_row_chunk<T>(p.x.row(t), chunk[c], pack_row_chunk<T>(h[c], p.x.dtype));
+      }
     }
+  }
+  if (!kQuantized && !p.norm) {
+    return;
   }
 
   if (p.norm) {
-    float squares[kChunks];
+    float squares[kPadded] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (p.round_mix) {
@@ -359,9 +436,9 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
     }
     const float sum = warp_sum_scatter(squares);
     // Of each segment of the warp kGroup lanes have the sum.
-    constexpr unsigned kGroup = kLanes / kChunks;
-    const unsigned own = ((rank * kChunks + lane / kGroup) * blockDim.x + threadIdx.x) / kLanes;
-    if (own < segments) {
+    constexpr unsigned kGroup = kLanes / kPadded;
+    const unsigned own = segment_of(lane / kGroup);
+    if (lane / kGroup < kChunks && own < segments) {
       share(norm_sums + own, sum, norm_mail, lane % kGroup, kGroup);
     }
     wait_for_sums(norm_mail);
@@ -370,12 +447,24 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
     if (threadIdx.x == 0 && rank == 0 && p.mix_inv_rms.present()) {
       p.mix_inv_rms.at(0, t) = inv_rms_mix;
     }
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
+    const auto normalise = [&](int c, const Chunk& weight) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        h[c].v[i] = h[c].v[i] * inv_rms_mix * weight[c].v[i];
+        h[c].v[i] = h[c].v[i] * inv_rms_mix * weight.v[i];
       }
+    };
+    if (!p.norm_weight.present()) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        normalise(c, {{1, 1, 1, 1, 1, 1, 1, 1}});
+      }
+    } else if constexpr (kEarly) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        normalise(c, early_weight[c]);
+      }
+    } else {
+      for_shared_chunks(p.norm_weight.row(0), chunk, chunks, normalise);
     }
   }
   if constexpr (kQuantized) {

@@ -31,12 +31,13 @@ __device__ __forceinline__ Chunk load_query_chunk(const FloatView& query, int co
   return c;
 }
 
-/// Sums over a warp of the squares and dots of up to eight terms, two at a time: what is left of
-/// a pair after the first two halving steps is one value a lane, so that few are alive at once.
+/// Sums over a warp of the squares and dots of up to 16 terms (of one segment, or of several),
+/// two at a time: what is left of a pair after the first two halving steps is one value a lane, so
+/// that few are alive at once.
 template <int kTerms>
 struct PairSums {
-  static constexpr int kPairs = kTerms > 4 ? 4 : kTerms > 2 ? 2 : 1;
-  float values[kPairs];
+  static constexpr int kPairs = kTerms > 8 ? 8 : kTerms > 4 ? 4 : kTerms > 2 ? 2 : 1;
+  float values[kPairs] = {};
 
   __device__ __forceinline__ void set(int i, float (&pair)[4], int lane) {
     scatter_steps<2, 16>(pair, lane);
@@ -85,7 +86,8 @@ __device__ __forceinline__ TermLogit term_logit_of(const Params& p, const float*
   if (term < p.num_terms) {
     const float2* const own =
         reinterpret_cast<const float2*>(sums) + (term == p.num_terms - 1 ? last : term);
-#pragma unroll 4
+    // Many parts are few rounds.
+#pragma unroll(kParts > 8 ? 1 : 4)
     for (unsigned g = lane % kParts; g < segments; g += kParts) {
       const float2 both = own[g * stride];
       square += both.x;

@@ -28,8 +28,6 @@ Status attend_backward(const AttendBackwardArgs&, const Context&, const Plan*) {
   return unavailable("attend_backward");
 }
 
-bool run_read(Call&, const ReadRowsParams&, DType, int*) { return false; }
-
 unsigned run_read_backward(Call&, const ReadBackwardArgs&, const ReadBackwardShape&,
                            const ReadBackwardScratch&, const ReadBackwardPlan*) {
   return 0;

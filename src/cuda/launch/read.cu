@@ -102,32 +102,46 @@ using RowsKernel = void (*)(ReadRowsParams);
 
 /// The kernel of a policy.
 template <class Storage, bool kQuantized>
-RowsKernel find_rows_kernel(const ReadRowsPolicy& policy) {
+RowsKernel find_rows_kernel(const ReadRowsPolicy& policy, bool merge) {
   constexpr std::span<const ReadRowsForm> kForms =
       read_rows_forms(/*half=*/sizeof(Packed<Storage>) == 16);
   RowsKernel found = nullptr;
+  const auto look_at = [&]<size_t kIndex>() {
+    constexpr int kTerms = kForms[kIndex].terms;
+    constexpr int kChunks = kForms[kIndex].chunks;
+    constexpr bool kPair = kTerms == 2;
+    if (kTerms == policy.terms && kChunks == policy.chunks) {
+      found = merge && kPair ? read_rows_kernel<Storage, kTerms, kChunks, kPair, kQuantized>
+                             : read_rows_kernel<Storage, kTerms, kChunks, false, kQuantized>;
+    }
+  };
   const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    ((found =
-          kForms[kIndex].terms == policy.terms && kForms[kIndex].chunks == policy.chunks
-              ? read_rows_kernel<Storage, kForms[kIndex].terms, kForms[kIndex].chunks, kQuantized>
-              : found),
-     ...);
+    (look_at.template operator()<kIndex>(), ...);
   };
   look(std::make_index_sequence<kForms.size()>());
   return found;
 }
 
-RowsKernel find_rows_kernel(DType storage, bool quantized, const ReadRowsPolicy& policy) {
+RowsKernel find_rows_kernel(DType storage, bool quantized, const ReadRowsPolicy& policy,
+                            bool merge) {
   switch (storage) {
     case DType::kBFloat16:
-      return quantized ? find_rows_kernel<__nv_bfloat16, true>(policy)
-                       : find_rows_kernel<__nv_bfloat16, false>(policy);
+      return quantized ? find_rows_kernel<__nv_bfloat16, true>(policy, merge)
+                       : find_rows_kernel<__nv_bfloat16, false>(policy, merge);
     case DType::kFloat16:
-      return quantized ? find_rows_kernel<__half, true>(policy)
-                       : find_rows_kernel<__half, false>(policy);
+      return quantized ? find_rows_kernel<__half, true>(policy, merge)
+                       : find_rows_kernel<__half, false>(policy, merge);
     default:
-      return quantized ? find_rows_kernel<AnyAligned, true>(policy)
-                       : find_rows_kernel<AnyAligned, false>(policy);
+      return quantized ? find_rows_kernel<AnyAligned, true>(policy, merge)
+                       : find_rows_kernel<AnyAligned, false>(policy, merge);
+  }
+}
+
+/// Puts the last term into the last of `slots`, and the further updates behind it.
+void place_in_slots(ReadRowsParams& params, int slots) {
+  const int shift = slots - params.num_terms;
+  for (int row = params.num_rows - 1; shift > 0 && row >= params.num_terms - 1; --row) {
+    params.rows.copy(row, row + shift);
   }
 }
 
@@ -138,9 +152,8 @@ bool is_aligned_to_eight(const Matrix& matrix) {
 }
 
 /// Runs the whole call, x quantised and the snapshot taken where that is asked for, with its rows
-/// in registers or in the ring, if a kernel can. `storage` is that of the rows; `issued`, if there
-/// is one, the ring's counter.
-bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued) {
+/// in registers, if a kernel can. `storage` is that of the rows.
+bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
   const bool quantized = args.x_scale.present();
@@ -153,24 +166,21 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage, int* issued
                        (!quantized || is_aligned_to_eight(args.x)) &&
                        (!args.norm_weight.present() || value_view(args.norm_weight).vectorized);
   const bool half = is_half(storage.get());
-  const ReadRowsPolicy policy =
-      choose_read_rows(half, read_terms(args), D, call.limits().major >= 9, T);
+  const ReadRowsPolicy policy = choose_read_rows(half, read_terms(args), args.partial_out.present(),
+                                                 D, call.limits().major >= 9, T);
   // Tokens and blocks are counted in 32 bits.
   const int64_t blocks =
       policy.terms == 0 ? 0 : ceil_div(T, policy.tokens) * int64_t{policy.cluster};
   if (!aligned || policy.terms == 0 || blocks != grid_blocks(blocks)) {
     return false;
   }
-  const ReadRowsParams params = make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
-  if (half && !quantized && issued != nullptr &&
-      read_rings(params.norm, args.partial_out.present(), params.num_terms, D, T, call.limits()) &&
-      hopper::run_read(call, params, storage.get(), issued)) {
-    return true;
-  }
-  const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy);
+  ReadRowsParams params = make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  const bool merge = params.num_terms == 2 && params.first_key == 1;
+  const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy, merge);
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
     return false;
   }
+  place_in_slots(params, policy.terms);
   const ReadRowsLayout layout = {static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
                                  static_cast<unsigned>(policy.terms), quantized};
   const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
@@ -199,27 +209,16 @@ void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage
   call.launch(kernel, dim3(blocks), dim3(kStreamedThreads), shared_bytes, params, first_partial);
 }
 
-/// Pieces of the workspace, each only of calls that may need it.
-struct ReadScratch {
-  int* issued;  // counter of the ring; null for calls that do without
-  float* rows;  // [T, D] of reads that quantise their x in a second launch
-
-  ReadScratch(Workspace& workspace, const ReadArgs& args)
-      : issued(may_ring(args) ? reinterpret_cast<int*>(workspace.floats(1)) : nullptr),
-        rows(workspace.floats(args.x_scale.present() ? args.x.rows * args.x.cols : 0)) {}
-
-  /// Asked without a device: on one with fewer multiprocessors the ring waits for more tokens.
-  static bool may_ring(const ReadArgs& args) {
-    constexpr int64_t kFewMultiprocessors = 64;
-    return is_half(args.x.dtype) && args.x.rows >= 4 * kFewMultiprocessors;
-  }
-};
+/// Of reads that quantise their x in a second launch: rows [T, D].
+float* scratch_rows(Workspace& workspace, const ReadArgs& args) {
+  return workspace.floats(args.x_scale.present() ? args.x.rows * args.x.cols : 0);
+}
 
 }  // namespace
 
 int64_t read_workspace_bytes(const ReadArgs& args) {
   Workspace workspace;
-  const ReadScratch scratch(workspace, args);
+  scratch_rows(workspace, args);
   return workspace.used();
 }
 
@@ -244,14 +243,13 @@ Status read(const ReadArgs& given, const Context& context) {
   if (!call.ok()) {
     return call.status();
   }
-  Workspace workspace(context.workspace);
-  const ReadScratch scratch(workspace, args);
   const UniformType storage = storage_of(args);
-  if (run_rows(call, args, storage, scratch.issued)) {
+  if (run_rows(call, args, storage)) {
     return call.status();
   }
   if (quantized) {
-    args.x = {scratch.rows, T, D, D, DType::kFloat32};
+    Workspace workspace(context.workspace);
+    args.x = {scratch_rows(workspace, args), T, D, D, DType::kFloat32};
   }
   run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
   if (quantized) {
