@@ -15,19 +15,37 @@ namespace flash_attn_res::cuda::hopper {
 inline constexpr int kReadTermsMax = 32;      // a lane has one term
 inline constexpr int kReadStagesMax = 8;      // tokens in the ring
 inline constexpr int kReadStatsStages = 4;    // tokens whose statistics are under way
-inline constexpr int kReadWarpsMax = 10;      // compute warps of a CTA, 256 columns each
-inline constexpr int kReadWarpColumns = 256;  // a lane has one chunk of 8 columns
+inline constexpr int kReadWarpsMax = 10;      // compute warps of a CTA
+inline constexpr int kReadWarpColumns = 256;  // of a warp, for each chunk of 8 that a lane has
 inline constexpr int kReadServiceWarps = 2;   // one loads, one makes the weights
 
-/// Warps that a multiprocessor holds by registers. With two terms the rows are few and registers
-/// are the limit: 72 of them, not 80, make room for a third CTA at D = 7168 (advance 87 to 94 % of
-/// a copy). With more terms shared memory is the limit.
-FLASH_ATTN_RES_HOPPER_BOTH int read_resident_warps(int terms) { return terms == 2 ? 28 : 24; }
+/// Warps that a multiprocessor holds by registers, a multiple of 4: each of its quarters has a file
+/// of its own. A lane with one chunk needs 72 registers for two terms, else 80: with two terms the
+/// rows are few and registers are the limit, so that 72 of them, not 80, make room for a third CTA
+/// at D = 7168 (advance 87 to 94 % of a copy). With more terms shared memory is the limit. Two
+/// chunks need 96 and 128.
+FLASH_ATTN_RES_HOPPER_BOTH int read_resident_warps(int terms, int chunks) {
+  if (chunks == 2) {
+    return terms == 2 ? 20 : 16;
+  }
+  return terms == 2 ? 28 : 24;
+}
+
+/// Chunks of a lane where a CTA has so many columns. The kernel is limited by its instructions, and
+/// a second chunk shares those that a warp has for a token: barriers, shuffles, weights, addresses.
+/// Not where an eighth of the lanes would have none, and not where it leaves a single warp, whose
+/// sums and gradients nothing would hide.
+FLASH_ATTN_RES_HOPPER_BOTH int read_chunks(int columns) {
+  constexpr int kPair = 2 * kReadWarpColumns;
+  const int held = (columns + kPair - 1) / kPair * kPair;
+  return columns > kPair && (held - columns) * 8 <= held ? 2 : 1;
+}
 
 /// Launch choices of one call.
 struct ReadBackwardPlan {
   int cluster = 1;   // CTAs that share a token: each has `columns` of its D columns
   int columns = 0;   // columns of a CTA (the last of a cluster may have fewer); multiple of 8
+  int chunks = 1;    // chunks of 8 columns that a lane has, 1 or 2
   int warps = 0;     // compute warps of a CTA; two more serve them
   int stages = 3;    // tokens in the ring of a CTA: two in use, the others on their way
   int blocks = 1;    // CTAs that one multiprocessor runs at once, by registers and shared memory
@@ -62,7 +80,7 @@ struct ReadBackwardMap {
   int stats, probs, weights, partials, totals, vectors, ring, stage_bytes, bytes;
 };
 
-inline constexpr int kReadHeadBytes = 256;
+inline constexpr int kReadHeadBytes = 208;
 
 FLASH_ATTN_RES_HOPPER_BOTH ReadBackwardMap read_backward_map(const ReadBackwardPlan& plan,
                                                              const ReadBackwardExtents& extents) {
@@ -90,6 +108,7 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
   // A fourth token in the ring is worth 1 to 3 % where three are less than this in all rings of a
   // multiprocessor, and costs up to 0.6 % where they are more.
   constexpr int64_t kRingEnough = 144 * 1024;
+  constexpr int kAloneColumns = 2560;  // of a CTA that may have a multiprocessor to itself
   // Less costs up to 40 %, more up to 3 %: 2 to 4 MB are best at all of D = 2048 (K = 2, 4), 2304
   // (K = 2, 10), 4096, 5120 and 7168 (K = 2, 8).
   constexpr int64_t kWindowBytes = 3 << 20;
@@ -102,12 +121,14 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
   plan.look = static_cast<int>(ceil_div(kLookBytes, token_bytes));
   // Tokens on their way in each ring hide the loads, several CTAs of a multiprocessor each other's
   // exchanges of sums. A wider cluster makes room for both, but has one exchange more a token: so
-  // the narrowest comes first that gives two CTAs, or needs no exchange; then what fits at all.
+  // the narrowest comes first that gives two CTAs, or needs no exchange for a token that is not too
+  // wide to come in one piece; then what fits at all.
   for (const int least_blocks : {2, 1}) {
     for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
       plan.cluster = cluster;
       plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), 8));
-      plan.warps = static_cast<int>(ceil_div(plan.columns, kReadWarpColumns));
+      plan.chunks = read_chunks(plan.columns);
+      plan.warps = static_cast<int>(ceil_div(plan.columns, plan.chunks * kReadWarpColumns));
       const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
       if (plan.warps > kReadWarpsMax || !every_rank_works) {
         continue;
@@ -118,11 +139,14 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
         return bytes <= limits.shared_per_block &&
                blocks * (bytes + kReserved) <= limits.shared_per_multiprocessor;
       };
-      const int least = cluster == 1 ? 1 : least_blocks;
-      plan.blocks =
-          std::clamp(read_resident_warps(extents.terms) * 32 / plan.threads(), 1, kBlocksMax);
+      const int least = cluster == 1 && plan.columns <= kAloneColumns ? 1 : least_blocks;
+      plan.blocks = std::clamp(
+          read_resident_warps(extents.terms, plan.chunks) * 32 / plan.threads(), 1, kBlocksMax);
       while (plan.blocks > least && !fits(plan.blocks, kStagesLeast)) {
         --plan.blocks;
+      }
+      if (plan.blocks < least) {
+        continue;  // registers do not hold so many
       }
       const int64_t ring_bytes =
           int64_t{kStagesLeast} * plan.blocks * read_backward_map(plan, extents).stage_bytes;

@@ -123,8 +123,11 @@ TEST(HopperReadBackward, AChoiceCoversTheTokenAndFitsTheDevice) {
         const int64_t bytes = hopper::read_backward_map(plan, sizes).bytes;
         ASSERT_GE(int64_t{plan.columns} * plan.cluster, dim);
         ASSERT_LT(int64_t{plan.columns} * (plan.cluster - 1), dim);
-        ASSERT_LE(plan.columns, plan.warps * hopper::kReadWarpColumns);
-        ASSERT_LE(plan.threads() * plan.blocks, hopper::read_resident_warps(terms) * 32);
+        ASSERT_TRUE(plan.chunks == 1 || plan.chunks == 2);
+        ASSERT_LE(plan.columns, plan.warps * plan.chunks * hopper::kReadWarpColumns);
+        ASSERT_GT(plan.columns, (plan.warps - 1) * plan.chunks * hopper::kReadWarpColumns);
+        ASSERT_LE(plan.threads() * plan.blocks,
+                  hopper::read_resident_warps(terms, plan.chunks) * 32);
         ASSERT_LE(bytes, kH100.shared_per_block);
         ASSERT_LE((bytes + 1024) * plan.blocks, kH100.shared_per_multiprocessor);
         ASSERT_GE(plan.stages, 3);
@@ -137,33 +140,77 @@ TEST(HopperReadBackward, AChoiceCoversTheTokenAndFitsTheDevice) {
   EXPECT_GT(served, 5000);
 }
 
-TEST(HopperReadBackward, TheShapesOfTheBenchmarksHaveTheMeasuredPlans) {
+TEST(HopperReadBackward, TheShapesOfTheBenchmarksHaveTheirPlans) {
   using Plan = hopper::ReadBackwardPlan;
   const auto choose = [](int terms, int64_t dim) {  // terms, dx, and with two terms dpartial_out
     return hopper::choose_read_backward(extents(terms, terms + (terms == 2 ? 2 : 1), 0), dim,
                                         kH100);
   };
-  EXPECT_EQ(choose(2, 2048),
-            (Plan{.columns = 2048, .warps = 8, .stages = 4, .blocks = 2, .lead = 192, .look = 1}));
-  EXPECT_EQ(choose(2, 7168), (Plan{.cluster = 4,
-                                   .columns = 1792,
-                                   .warps = 7,
-                                   .stages = 4,
+  EXPECT_EQ(choose(2, 2048), (Plan{.columns = 2048,
+                                   .chunks = 2,
+                                   .warps = 4,
+                                   .stages = 3,
                                    .blocks = 3,
+                                   .lead = 192,
+                                   .look = 1}));
+  EXPECT_EQ(choose(2, 7168), (Plan{.cluster = 2,
+                                   .columns = 3584,
+                                   .chunks = 2,
+                                   .warps = 7,
+                                   .stages = 3,
+                                   .blocks = 2,
                                    .lead = 54,
                                    .look = 1}));
-  EXPECT_EQ(choose(2, 2304),
-            (Plan{.columns = 2304, .warps = 9, .stages = 4, .blocks = 2, .lead = 170, .look = 1}));
+  EXPECT_EQ(choose(2, 2304), (Plan{.columns = 2304,
+                                   .chunks = 2,
+                                   .warps = 5,
+                                   .stages = 4,
+                                   .blocks = 2,
+                                   .lead = 170,
+                                   .look = 1}));
+  EXPECT_EQ(choose(4, 2048), (Plan{.columns = 2048,
+                                   .chunks = 2,
+                                   .warps = 4,
+                                   .stages = 4,
+                                   .blocks = 2,
+                                   .lead = 153,
+                                   .look = 1}));
   EXPECT_EQ(choose(8, 7168), (Plan{.cluster = 4,
                                    .columns = 1792,
-                                   .warps = 7,
+                                   .chunks = 2,
+                                   .warps = 4,
                                    .stages = 3,
                                    .blocks = 2,
                                    .lead = 24,
                                    .look = 1}));
-  EXPECT_EQ(choose(10, 2304),
-            (Plan{.columns = 2304, .warps = 9, .stages = 3, .blocks = 1, .lead = 62, .look = 1}));
+  EXPECT_EQ(choose(10, 2304), (Plan{.columns = 2304,
+                                    .chunks = 2,
+                                    .warps = 5,
+                                    .stages = 3,
+                                    .blocks = 1,
+                                    .lead = 62,
+                                    .look = 1}));
   EXPECT_EQ(choose(2, 512).look, 4);
+}
+
+TEST(HopperReadBackward, ALaneHasTwoChunksWhereFewLanesWouldLackOne) {
+  for (const int columns : {8, 256, 264, 512, 520, 768, 776, 1280, 1288}) {
+    EXPECT_EQ(hopper::read_chunks(columns), 1) << columns;
+  }
+  for (const int columns : {896, 1024, 1792, 2048, 2304, 2560, 3584, 4096, 5120}) {
+    EXPECT_EQ(hopper::read_chunks(columns), 2) << columns;
+  }
+}
+
+TEST(HopperReadBackward, WarpsFillTheRegistersOfAMultiprocessor) {
+  for (const int terms : {1, 2, 3, 32}) {
+    for (const int chunks : {1, 2}) {
+      const int warps = hopper::read_resident_warps(terms, chunks);
+      EXPECT_EQ(warps % 4, 0) << "a quarter of a multiprocessor has registers of its own";
+      EXPECT_GE(warps, hopper::kReadWarpsMax + hopper::kReadServiceWarps) << "one CTA fits";
+      EXPECT_LE(warps * 32, 1024);
+    }
+  }
 }
 
 }  // namespace

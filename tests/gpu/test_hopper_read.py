@@ -46,12 +46,16 @@ class Site:
 
 ADVANCE = {"phase1": True, "partial": True, "norm": True}
 SITES = [
-    # one, two, three, four and eight CTAs a token, and the edges of a warp's 256 columns and of the
-    # ten warps that a CTA may have
+    # one, two, four and eight CTAs a token, one and two chunks of columns a lane, and lanes that
+    # lack one or all, up to a whole warp (7176)
     *(
         Site(T=301, D=D, **ADVANCE)
-        for D in (8, 256, 264, 2048, 2304, 2560, 2568, 4096, 5120, 7168, 7176, 8192, 16384)
+        for D in (8, 256, 264, 512, 520, 896, 1800, 2048, 2304, 2560, 2568, 4096, 5120, 7168, 7176)
     ),
+    *(Site(T=301, D=D, **ADVANCE) for D in (8192, 16384)),
+    Site(T=301, D=1800, dmix=True, **ADVANCE),
+    Site(T=301, D=7176, dmix=True, phase1=True, partial=True),
+    Site(T=200, D=1800, sources=5, norm=True, dmix=True, key_dim=1280),
     Site(T=1, D=7168, **ADVANCE),
     Site(T=2000, D=7168, **ADVANCE),
     Site(T=3000, D=2048, phase1=True, partial=True),

@@ -18,15 +18,18 @@
 // float;
 //       du and dg of a cluster's tokens [clusters, D] float, summed by reduce_partials
 // bytes K + 1 units of T * D elements read, K written, one more each that is accumulated
-// sums  float32: the 256 columns of a warp by a butterfly, then warps, then CTAs in order. du, dg
-//       stay in registers over all tokens of a cluster, whose number depends on T and the device
+// sums  float32: the chunks of a lane, the lanes of a warp by a butterfly, then warps, then CTAs in
+//       order. du, dg stay in registers over all tokens of a cluster, whose number depends on T and
+//       the device
 //
 // Work of a CTA, which has `columns` of a token's D columns:
 //
 //   compute       P1(i + 1): that token's sums over the warp's columns; then P2(i): the
-//    warps        gradients of token i. A lane has one chunk of 8 columns. This order hides the
-//                 weight warp's work, and with a cluster the way there and back, behind P1(i + 1).
-//                 w and h are formed in both: registers for them would cost a third of the warps
+//    warps        gradients of token i. This order hides the weight warp's work, and with a cluster
+//                 the way there and back, behind P1(i + 1). A lane has one or two chunks of 8
+//                 columns, 256 apart: all that a warp does once a token, barriers, shuffles,
+//                 weights and addresses, serves both. w and h are formed in P1 and in P2: registers
+//                 for them would cost a third of the warps
 //   weight warp   p of tokens to come; sums of token i over the warps and the cluster, and what
 //                 follows from them: the factors in dz_j, a lane a term
 //   load warp     one bulk copy a row into the ring, ahead as far as the ring is deep, but not so
@@ -71,7 +74,9 @@ struct HopperReadBackwardParams {
   int64_t dsources_stride_bytes;                         // of every one of dsources
   bool wide_dsources, wide_dpartial_out, wide_dpartial;  // float32
   int num_sources;                                       // N
-  int* issued;                                           // of Window; in any state at the start
+  int cluster_shift;                                     // log2 of the CTAs of a cluster
+  int steps, longer;  // tokens that every cluster has, and how many clusters have one more
+  int* issued;        // of Window; in any state at the start
 };
 
 struct ReadBackwardHead {
@@ -99,28 +104,28 @@ struct SumMap {
 
 /// What all warps know: which tokens and columns are theirs, and where shared memory is.
 struct ReadBackwardCta {
+  char* start;  // of shared memory
   ReadBackwardHead& head;
   float* stats;     // (stages, 2 K + 1)
   float* probs;     // (2, K + 1)
   float4* weights;  // (2, K + 1)
   float* partials;  // (2, warps, sums)
   float* totals;    // (2, cluster, sums)
-  float4* vectors;  // (2, 2, columns / 8)
   char* ring;       // (stages, bytes of a token)
   int rank, cluster;
   int first_column, columns;
 
   __device__ __forceinline__ ReadBackwardCta(char* shared, const HopperReadBackwardParams& p)
-      : head(*reinterpret_cast<ReadBackwardHead*>(shared)),
+      : start(shared),
+        head(*reinterpret_cast<ReadBackwardHead*>(shared)),
         stats(reinterpret_cast<float*>(shared + p.map.stats)),
         probs(reinterpret_cast<float*>(shared + p.map.probs)),
         weights(reinterpret_cast<float4*>(shared + p.map.weights)),
         partials(reinterpret_cast<float*>(shared + p.map.partials)),
         totals(reinterpret_cast<float*>(shared + p.map.totals)),
-        vectors(reinterpret_cast<float4*>(shared + p.map.vectors)),
         ring(shared + p.map.ring),
         rank(p.plan.cluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0),
-        cluster(static_cast<int>(blockIdx.x) / p.plan.cluster),
+        cluster(static_cast<int>(blockIdx.x >> p.cluster_shift)),
         first_column(rank * p.plan.columns),
         columns(min(p.plan.columns, p.read.dim - first_column)) {}
 
@@ -129,7 +134,7 @@ struct ReadBackwardCta {
     return cluster + static_cast<int64_t>(step) * p.plan.clusters;
   }
   __device__ __forceinline__ int steps(const HopperReadBackwardParams& p) const {
-    return static_cast<int>((p.read.tokens - cluster + p.plan.clusters - 1) / p.plan.clusters);
+    return p.steps + (cluster < p.longer ? 1 : 0);
   }
 };
 
@@ -295,7 +300,11 @@ struct ReadBackwardWeights {
         along += from[SumMap<kNorm>::y_dot_h(K)];
       }
     }
-    along *= s.inv_rms_mix * s.inv_rms_mix * p.inv_dim;  // <rh g dx, h> has one rh already
+    // Sums over rh g dx come without rh, but for those of w where dmix was added to it.
+    along *= s.inv_rms_mix * s.inv_rms_mix * s.inv_rms_mix * p.inv_dim;
+    if (kNorm && !read.dmix.present()) {
+      w_dot_z *= s.inv_rms_mix;
+    }
     const float dp = lane < K ? w_dot_z - along * h_dot_z : 0.0f;
     const float delta = warp_sum(s.prob * dp);
     // With one term p is 1 and the difference is zero by identity, not just by rounding.
@@ -346,119 +355,219 @@ struct ReadBackwardWeights {
 
 // --------------------------------------------------------------------------------- compute warps
 
-/// The compute warps: their lane's chunk of every token. kTerms: K where it is known, else 0.
-template <class T, bool kNorm, int kTerms>
+/// The compute warps: their lane's chunks of every token. kTerms: K where it is known, else 0.
+/// kDmix: whether there is dmix; a branch around it, though all take the same side, costs copies of
+/// all that it changes.
+template <class T, bool kNorm, int kTerms, int kChunks, bool kDmix>
 struct ReadBackwardCompute {
   static constexpr int kPerTerm = SumMap<kNorm>::kPerTerm;
   static constexpr int kTermBatch = kTerms > 0 ? kTerms : 4;  // terms whose sums go together
+  // Chunks that go side by side: with few terms one after the other, which saves registers, with
+  // many all, so that a term's row and weights are found once.
+  static constexpr int kTogether = kTerms > 0 ? 1 : kChunks;
 
   const HopperReadBackwardParams& p;
   const ReadBackwardCta& cta;
   int lane, warp;
-  int local, col;  // first column of the chunk: in this CTA, and in all
-  bool active;     // else the lane repeats the last chunk, and nothing comes of it
-  Chunk dquery = zero_chunk();
-  Chunk dweight = zero_chunk();
+  int first;            // column of this CTA where chunk 0 begins; chunk c begins 256 c later
+  char* here[kChunks];  // a lane's chunk in a row that begins where shared memory does
+  Chunk dquery[kChunks];
+  Chunk dweight[kChunks];
 
+  /// kTogether of the chunks of a token.
   struct Token {
-    Chunk w, h;
+    Chunk w[kTogether], h[kTogether];
   };
 
   __device__ __forceinline__ ReadBackwardCompute(const HopperReadBackwardParams& params,
                                                  const ReadBackwardCta& shared, int warp_of_cta,
                                                  int lane_of_warp)
       : p(params), cta(shared), lane(lane_of_warp), warp(warp_of_cta) {
-    local = warp * kReadWarpColumns + lane * kChunk;
-    active = local < cta.columns;
-    local = min(local, cta.columns - kChunk);
-    col = cta.first_column + local;
+    first = warp * (kChunks * kReadWarpColumns) + lane * kChunk;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      here[c] = cta.start + local(c) * 2;
+      dquery[c] = zero_chunk();
+      dweight[c] = zero_chunk();
+    }
+  }
+
+  /// Else the lane repeats the CTA's last chunk as its chunk c, and nothing comes of it.
+  __device__ __forceinline__ bool active(int c) const {
+    return first + c * kReadWarpColumns < cta.columns;
+  }
+  /// First column of chunk c in this CTA.
+  __device__ __forceinline__ int local(int c) const {
+    return min(first + c * kReadWarpColumns, cta.columns - kChunk);
+  }
+  /// First column in all of an active chunk c.
+  __device__ __forceinline__ int col(int c) const {
+    return cta.first_column + first + c * kReadWarpColumns;
   }
 
   /// Whether the chunk is of keys that meet a query.
-  __device__ __forceinline__ bool is_key() const {
-    return col >= p.read.key_begin && p.read.query.present();
+  __device__ __forceinline__ bool is_key(int c) const {
+    return col(c) >= p.read.key_begin && p.read.query.present();
   }
 
   __device__ __forceinline__ int terms() const { return kTerms > 0 ? kTerms : p.read.num_terms; }
 
-  /// This lane's chunk of a token's row 0.
-  __device__ __forceinline__ const char* tile(int slot) const {
-    return cta.ring + slot * p.map.stage_bytes + local * 2;
+  // Rows are named by their distance in bytes from the start of shared memory, which all lanes
+  // share and uniform registers hold.
+
+  /// A token's row 0.
+  __device__ __forceinline__ int tile(int slot) const {
+    return p.map.ring + slot * p.map.stage_bytes;
   }
   __device__ __forceinline__ int pitch() const { return p.plan.columns * 2; }
-  /// Of a float32 row, from the chunk of row 0; `place` counts all rows.
-  __device__ __forceinline__ const char* wide_row(const char* rows, int place) const {
-    return rows + (2 * place - p.inputs.narrow) * pitch() + local * 2;
+  /// A float32 row, from row 0; `place` counts all rows.
+  __device__ __forceinline__ int wide_row(int rows, int place) const {
+    return rows + (2 * place - p.inputs.narrow) * pitch();
   }
 
-  __device__ __forceinline__ static Chunk load(const char* place) {
-    return unpack(Packed<T>{*reinterpret_cast<const uint4*>(place)});
-  }
-  __device__ __forceinline__ static Chunk load_wide(const char* place) {
+  /// Chunk c of a row.
+  __device__ __forceinline__ Chunk load(int row, int c) const { return load_at(here[c] + row); }
+  __device__ __forceinline__ Chunk load_wide(int row, int c) const {
+    const char* const place = here[c] + (here[c] - cta.start) + row;
     const float4* const from = reinterpret_cast<const float4*>(place);
     return unpack(Packed<float>{from[0], from[1]});
   }
-
-  /// Where this lane has the halves of its chunk of u (0) or g (1), in planes: halves side by side
-  /// would meet in the banks of shared memory.
-  __device__ __forceinline__ float4& half(int which, int plane) const {
-    return cta.vectors[((which * 2 + plane) * p.plan.columns + local) / kChunk];
+  /// Chunk c of a row where `condition` holds, else zeros.
+  __device__ __forceinline__ Chunk load_if(bool condition, int row, int c) const {
+    return load_at(condition ? here[c] + row : reinterpret_cast<const char*>(&cta.head.zeros));
   }
-  __device__ __forceinline__ Chunk vector(int which) const {
-    return unpack(Packed<float>{half(which, 0), half(which, 1)});
+  __device__ __forceinline__ static Chunk load_at(const char* place) {
+    return unpack(Packed<T>{*reinterpret_cast<const uint4*>(place)});
   }
 
-  /// Brings this warp's columns of u and g in. No other warp reads them.
+  /// Where this lane has the halves of chunk c of u (0) or g (1), in planes as long as a row of the
+  /// ring: halves side by side would meet in the banks of shared memory.
+  __device__ __forceinline__ float4& half(int which, int plane, int c) const {
+    return *reinterpret_cast<float4*>(here[c] + p.map.vectors + (which * 2 + plane) * pitch());
+  }
+  __device__ __forceinline__ Chunk vector(int which, int c) const {
+    return unpack(Packed<float>{half(which, 0, c), half(which, 1, c)});
+  }
+
+  /// Brings this warp's columns of u and g in. Other warps read none of them but the last chunk,
+  /// which idle lanes repeat: theirs are sums of zero times g, which must be a number by then.
   __device__ __forceinline__ void fetch_vectors() const {
-    Chunk u;
-    Chunk g;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const int r = col + i - p.read.key_begin;
-      u.v[i] = p.read.query.present() && r >= 0 ? p.read.query.at(0, r) : 0.0f;
-      g.v[i] = 1.0f;
-    }
-    if (kNorm && p.read.norm_weight.present()) {
-      g = load_chunk(p.read.norm_weight.row(0), col, p.read.dim);
-    }
-    if (active) {
-      half(0, 0) = {u.v[0], u.v[1], u.v[2], u.v[3]};
-      half(0, 1) = {u.v[4], u.v[5], u.v[6], u.v[7]};
-      if constexpr (kNorm) {
-        half(1, 0) = {g.v[0], g.v[1], g.v[2], g.v[3]};
-        half(1, 1) = {g.v[4], g.v[5], g.v[6], g.v[7]};
+    for (int c = 0; c < kChunks; ++c) {
+      if (active(c)) {
+        Chunk u;
+        Chunk g;
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          const int r = col(c) + i - p.read.key_begin;
+          u.v[i] = p.read.query.present() && r >= 0 ? p.read.query.at(0, r) : 0.0f;
+          g.v[i] = 1.0f;
+        }
+        if (kNorm && p.read.norm_weight.present()) {
+          g = load_chunk(p.read.norm_weight.row(0), col(c), p.read.dim);
+        }
+        half(0, 0, c) = {u.v[0], u.v[1], u.v[2], u.v[3]};
+        half(0, 1, c) = {u.v[4], u.v[5], u.v[6], u.v[7]};
+        if constexpr (kNorm) {
+          half(1, 0, c) = {g.v[0], g.v[1], g.v[2], g.v[3]};
+          half(1, 1, c) = {g.v[4], g.v[5], g.v[6], g.v[7]};
+        }
       }
     }
-    __syncwarp();  // idle lanes repeat the last chunk, which is of this warp
+    asm volatile("bar.sync 1, %0;" ::"r"(p.plan.warps * kWarp) : "memory");
   }
 
-  /// w and h of a token. `probs` are `stride` floats apart.
-  __device__ __forceinline__ Token form(const char* rows, const float* probs, int stride,
-                                        float inv_rms_mix) const {
-    Token token = {zero_chunk(), zero_chunk()};
-    if constexpr (kNorm) {
-      const int K = terms();
-      const char* z = rows;
+  /// h of chunks c0, c0 + 1 .. of a token. `probs` are `stride` floats apart. kMeet: zero in idle
+  /// lanes.
+  template <bool kMeet>
+  __device__ __forceinline__ void form_mix(Chunk (&h)[kTogether], int c0, int rows,
+                                           const float* probs, int stride) const {
+    const int K = terms();
+#pragma unroll
+    for (int c = 0; c < kTogether; ++c) {
+      h[c] = zero_chunk();
+    }
+    int z = rows;
 #pragma unroll(kTerms > 0 ? kTerms : 4)
-      for (int j = 0; j < K; ++j, z += pitch()) {
-        add_scaled(token.h, probs[j * stride], load(z));
-      }
-      if (p.read.round_mix) {
-        token.h = unpack(pack<T>(token.h));
-      }
-      const Chunk dx = load(rows + p.inputs.dx * pitch());
-      const Chunk g = vector(1);
+    for (int j = 0; j < K; ++j, z += pitch()) {
+      const float prob = probs[j * stride];
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        token.w.v[i] = inv_rms_mix * g.v[i] * dx.v[i];
+      for (int c = 0; c < kTogether; ++c) {
+        add_scaled(h[c], !kMeet || active(c0 + c) ? prob : 0.0f, load(z, c0 + c));
       }
-    } else if (p.read.dx.present()) {
-      token.w = load(rows + p.inputs.dx * pitch());
     }
-    return token;
+    if (p.read.round_mix) {
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        h[c] = unpack(pack<T>(h[c]));
+      }
+    }
   }
 
-  /// P1: the sums of a token.
+  /// w and h of chunks c0, c0 + 1 .. for the sums, zero in idle lanes. With a norm and without
+  /// dmix, w is still to be multiplied by rh, which is left to the weight warp. Adds to <g dx, h>.
+  __device__ __forceinline__ void form(Token& token, int c0, int rows, const float* probs,
+                                       float& y_dot_h) const {
+    const int dx = rows + p.inputs.dx * pitch();
+    const int dmix = rows + p.inputs.dmix * pitch();
+    if constexpr (kNorm) {
+      form_mix<true>(token.h, c0, rows, probs, 1);
+    }
+#pragma unroll
+    for (int c = 0; c < kTogether; ++c) {
+      token.w[c] = load_if(active(c0 + c) && (kNorm || p.read.dx.present()), dx, c0 + c);
+      if constexpr (kNorm) {
+        const Chunk g = vector(1, c0 + c);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          token.w[c].v[i] *= g.v[i];
+        }
+        y_dot_h = dot_add(token.w[c], token.h[c], y_dot_h);
+      }
+    }
+    if constexpr (kDmix) {
+      const float inv_rms_mix = kNorm ? probs[terms()] : 1.0f;
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        Chunk w = load_if(active(c0 + c), dmix, c0 + c);
+        add_scaled(w, inv_rms_mix, token.w[c]);
+        token.w[c] = w;
+      }
+    }
+  }
+
+  /// Sums that go together: <w, z_j> and with a norm <h, z_j> of each of some terms.
+  using Sums = float[kPerTerm * kTermBatch];
+
+  /// Adds what chunks c0, c0 + 1 .. of terms j0, j0 + 1 .. give. `z`: row of term j0.
+  __device__ __forceinline__ void add_sums(Sums& sums, const Token& token, int c0, int rows, int z,
+                                           int j0) const {
+#pragma unroll
+    for (int i = 0; i < kTermBatch; ++i, z += pitch()) {
+      // Beyond the last term: any row will do, for sums that nobody reads.
+      const int row = kTerms > 0 || j0 + i < terms() ? z : rows;
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        const Chunk value = load(row, c0 + c);
+        sums[kPerTerm * i] = dot_add(token.w[c], value, sums[kPerTerm * i]);
+        if constexpr (kNorm) {
+          sums[kPerTerm * i + 1] = dot_add(token.h[c], value, sums[kPerTerm * i + 1]);
+        }
+      }
+    }
+  }
+
+  /// The warp's sums of terms j0, j0 + 1 ..
+  __device__ __forceinline__ void share(float* partials, Sums& sums, int j0) const {
+    const float sum = warp_sum_scatter(sums);
+    constexpr int kLanes = kWarp / (kPerTerm * kTermBatch);
+    const int index = kPerTerm * j0 + static_cast<int>(static_cast<unsigned>(lane) / kLanes);
+    if (static_cast<unsigned>(lane) % kLanes == 0 && index < kPerTerm * terms()) {
+      partials[index] = sum;
+    }
+  }
+
+  /// P1: the sums of a token. Those of a lane's chunks are added up before lanes meet.
   __device__ __forceinline__ void meet(int step, const RingCursor& ring) const {
     const int K = terms();
     const int num_sums = SumMap<kNorm>::count(K);
@@ -469,38 +578,36 @@ struct ReadBackwardCompute {
       cta.head.probs_full[buffer].wait(pair_parity(step));
     }
     cta.head.full[ring.slot].wait(ring.parity);
-    const char* const rows = tile(ring.slot);
-    Token token = form(rows, probs, 1, kNorm ? probs[K] : 1.0f);
-    if (!active) {
-      token = {zero_chunk(), zero_chunk()};
+    const int rows = tile(ring.slot);
+    float y_dot_h = 0.0f;
+    if constexpr (kTerms > 0) {
+      Sums sums = {};
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        Token token;
+        form(token, c, rows, probs, y_dot_h);
+        if constexpr (kChunks == 1) {
+          __syncwarp();  // registers do not suffice to keep the terms: they are loaded again
+        }
+        add_sums(sums, token, c, rows, rows, 0);
+        __syncwarp();  // nor do they for the next chunk's rows, which would be loaded early
+      }
+      share(partials, sums, 0);
+    } else {
+      Token token;
+      form(token, 0, rows, probs, y_dot_h);
+      int z = rows;
+#pragma unroll 1
+      for (int j0 = 0; j0 < K; j0 += kTermBatch, z += kTermBatch * pitch()) {
+        Sums sums = {};
+        add_sums(sums, token, 0, rows, z, j0);
+        share(partials, sums, j0);
+      }
     }
     if constexpr (kNorm) {
-      const float y_dot_h = warp_sum(dot_add(token.w, token.h, 0.0f));  // still times rh
+      y_dot_h = warp_sum(y_dot_h);
       if (lane == 0) {
         partials[SumMap<kNorm>::y_dot_h(K)] = y_dot_h;
-      }
-    }
-    if (p.read.dmix.present() && active) {
-      add(token.w, load(rows + p.inputs.dmix * pitch()));
-    }
-    const char* z = rows;
-#pragma unroll 1
-    for (int j0 = 0; j0 < K; j0 += kTermBatch) {
-      float values[kPerTerm * kTermBatch];  // (terms, <w, z_j> and <h, z_j>)
-#pragma unroll
-      for (int i = 0; i < kTermBatch; ++i, z += pitch()) {
-        // Beyond the last term: any row will do, for sums that nobody reads.
-        const Chunk value = load(kTerms > 0 || j0 + i < K ? z : rows);
-        values[kPerTerm * i] = dot_add(token.w, value, 0.0f);
-        if constexpr (kNorm) {
-          values[kPerTerm * i + 1] = dot_add(token.h, value, 0.0f);
-        }
-      }
-      const float sum = warp_sum_scatter(values);
-      constexpr int kLanes = kWarp / (kPerTerm * kTermBatch);
-      const int index = kPerTerm * j0 + lane / kLanes;
-      if (lane % kLanes == 0 && index < kPerTerm * K) {
-        partials[index] = sum;
       }
     }
     __syncwarp();
@@ -509,102 +616,152 @@ struct ReadBackwardCompute {
     }
   }
 
-  /// dz_j, and its share of du. `dz`: what is added to.
-  __device__ __forceinline__ Chunk gradient(const char* z, const float4& weight, const Chunk& dh,
-                                            Chunk dz) {
+  /// Adds dz_j to dz, and its share to du. `z`: the term's row.
+  __device__ __forceinline__ void gradient(int c, int z, const float4& weight, const Chunk& dh,
+                                           Chunk& dz) {
     add_scaled(dz, weight.x, dh);
-    const Chunk key = load(is_key() ? z : reinterpret_cast<const char*>(&cta.head.zeros));
-    add_scaled(dz, weight.y, vector(0));  // u: read again for each term, registers are scarcer
+    const Chunk key = load_if(is_key(c), z, c);
+    add_scaled(dz, weight.y, vector(0, c));  // u: read again for each term, registers are scarcer
     add_scaled(dz, weight.z, key);
-    add_scaled(dquery, weight.y, key);
-    return dz;
+    add_scaled(dquery[c], weight.y, key);
   }
 
   /// Gradients of the sources as G: fresh, or added to the kHeld ones in the ring.
   template <class G, bool kHeld>
-  __device__ __forceinline__ void finish_sources(const char* rows, const float4* weights, int64_t t,
-                                                 const Chunk& dh) {
+  __device__ __forceinline__ void finish_sources(int rows, const float4* weights, int64_t t,
+                                                 const Chunk (&dh)[kTogether], int c0) {
     const ReadBackwardParams<kReadTermsMax>& read = p.read;
     constexpr bool kWide = sizeof(G) == 4;
     const int count = p.num_sources;
-    const char* z = rows + read.first_key * pitch();
-    const char* held =
-        kWide ? wide_row(rows, p.inputs.dsources) : rows + p.inputs.dsources * pitch();
+    int z = rows + read.first_key * pitch();
+    int held = kWide ? wide_row(rows, p.inputs.dsources) : rows + p.inputs.dsources * pitch();
     const int64_t offset = t * p.dsources_stride_bytes;
 #pragma unroll 1
     for (int n = 0; n < count; ++n) {
-      Chunk dz = zero_chunk();
-      if constexpr (kHeld) {
-        dz = kWide ? load_wide(held) : load(held);
-        held += (kWide ? 2 : 1) * pitch();
+      const float4 weight = weights[read.first_key + n];
+      char* const to = read.dsources.data[n] + offset;
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        Chunk dz = zero_chunk();
+        if constexpr (kHeld) {
+          dz = kWide ? load_wide(held, c0 + c) : load(held, c0 + c);
+        }
+        gradient(c0 + c, z, weight, dh[c], dz);
+        if (active(c0 + c)) {
+          store_whole<G>(to, col(c0 + c), pack<G>(dz));
+        }
       }
-      dz = gradient(z, weights[read.first_key + n], dh, dz);
       z += pitch();
-      if (active) {
-        store_whole<G>(read.dsources.data[n] + offset, col, pack<G>(dz));
+      held += (kWide ? 2 : 1) * pitch();
+    }
+  }
+
+  /// The gradients of chunks c0, c0 + 1 .. of token t.
+  __device__ __forceinline__ void finish_chunks(int c0, int64_t t, int rows,
+                                                const float4* weights) {
+    const int K = terms();
+    const ReadBackwardParams<kReadTermsMax>& read = p.read;
+    const int dx = rows + p.inputs.dx * pitch();
+    Chunk dh[kTogether];
+    if constexpr (kNorm) {
+      const float along = weights[K].x;
+      const float inv_rms_mix = weights[K].y;
+      Chunk h[kTogether];
+      form_mix<false>(h, c0, rows, reinterpret_cast<const float*>(weights), 4);
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        const Chunk y = load(dx, c0 + c);
+        const Chunk g = vector(1, c0 + c);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          const float scaled = inv_rms_mix * y.v[i];
+          dweight[c0 + c].v[i] = fmaf(scaled, h[c].v[i], dweight[c0 + c].v[i]);
+          dh[c].v[i] = fmaf(-along, h[c].v[i], g.v[i] * scaled);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        dh[c] = load_if(read.dx.present(), dx, c0 + c);
+      }
+    }
+    if constexpr (kDmix) {
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        add(dh[c], load(rows + p.inputs.dmix * pitch(), c0 + c));
+      }
+    }
+    if (read.dh.present()) {
+      char* const to = read.dh.row(t).data;
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        if (active(c0 + c)) {
+          store_whole<T>(to, col(c0 + c), pack<T>(dh[c]));
+        }
+      }
+    }
+    if (read.dphase1_out.present()) {
+      const float prob = weights[0].x;
+      char* const to = read.dphase1_out.row(t).data;
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        Chunk out = zero_chunk();
+        add_scaled(out, prob, dh[c]);
+        if (active(c0 + c)) {
+          store_whole<T>(to, col(c0 + c), pack<T>(out));
+        }
+      }
+    }
+    if (p.num_sources > 0) {
+      if (read.dsources.data[0] == nullptr) {  // no gradients are asked for
+        int z = rows + read.first_key * pitch();
+        for (int n = 0; n < p.num_sources; ++n, z += pitch()) {
+          const float4 weight = weights[read.first_key + n];
+#pragma unroll
+          for (int c = 0; c < kTogether; ++c) {
+            Chunk unused = zero_chunk();
+            gradient(c0 + c, z, weight, dh[c], unused);
+          }
+        }
+      } else if (p.wide_dsources) {
+        read.accumulate ? finish_sources<float, true>(rows, weights, t, dh, c0)
+                        : finish_sources<float, false>(rows, weights, t, dh, c0);
+      } else {
+        read.accumulate ? finish_sources<T, true>(rows, weights, t, dh, c0)
+                        : finish_sources<T, false>(rows, weights, t, dh, c0);
+      }
+    }
+    if (read.has_partial) {
+      const int z = rows + (K - 1) * pitch();
+      const float4 weight = weights[K - 1];
+      char* const to = read.dpartial.row(t).data;
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+        Chunk dz = zero_chunk();
+        if (p.wide_dpartial_out) {
+          dz = load_wide(wide_row(rows, p.inputs.dpartial), c0 + c);
+        } else if (read.dpartial_out.present()) {
+          dz = load(rows + p.inputs.dpartial * pitch(), c0 + c);
+        }
+        gradient(c0 + c, z, weight, dh[c], dz);
+        if (read.dpartial.present() && active(c0 + c)) {
+          p.wide_dpartial ? store_whole<float>(to, col(c0 + c), pack<float>(dz))
+                          : store_whole<T>(to, col(c0 + c), pack<T>(dz));
+        }
       }
     }
   }
 
   /// P2: the gradients of a token.
   __device__ __forceinline__ void finish(int step, const RingCursor& ring) {
-    const int K = terms();
     const int64_t t = cta.token(step, p);
-    const ReadBackwardParams<kReadTermsMax>& read = p.read;
-    const float4* const weights = cta.weights + pair_slot(step) * (K + 1);
-    const char* const rows = tile(ring.slot);
+    const float4* const weights = cta.weights + pair_slot(step) * (terms() + 1);
     cta.head.weights_full[pair_slot(step)].wait(pair_parity(step));
-    const float inv_rms_mix = weights[K].y;
-    Token token = form(rows, reinterpret_cast<const float*>(weights), 4, inv_rms_mix);
-    if constexpr (kNorm) {
-      const Chunk dx = load(rows + p.inputs.dx * pitch());
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        dweight.v[i] = fmaf(inv_rms_mix * dx.v[i], token.h.v[i], dweight.v[i]);
-      }
-      add_scaled(token.w, -weights[K].x, token.h);
+    for (int c = 0; c < kChunks; c += kTogether) {
+      finish_chunks(c, t, tile(ring.slot), weights);
+      __syncwarp();
     }
-    Chunk& dh = token.w;
-    if (read.dmix.present()) {
-      add(dh, load(rows + p.inputs.dmix * pitch()));
-    }
-    if (read.dh.present() && active) {
-      store_whole<T>(read.dh.row(t).data, col, pack<T>(dh));
-    }
-    if (read.dphase1_out.present() && active) {
-      Chunk out = zero_chunk();
-      add_scaled(out, weights[0].x, dh);
-      store_whole<T>(read.dphase1_out.row(t).data, col, pack<T>(out));
-    }
-    if (p.num_sources > 0) {
-      if (!read.has_dsources) {
-        const char* z = rows + read.first_key * pitch();
-        for (int n = 0; n < p.num_sources; ++n, z += pitch()) {
-          gradient(z, weights[read.first_key + n], dh, zero_chunk());
-        }
-      } else if (p.wide_dsources) {
-        read.accumulate ? finish_sources<float, true>(rows, weights, t, dh)
-                        : finish_sources<float, false>(rows, weights, t, dh);
-      } else {
-        read.accumulate ? finish_sources<T, true>(rows, weights, t, dh)
-                        : finish_sources<T, false>(rows, weights, t, dh);
-      }
-    }
-    if (read.has_partial) {
-      Chunk dz = zero_chunk();
-      if (p.wide_dpartial_out) {
-        dz = load_wide(wide_row(rows, p.inputs.dpartial));
-      } else if (read.dpartial_out.present()) {
-        dz = load(rows + p.inputs.dpartial * pitch());
-      }
-      dz = gradient(rows + (K - 1) * pitch(), weights[K - 1], dh, dz);
-      if (read.dpartial.present() && active) {
-        char* const to = read.dpartial.row(t).data;
-        p.wide_dpartial ? store_whole<float>(to, col, pack<float>(dz))
-                        : store_whole<T>(to, col, pack<T>(dz));
-      }
-    }
-    __syncwarp();
     if (lane == 0) {
       cta.head.free[ring.slot].arrive();
     }
@@ -613,34 +770,39 @@ struct ReadBackwardCompute {
   __device__ __forceinline__ void run() {
     RingCursor meeting, finishing;
     fetch_vectors();
-    meet(0, meeting);  // a cluster has one token at least
     const int steps = cta.steps(p);
-    for (int step = 0; step < steps; ++step) {
-      if (step + 1 < steps) {
+#pragma unroll 1
+    for (int step = 0; step <= steps; ++step) {
+      if (step < steps) {
+        meet(step, meeting);
         meeting.advance(p.plan.stages);
-        meet(step + 1, meeting);
       }
-      finish(step, finishing);
-      finishing.advance(p.plan.stages);
+      if (step > 0) {
+        finish(step - 1, finishing);
+        finishing.advance(p.plan.stages);
+      }
     }
     begin_next_grid();
-    if (active) {
-      leave(p.read.dquery_partials, dquery);
-      leave(p.read.dweight_partials, dweight);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (active(c)) {
+        leave(p.read.dquery_partials, dquery[c], c);
+        leave(p.read.dweight_partials, dweight[c], c);
+      }
     }
   }
 
   /// This cluster's sum over its tokens.
-  __device__ __forceinline__ void leave(float* partials, const Chunk& sum) const {
+  __device__ __forceinline__ void leave(float* partials, const Chunk& sum, int c) const {
     if (partials != nullptr) {
       float* const row = partials + static_cast<int64_t>(cta.cluster) * p.read.dim;
-      store_whole<float>(reinterpret_cast<char*>(row), col, pack<float>(sum));
+      store_whole<float>(reinterpret_cast<char*>(row), col(c), pack<float>(sum));
     }
   }
 };
 
-template <class T, bool kNorm, int kTerms>
-__global__ void __launch_bounds__(read_resident_warps(kTerms) / 2 * kWarp, 2)
+template <class T, bool kNorm, int kTerms, int kChunks>
+__global__ void __launch_bounds__(read_resident_warps(kTerms, kChunks) * kWarp, 1)
     read_backward_kernel(const __grid_constant__ HopperReadBackwardParams p) {
 #if __CUDA_ARCH__ >= 900  // the launcher never runs it on any other architecture
   const int thread = static_cast<int>(threadIdx.x);
@@ -675,7 +837,11 @@ __global__ void __launch_bounds__(read_resident_warps(kTerms) / 2 * kWarp, 2)
     __syncthreads();
   }
   if (warp < warps) {
-    ReadBackwardCompute<T, kNorm, kTerms>(p, cta, warp, lane).run();
+    if (p.read.dmix.present()) {
+      ReadBackwardCompute<T, kNorm, kTerms, kChunks, true>(p, cta, warp, lane).run();
+    } else {
+      ReadBackwardCompute<T, kNorm, kTerms, kChunks, false>(p, cta, warp, lane).run();
+    }
   } else if (warp == warps) {
     load_tokens(p, cta, lane);
   } else {

@@ -2,6 +2,7 @@
 // sums.
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "cuda/hopper.h"
@@ -125,17 +126,29 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
     const unsigned clusters = call.resident_clusters(
         kernel, params.plan.cluster, params.plan.threads(), params.map.bytes, shape.max_blocks);
     params.plan.clusters = static_cast<int>(clusters);
+    params.cluster_shift = std::countr_zero(static_cast<unsigned>(params.plan.cluster));
+    params.steps = static_cast<int>(shape.T / clusters);
+    params.longer = static_cast<int>(shape.T % clusters);
     call.launch_with({.cluster = params.plan.cluster}, kernel,
                      dim3(clusters * static_cast<unsigned>(params.plan.cluster)),
                      dim3(static_cast<unsigned>(params.plan.threads())), params.map.bytes, params);
   };
   // Two terms, as every merge and advance has, are worth kernels of their own: all loops unrolled.
   const bool pair = params.read.num_terms == 2;
-  const auto launch_for = [&]<class T>() {
+  const auto launch_chunks = [&]<class T, int kChunks>() {
     if (params.read.norm) {
-      launch(pair ? read_backward_kernel<T, true, 2> : read_backward_kernel<T, true, 0>);
+      launch(pair ? read_backward_kernel<T, true, 2, kChunks>
+                  : read_backward_kernel<T, true, 0, kChunks>);
     } else {
-      launch(pair ? read_backward_kernel<T, false, 2> : read_backward_kernel<T, false, 0>);
+      launch(pair ? read_backward_kernel<T, false, 2, kChunks>
+                  : read_backward_kernel<T, false, 0, kChunks>);
+    }
+  };
+  const auto launch_for = [&]<class T>() {
+    if (params.plan.chunks == 2) {
+      launch_chunks.template operator()<T, 2>();
+    } else {
+      launch_chunks.template operator()<T, 1>();
     }
   };
   if (params.read.rows.dtype[0] == static_cast<uint8_t>(DType::kBFloat16)) {
