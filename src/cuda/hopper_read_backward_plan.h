@@ -23,22 +23,20 @@ inline constexpr int kReadServiceWarps = 2;   // one loads, one makes the weight
 /// of its own. A lane with one chunk needs 72 registers for two terms, else 80: with two terms the
 /// rows are few and registers are the limit, so that 72 of them, not 80, make room for a third CTA
 /// at D = 7168 (advance 87 to 94 % of a copy). With more terms shared memory is the limit. Two
-/// chunks need 96 and 128.
+/// chunks need 96.
 FLASH_ATTN_RES_HOPPER_BOTH int read_resident_warps(int terms, int chunks) {
-  if (chunks == 2) {
-    return terms == 2 ? 20 : 16;
-  }
-  return terms == 2 ? 28 : 24;
+  return chunks == 2 ? 20 : terms == 2 ? 28 : 24;
 }
 
-/// Chunks of a lane where a CTA has so many columns. The kernel is limited by its instructions, and
+/// Chunks of a lane where a CTA has so many columns. Instructions limit the kernel on an H200, and
 /// a second chunk shares those that a warp has for a token: barriers, shuffles, weights, addresses.
-/// Not where an eighth of the lanes would have none, and not where it leaves a single warp, whose
-/// sums and gradients nothing would hide.
-FLASH_ATTN_RES_HOPPER_BOTH int read_chunks(int columns) {
+/// With two terms advance goes from 74 to 91 % of a copy at D = 7168, 75 to 88 at 4096. With more
+/// terms there are fewer warps than hide each other's waiting (one-shot with norm over ten: 77 to
+/// 61 at D = 2048), and where lanes would idle the gain is gone (87 to 85 at D = 2304). A single
+/// warp would have nothing to hide its sums and gradients.
+FLASH_ATTN_RES_HOPPER_BOTH int read_chunks(int terms, int columns) {
   constexpr int kPair = 2 * kReadWarpColumns;
-  const int held = (columns + kPair - 1) / kPair * kPair;
-  return columns > kPair && (held - columns) * 8 <= held ? 2 : 1;
+  return terms == 2 && columns > kPair && columns % kPair == 0 ? 2 : 1;
 }
 
 /// Launch choices of one call.
@@ -108,7 +106,7 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
   // A fourth token in the ring is worth 1 to 3 % where three are less than this in all rings of a
   // multiprocessor, and costs up to 0.6 % where they are more.
   constexpr int64_t kRingEnough = 144 * 1024;
-  constexpr int kAloneColumns = 2560;  // of a CTA that may have a multiprocessor to itself
+  constexpr int kStagesDeep = 5;
   // Less costs up to 40 %, more up to 3 %: 2 to 4 MB are best at all of D = 2048 (K = 2, 4), 2304
   // (K = 2, 10), 4096, 5120 and 7168 (K = 2, 8).
   constexpr int64_t kWindowBytes = 3 << 20;
@@ -121,13 +119,12 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
   plan.look = static_cast<int>(ceil_div(kLookBytes, token_bytes));
   // Tokens on their way in each ring hide the loads, several CTAs of a multiprocessor each other's
   // exchanges of sums. A wider cluster makes room for both, but has one exchange more a token: so
-  // the narrowest comes first that gives two CTAs, or needs no exchange for a token that is not too
-  // wide to come in one piece; then what fits at all.
+  // the narrowest comes first that gives two CTAs, or needs no exchange; then what fits at all.
   for (const int least_blocks : {2, 1}) {
     for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
       plan.cluster = cluster;
       plan.columns = static_cast<int>(round_up(ceil_div(dim, cluster), 8));
-      plan.chunks = read_chunks(plan.columns);
+      plan.chunks = read_chunks(extents.terms, plan.columns);
       plan.warps = static_cast<int>(ceil_div(plan.columns, plan.chunks * kReadWarpColumns));
       const bool every_rank_works = static_cast<int64_t>(cluster - 1) * plan.columns < dim;
       if (plan.warps > kReadWarpsMax || !every_rank_works) {
@@ -139,9 +136,16 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
         return bytes <= limits.shared_per_block &&
                blocks * (bytes + kReserved) <= limits.shared_per_multiprocessor;
       };
-      const int least = cluster == 1 && plan.columns <= kAloneColumns ? 1 : least_blocks;
+      const int least = cluster == 1 ? 1 : least_blocks;
       plan.blocks = std::clamp(
           read_resident_warps(extents.terms, plan.chunks) * 32 / plan.threads(), 1, kBlocksMax);
+      // Of CTAs with two chunks a lane, two with deep rings are better than three with shallow ones
+      // (advance at D = 2048 88 instead of 80 %), and one than a cluster (merge at D = 4096 94
+      // instead of 87), if it is not shallow.
+      const bool alone = plan.chunks == 2 && cluster == 1;
+      while (alone && plan.blocks > 2 && !fits(plan.blocks, kStagesWanted)) {
+        --plan.blocks;
+      }
       while (plan.blocks > least && !fits(plan.blocks, kStagesLeast)) {
         --plan.blocks;
       }
@@ -150,8 +154,11 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
       }
       const int64_t ring_bytes =
           int64_t{kStagesLeast} * plan.blocks * read_backward_map(plan, extents).stage_bytes;
-      for (int stages = ring_bytes < kRingEnough ? kStagesWanted : kStagesLeast;
-           stages >= kStagesLeast; --stages) {
+      const int most = alone                      ? kStagesDeep
+                       : ring_bytes < kRingEnough ? kStagesWanted
+                                                  : kStagesLeast;
+      for (int stages = most; stages >= (alone && plan.blocks == 1 ? kStagesWanted : kStagesLeast);
+           --stages) {
         if (fits(plan.blocks, stages)) {
           return plan;
         }

@@ -75,8 +75,8 @@ TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
   EXPECT_EQ(choose(4, 2048, 8192), (ReadRowsPolicy{4, 4, 1, 64, 2}));
   EXPECT_EQ(choose(2, 2048, 8192), (ReadRowsPolicy{2, 4, 1, 64, 2}));
   EXPECT_EQ(choose(2, 2048, 8192, /*update=*/true), (ReadRowsPolicy{2, 2, 1, 128, 1}));
-  EXPECT_EQ(choose(2, 7168, 8192, /*update=*/true), (ReadRowsPolicy{2, 4, 1, 224, 1}));
-  EXPECT_EQ(choose(2, 2304, 8192, /*update=*/true), (ReadRowsPolicy{2, 3, 1, 96, 1}));
+  EXPECT_EQ(choose(2, 7168, 8192, /*update=*/true), (ReadRowsPolicy{2, 2, 1, 448, 1}));
+  EXPECT_EQ(choose(2, 2304, 8192), (ReadRowsPolicy{2, 3, 1, 96, 1}));
   EXPECT_EQ(choose(8, 7168, 8192), (ReadRowsPolicy{8, 2, 2, 224, 1}));
   EXPECT_EQ(choose(6, 7168, 8192), (ReadRowsPolicy{6, 2, 4, 128, 1}));
   EXPECT_EQ(choose(9, 2304, 8192), (ReadRowsPolicy{10, 2, 1, 160, 1}));
@@ -146,59 +146,34 @@ TEST(HopperReadBackward, TheShapesOfTheBenchmarksHaveTheirPlans) {
     return hopper::choose_read_backward(extents(terms, terms + (terms == 2 ? 2 : 1), 0), dim,
                                         kH100);
   };
-  EXPECT_EQ(choose(2, 2048), (Plan{.columns = 2048,
-                                   .chunks = 2,
-                                   .warps = 4,
-                                   .stages = 3,
-                                   .blocks = 3,
-                                   .lead = 192,
-                                   .look = 1}));
-  EXPECT_EQ(choose(2, 7168), (Plan{.cluster = 2,
-                                   .columns = 3584,
-                                   .chunks = 2,
-                                   .warps = 7,
-                                   .stages = 3,
-                                   .blocks = 2,
-                                   .lead = 54,
-                                   .look = 1}));
-  EXPECT_EQ(choose(2, 2304), (Plan{.columns = 2304,
-                                   .chunks = 2,
-                                   .warps = 5,
-                                   .stages = 4,
-                                   .blocks = 2,
-                                   .lead = 170,
-                                   .look = 1}));
-  EXPECT_EQ(choose(4, 2048), (Plan{.columns = 2048,
-                                   .chunks = 2,
-                                   .warps = 4,
-                                   .stages = 4,
-                                   .blocks = 2,
-                                   .lead = 153,
-                                   .look = 1}));
-  EXPECT_EQ(choose(8, 7168), (Plan{.cluster = 4,
-                                   .columns = 1792,
-                                   .chunks = 2,
-                                   .warps = 4,
-                                   .stages = 3,
-                                   .blocks = 2,
-                                   .lead = 24,
-                                   .look = 1}));
-  EXPECT_EQ(choose(10, 2304), (Plan{.columns = 2304,
-                                    .chunks = 2,
-                                    .warps = 5,
-                                    .stages = 3,
-                                    .blocks = 1,
-                                    .lead = 62,
-                                    .look = 1}));
+  const auto plan = [](int cluster, int columns, int chunks, int warps, int stages, int blocks,
+                       int lead) {
+    return Plan{.cluster = cluster,
+                .columns = columns,
+                .chunks = chunks,
+                .warps = warps,
+                .stages = stages,
+                .blocks = blocks,
+                .lead = lead,
+                .look = 1};
+  };
+  EXPECT_EQ(choose(2, 2048), plan(1, 2048, 2, 4, 5, 2, 192));
+  EXPECT_EQ(choose(2, 2304), plan(1, 2304, 1, 9, 4, 2, 170));
+  EXPECT_EQ(choose(2, 4096), plan(1, 4096, 2, 8, 5, 1, 96));
+  EXPECT_EQ(choose(2, 7168), plan(2, 3584, 2, 7, 3, 2, 54));
+  EXPECT_EQ(choose(4, 2048), plan(1, 2048, 1, 8, 4, 2, 153));
+  EXPECT_EQ(choose(8, 7168), plan(4, 1792, 1, 7, 3, 2, 24));
+  EXPECT_EQ(choose(10, 2304), plan(1, 2304, 1, 9, 3, 1, 62));
   EXPECT_EQ(choose(2, 512).look, 4);
 }
 
-TEST(HopperReadBackward, ALaneHasTwoChunksWhereFewLanesWouldLackOne) {
-  for (const int columns : {8, 256, 264, 512, 520, 768, 776, 1280, 1288}) {
-    EXPECT_EQ(hopper::read_chunks(columns), 1) << columns;
+TEST(HopperReadBackward, ALaneHasTwoChunksOfTwoTermsWhereNoneIsIdle) {
+  for (const int columns : {8, 256, 264, 512, 520, 768, 1000, 1032, 2304, 2816}) {
+    EXPECT_EQ(hopper::read_chunks(2, columns), 1) << columns;
   }
-  for (const int columns : {896, 1024, 1792, 2048, 2304, 2560, 3584, 4096, 5120}) {
-    EXPECT_EQ(hopper::read_chunks(columns), 2) << columns;
+  for (const int columns : {1024, 1536, 2048, 2560, 3584, 4096, 5120}) {
+    EXPECT_EQ(hopper::read_chunks(2, columns), 2) << columns;
+    EXPECT_EQ(hopper::read_chunks(3, columns), 1) << columns;
   }
 }
 

@@ -355,16 +355,15 @@ struct ReadBackwardWeights {
 
 // --------------------------------------------------------------------------------- compute warps
 
-/// The compute warps: their lane's chunks of every token. kTerms: K where it is known, else 0.
+/// The compute warps: their lane's chunks of every token, one after the other, which saves
+/// registers. kTerms: K where it is known, else 0, which goes with one chunk.
 /// kDmix: whether there is dmix; a branch around it, though all take the same side, costs copies of
 /// all that it changes.
 template <class T, bool kNorm, int kTerms, int kChunks, bool kDmix>
 struct ReadBackwardCompute {
   static constexpr int kPerTerm = SumMap<kNorm>::kPerTerm;
   static constexpr int kTermBatch = kTerms > 0 ? kTerms : 4;  // terms whose sums go together
-  // Chunks that go side by side: with few terms one after the other, which saves registers, with
-  // many all, so that a term's row and weights are found once.
-  static constexpr int kTogether = kTerms > 0 ? 1 : kChunks;
+  static_assert(kTerms > 0 || kChunks == 1);
 
   const HopperReadBackwardParams& p;
   const ReadBackwardCta& cta;
@@ -374,9 +373,9 @@ struct ReadBackwardCompute {
   Chunk dquery[kChunks];
   Chunk dweight[kChunks];
 
-  /// kTogether of the chunks of a token.
+  /// One chunk of a token.
   struct Token {
-    Chunk w[kTogether], h[kTogether];
+    Chunk w, h;
   };
 
   __device__ __forceinline__ ReadBackwardCompute(const HopperReadBackwardParams& params,
@@ -477,82 +476,56 @@ struct ReadBackwardCompute {
     asm volatile("bar.sync 1, %0;" ::"r"(p.plan.warps * kWarp) : "memory");
   }
 
-  /// h of chunks c0, c0 + 1 .. of a token. `probs` are `stride` floats apart. kMeet: zero in idle
-  /// lanes.
+  /// h of chunk c of a token. `probs` are `stride` floats apart. kMeet: zero in idle lanes.
   template <bool kMeet>
-  __device__ __forceinline__ void form_mix(Chunk (&h)[kTogether], int c0, int rows,
-                                           const float* probs, int stride) const {
+  __device__ __forceinline__ Chunk form_mix(int c, int rows, const float* probs, int stride) const {
     const int K = terms();
-#pragma unroll
-    for (int c = 0; c < kTogether; ++c) {
-      h[c] = zero_chunk();
-    }
+    Chunk h = zero_chunk();
     int z = rows;
 #pragma unroll(kTerms > 0 ? kTerms : 4)
     for (int j = 0; j < K; ++j, z += pitch()) {
-      const float prob = probs[j * stride];
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        add_scaled(h[c], !kMeet || active(c0 + c) ? prob : 0.0f, load(z, c0 + c));
-      }
+      add_scaled(h, !kMeet || active(c) ? probs[j * stride] : 0.0f, load(z, c));
     }
-    if (p.read.round_mix) {
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        h[c] = unpack(pack<T>(h[c]));
-      }
-    }
+    return p.read.round_mix ? unpack(pack<T>(h)) : h;
   }
 
-  /// w and h of chunks c0, c0 + 1 .. for the sums, zero in idle lanes. With a norm and without
-  /// dmix, w is still to be multiplied by rh, which is left to the weight warp. Adds to <g dx, h>.
-  __device__ __forceinline__ void form(Token& token, int c0, int rows, const float* probs,
-                                       float& y_dot_h) const {
-    const int dx = rows + p.inputs.dx * pitch();
-    const int dmix = rows + p.inputs.dmix * pitch();
+  /// w and h of chunk c for the sums, zero in idle lanes. With a norm and without dmix, w is still
+  /// to be multiplied by rh, which is left to the weight warp. Adds to <g dx, h>.
+  __device__ __forceinline__ Token form(int c, int rows, const float* probs, float& y_dot_h) const {
+    Token token = {};
     if constexpr (kNorm) {
-      form_mix<true>(token.h, c0, rows, probs, 1);
+      token.h = form_mix<true>(c, rows, probs, 1);
     }
+    token.w = load_if(active(c) && (kNorm || p.read.dx.present()), rows + p.inputs.dx * pitch(), c);
+    if constexpr (kNorm) {
+      const Chunk g = vector(1, c);
 #pragma unroll
-    for (int c = 0; c < kTogether; ++c) {
-      token.w[c] = load_if(active(c0 + c) && (kNorm || p.read.dx.present()), dx, c0 + c);
-      if constexpr (kNorm) {
-        const Chunk g = vector(1, c0 + c);
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          token.w[c].v[i] *= g.v[i];
-        }
-        y_dot_h = dot_add(token.w[c], token.h[c], y_dot_h);
+      for (int i = 0; i < kChunk; ++i) {
+        token.w.v[i] *= g.v[i];
       }
+      y_dot_h = dot_add(token.w, token.h, y_dot_h);
     }
     if constexpr (kDmix) {
-      const float inv_rms_mix = kNorm ? probs[terms()] : 1.0f;
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        Chunk w = load_if(active(c0 + c), dmix, c0 + c);
-        add_scaled(w, inv_rms_mix, token.w[c]);
-        token.w[c] = w;
-      }
+      Chunk w = load_if(active(c), rows + p.inputs.dmix * pitch(), c);
+      add_scaled(w, kNorm ? probs[terms()] : 1.0f, token.w);
+      token.w = w;
     }
+    return token;
   }
 
   /// Sums that go together: <w, z_j> and with a norm <h, z_j> of each of some terms.
   using Sums = float[kPerTerm * kTermBatch];
 
-  /// Adds what chunks c0, c0 + 1 .. of terms j0, j0 + 1 .. give. `z`: row of term j0.
-  __device__ __forceinline__ void add_sums(Sums& sums, const Token& token, int c0, int rows, int z,
+  /// Adds what chunk c of terms j0, j0 + 1 .. gives. `z`: row of term j0.
+  __device__ __forceinline__ void add_sums(Sums& sums, const Token& token, int c, int rows, int z,
                                            int j0) const {
 #pragma unroll
     for (int i = 0; i < kTermBatch; ++i, z += pitch()) {
       // Beyond the last term: any row will do, for sums that nobody reads.
-      const int row = kTerms > 0 || j0 + i < terms() ? z : rows;
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        const Chunk value = load(row, c0 + c);
-        sums[kPerTerm * i] = dot_add(token.w[c], value, sums[kPerTerm * i]);
-        if constexpr (kNorm) {
-          sums[kPerTerm * i + 1] = dot_add(token.h[c], value, sums[kPerTerm * i + 1]);
-        }
+      const Chunk value = load(kTerms > 0 || j0 + i < terms() ? z : rows, c);
+      sums[kPerTerm * i] = dot_add(token.w, value, sums[kPerTerm * i]);
+      if constexpr (kNorm) {
+        sums[kPerTerm * i + 1] = dot_add(token.h, value, sums[kPerTerm * i + 1]);
       }
     }
   }
@@ -584,8 +557,7 @@ struct ReadBackwardCompute {
       Sums sums = {};
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        Token token;
-        form(token, c, rows, probs, y_dot_h);
+        const Token token = form(c, rows, probs, y_dot_h);
         if constexpr (kChunks == 1) {
           __syncwarp();  // registers do not suffice to keep the terms: they are loaded again
         }
@@ -594,8 +566,7 @@ struct ReadBackwardCompute {
       }
       share(partials, sums, 0);
     } else {
-      Token token;
-      form(token, 0, rows, probs, y_dot_h);
+      const Token token = form(0, rows, probs, y_dot_h);
       int z = rows;
 #pragma unroll 1
       for (int j0 = 0; j0 < K; j0 += kTermBatch, z += kTermBatch * pitch()) {
@@ -628,8 +599,8 @@ struct ReadBackwardCompute {
 
   /// Gradients of the sources as G: fresh, or added to the kHeld ones in the ring.
   template <class G, bool kHeld>
-  __device__ __forceinline__ void finish_sources(int rows, const float4* weights, int64_t t,
-                                                 const Chunk (&dh)[kTogether], int c0) {
+  __device__ __forceinline__ void finish_sources(int c, int rows, const float4* weights, int64_t t,
+                                                 const Chunk& dh) {
     const ReadBackwardParams<kReadTermsMax>& read = p.read;
     constexpr bool kWide = sizeof(G) == 4;
     const int count = p.num_sources;
@@ -638,116 +609,78 @@ struct ReadBackwardCompute {
     const int64_t offset = t * p.dsources_stride_bytes;
 #pragma unroll 1
     for (int n = 0; n < count; ++n) {
-      const float4 weight = weights[read.first_key + n];
-      char* const to = read.dsources.data[n] + offset;
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        Chunk dz = zero_chunk();
-        if constexpr (kHeld) {
-          dz = kWide ? load_wide(held, c0 + c) : load(held, c0 + c);
-        }
-        gradient(c0 + c, z, weight, dh[c], dz);
-        if (active(c0 + c)) {
-          store_whole<G>(to, col(c0 + c), pack<G>(dz));
-        }
+      Chunk dz = zero_chunk();
+      if constexpr (kHeld) {
+        dz = kWide ? load_wide(held, c) : load(held, c);
+        held += (kWide ? 2 : 1) * pitch();
       }
+      gradient(c, z, weights[read.first_key + n], dh, dz);
       z += pitch();
-      held += (kWide ? 2 : 1) * pitch();
+      if (active(c)) {
+        store_whole<G>(read.dsources.data[n] + offset, col(c), pack<G>(dz));
+      }
     }
   }
 
-  /// The gradients of chunks c0, c0 + 1 .. of token t.
-  __device__ __forceinline__ void finish_chunks(int c0, int64_t t, int rows,
-                                                const float4* weights) {
+  /// The gradients of chunk c of token t.
+  __device__ __forceinline__ void finish_chunk(int c, int64_t t, int rows, const float4* weights) {
     const int K = terms();
     const ReadBackwardParams<kReadTermsMax>& read = p.read;
     const int dx = rows + p.inputs.dx * pitch();
-    Chunk dh[kTogether];
+    Chunk dh;
     if constexpr (kNorm) {
       const float along = weights[K].x;
       const float inv_rms_mix = weights[K].y;
-      Chunk h[kTogether];
-      form_mix<false>(h, c0, rows, reinterpret_cast<const float*>(weights), 4);
+      const Chunk h = form_mix<false>(c, rows, reinterpret_cast<const float*>(weights), 4);
+      const Chunk y = load(dx, c);
+      const Chunk g = vector(1, c);
 #pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        const Chunk y = load(dx, c0 + c);
-        const Chunk g = vector(1, c0 + c);
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          const float scaled = inv_rms_mix * y.v[i];
-          dweight[c0 + c].v[i] = fmaf(scaled, h[c].v[i], dweight[c0 + c].v[i]);
-          dh[c].v[i] = fmaf(-along, h[c].v[i], g.v[i] * scaled);
-        }
+      for (int i = 0; i < kChunk; ++i) {
+        const float scaled = inv_rms_mix * y.v[i];
+        dweight[c].v[i] = fmaf(scaled, h.v[i], dweight[c].v[i]);
+        dh.v[i] = fmaf(-along, h.v[i], g.v[i] * scaled);
       }
     } else {
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        dh[c] = load_if(read.dx.present(), dx, c0 + c);
-      }
+      dh = load_if(read.dx.present(), dx, c);
     }
     if constexpr (kDmix) {
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        add(dh[c], load(rows + p.inputs.dmix * pitch(), c0 + c));
-      }
+      add(dh, load(rows + p.inputs.dmix * pitch(), c));
     }
-    if (read.dh.present()) {
-      char* const to = read.dh.row(t).data;
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        if (active(c0 + c)) {
-          store_whole<T>(to, col(c0 + c), pack<T>(dh[c]));
-        }
-      }
+    if (read.dh.present() && active(c)) {
+      store_whole<T>(read.dh.row(t).data, col(c), pack<T>(dh));
     }
-    if (read.dphase1_out.present()) {
-      const float prob = weights[0].x;
-      char* const to = read.dphase1_out.row(t).data;
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        Chunk out = zero_chunk();
-        add_scaled(out, prob, dh[c]);
-        if (active(c0 + c)) {
-          store_whole<T>(to, col(c0 + c), pack<T>(out));
-        }
-      }
+    if (read.dphase1_out.present() && active(c)) {
+      Chunk out = zero_chunk();
+      add_scaled(out, weights[0].x, dh);
+      store_whole<T>(read.dphase1_out.row(t).data, col(c), pack<T>(out));
     }
     if (p.num_sources > 0) {
       if (read.dsources.data[0] == nullptr) {  // no gradients are asked for
         int z = rows + read.first_key * pitch();
         for (int n = 0; n < p.num_sources; ++n, z += pitch()) {
-          const float4 weight = weights[read.first_key + n];
-#pragma unroll
-          for (int c = 0; c < kTogether; ++c) {
-            Chunk unused = zero_chunk();
-            gradient(c0 + c, z, weight, dh[c], unused);
-          }
+          Chunk unused = zero_chunk();
+          gradient(c, z, weights[read.first_key + n], dh, unused);
         }
       } else if (p.wide_dsources) {
-        read.accumulate ? finish_sources<float, true>(rows, weights, t, dh, c0)
-                        : finish_sources<float, false>(rows, weights, t, dh, c0);
+        read.accumulate ? finish_sources<float, true>(c, rows, weights, t, dh)
+                        : finish_sources<float, false>(c, rows, weights, t, dh);
       } else {
-        read.accumulate ? finish_sources<T, true>(rows, weights, t, dh, c0)
-                        : finish_sources<T, false>(rows, weights, t, dh, c0);
+        read.accumulate ? finish_sources<T, true>(c, rows, weights, t, dh)
+                        : finish_sources<T, false>(c, rows, weights, t, dh);
       }
     }
     if (read.has_partial) {
-      const int z = rows + (K - 1) * pitch();
-      const float4 weight = weights[K - 1];
-      char* const to = read.dpartial.row(t).data;
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        Chunk dz = zero_chunk();
-        if (p.wide_dpartial_out) {
-          dz = load_wide(wide_row(rows, p.inputs.dpartial), c0 + c);
-        } else if (read.dpartial_out.present()) {
-          dz = load(rows + p.inputs.dpartial * pitch(), c0 + c);
-        }
-        gradient(c0 + c, z, weight, dh[c], dz);
-        if (read.dpartial.present() && active(c0 + c)) {
-          p.wide_dpartial ? store_whole<float>(to, col(c0 + c), pack<float>(dz))
-                          : store_whole<T>(to, col(c0 + c), pack<T>(dz));
-        }
+      Chunk dz = zero_chunk();
+      if (p.wide_dpartial_out) {
+        dz = load_wide(wide_row(rows, p.inputs.dpartial), c);
+      } else if (read.dpartial_out.present()) {
+        dz = load(rows + p.inputs.dpartial * pitch(), c);
+      }
+      gradient(c, rows + (K - 1) * pitch(), weights[K - 1], dh, dz);
+      if (read.dpartial.present() && active(c)) {
+        char* const to = read.dpartial.row(t).data;
+        p.wide_dpartial ? store_whole<float>(to, col(c), pack<float>(dz))
+                        : store_whole<T>(to, col(c), pack<T>(dz));
       }
     }
   }
@@ -758,8 +691,8 @@ struct ReadBackwardCompute {
     const float4* const weights = cta.weights + pair_slot(step) * (terms() + 1);
     cta.head.weights_full[pair_slot(step)].wait(pair_parity(step));
 #pragma unroll
-    for (int c = 0; c < kChunks; c += kTogether) {
-      finish_chunks(c, t, tile(ring.slot), weights);
+    for (int c = 0; c < kChunks; ++c) {
+      finish_chunk(c, t, tile(ring.slot), weights);
       __syncwarp();
     }
     if (lane == 0) {

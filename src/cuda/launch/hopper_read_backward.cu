@@ -134,22 +134,18 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
                      dim3(static_cast<unsigned>(params.plan.threads())), params.map.bytes, params);
   };
   // Two terms, as every merge and advance has, are worth kernels of their own: all loops unrolled.
-  const bool pair = params.read.num_terms == 2;
-  const auto launch_chunks = [&]<class T, int kChunks>() {
-    if (params.read.norm) {
-      launch(pair ? read_backward_kernel<T, true, 2, kChunks>
-                  : read_backward_kernel<T, true, 0, kChunks>);
+  const auto launch_kernel = [&]<class T, bool kNorm>() {
+    if (params.plan.chunks == 2) {
+      launch(read_backward_kernel<T, kNorm, 2, 2>);
+    } else if (params.read.num_terms == 2) {
+      launch(read_backward_kernel<T, kNorm, 2, 1>);
     } else {
-      launch(pair ? read_backward_kernel<T, false, 2, kChunks>
-                  : read_backward_kernel<T, false, 0, kChunks>);
+      launch(read_backward_kernel<T, kNorm, 0, 1>);
     }
   };
   const auto launch_for = [&]<class T>() {
-    if (params.plan.chunks == 2) {
-      launch_chunks.template operator()<T, 2>();
-    } else {
-      launch_chunks.template operator()<T, 1>();
-    }
+    params.read.norm ? launch_kernel.template operator()<T, true>()
+                     : launch_kernel.template operator()<T, false>();
   };
   if (params.read.rows.dtype[0] == static_cast<uint8_t>(DType::kBFloat16)) {
     launch_for.template operator()<__nv_bfloat16>();
