@@ -16,8 +16,9 @@
 // A thread loads its chunks of all rows at once and keeps them as stored until the mixture. Nothing
 // else hides latency: blocks are small, live for one token, and there are enough of them on a
 // multiprocessor that some load while others compute. Columns are dealt out in segments, one a warp
-// and chunk: segment (rank * kChunks + c) * warps + warp. Below sm_90 there is one rank. What a warp
-// does once a token is shared by its chunks; with more than two, u and g come when they are used.
+// and chunk: segment (rank * kChunks + c) * warps + warp. Below sm_90 there is one rank. What a
+// warp does once a token is shared by its chunks; with more than two, u and g come when they are
+// used.
 //
 //   prefetch to L2 -> the grid before has ended
 //   load rows, u -> partial' -> sums of this block -> barrier -> softmax, in every warp
