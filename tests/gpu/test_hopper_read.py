@@ -46,14 +46,19 @@ class Site:
 
 ADVANCE = {"phase1": True, "partial": True, "norm": True}
 SITES = [
-    # one, two, four and eight CTAs a token, one and two chunks of columns a lane, and lanes that
-    # lack one or all, up to a whole warp (7176)
+    # one, two, four and eight CTAs a token; one chunk of columns a lane, or two (2048, 4096, 5120,
+    # 7168); lanes that lack theirs, up to a whole warp (7176)
     *(
         Site(T=301, D=D, **ADVANCE)
         for D in (8, 256, 264, 512, 520, 896, 1800, 2048, 2304, 2560, 2568, 4096, 5120, 7168, 7176)
     ),
     *(Site(T=301, D=D, **ADVANCE) for D in (8192, 16384)),
     Site(T=301, D=1800, dmix=True, **ADVANCE),
+    # two chunks a lane: dmix, slices of the keys, a CTA that lacks columns of its last chunk
+    *(Site(T=301, D=D, dmix=True, **ADVANCE) for D in (2048, 7168)),
+    Site(T=301, D=2048, phase1=True, partial=True, dmix=True, key_dim=1280),
+    *(Site(T=301, D=D, key_dim=D - 1000, **ADVANCE) for D in (4096, 7160)),
+    Site(T=301, D=7160, dmix=True, **ADVANCE),
     Site(T=301, D=7176, dmix=True, phase1=True, partial=True),
     Site(T=200, D=1800, sources=5, norm=True, dmix=True, key_dim=1280),
     Site(T=1, D=7168, **ADVANCE),
