@@ -22,10 +22,30 @@ enum class Sweep { kFirst, kFirstWithSquares, kAgain };
 /// Rows whose sums are held at once, of x and of v.
 inline constexpr int64_t kDotGroup = 8;
 
-template <int A, int B, Sweep kSweep, class Ex, class Ev>
+/// Whether the next token's rows are fetched step by step within the tiles, rather than row by row
+/// between them, where the core waits for memory to take the requests: with steps of two whole
+/// cache lines. With steps of one it was faster on one machine and slower on another (docs/cpu.md).
+template <class E>
+constexpr bool fetches_in_tiles() {
+  if constexpr (kMayBeScaled<E>) {
+    return false;
+  } else {
+    return kStep * E::kBytes >= 128;
+  }
+}
+
+/// Whether the first tile packs the rows that it reads. Loads that may call a function, for which
+/// the sums would leave their registers, are better done before.
+template <class E>
+constexpr bool packs_in_tiles() {
+  return !kMayBeScaled<E> && !__is_same(E, Packed);
+}
+
+/// Products of A rows x with B rows v over [begin, end), added to sums, and with kSquares those of
+/// v with themselves, added to squares. visit(b, i, v_i, part) is called with each step of row b.
+template <int A, int B, bool kSquares, class Ex, class Ev, class Visit>
 FLASH_ATTN_RES_INLINE void dot_tile(const Reader<Ex>* x, const Reader<Ev>* v, int64_t begin,
-                                    int64_t end, Vec* sums, Vec* squares) {
-  constexpr bool kSquares = kSweep == Sweep::kFirstWithSquares;
+                                    int64_t end, Vec* sums, Vec* squares, Visit&& visit) {
   Vec sum[A][B];
   Vec square[B];
   Reader<Ex> xr[A];
@@ -44,25 +64,38 @@ FLASH_ATTN_RES_INLINE void dot_tile(const Reader<Ex>* x, const Reader<Ev>* v, in
     square[b] = broadcast(0.0f);
   }
   for_steps(begin, end, [&](int64_t i, auto part) FLASH_ATTN_RES_ALWAYS {
-    Pair xi[A];
-#pragma GCC unroll 8
-    for (int a = 0; a < A; ++a) {
-      xi[a] = xr[a].get(i, part);
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) {
-      if (kSweep != Sweep::kAgain && fetches(Fetch::kEven, b)) {
-        vr[b].prefetch(i);  // rows that are not packed
-      }
-      const Pair vi = vr[b].get(i, part);
-#pragma GCC unroll 8
-      for (int a = 0; a < A; ++a) {
-        sum[a][b] = fma(xi[a].lo, vi.lo, sum[a][b]);
-        sum[a][b] = fma(xi[a].hi, vi.hi, sum[a][b]);
-      }
+    const auto row = [&](int b) FLASH_ATTN_RES_ALWAYS {
+      const Pair vi = in_registers(vr[b].get(i, part));
+      visit(b, i, vi, part);
       if constexpr (kSquares) {
         square[b] = fma(vi.lo, vi.lo, square[b]);
         square[b] = fma(vi.hi, vi.hi, square[b]);
+      }
+      return vi;
+    };
+    const auto multiply = [&](int a, int b, Pair xi, Pair vi) FLASH_ATTN_RES_ALWAYS {
+      sum[a][b] = fma(xi.lo, vi.lo, sum[a][b]);
+      sum[a][b] = fma(xi.hi, vi.hi, sum[a][b]);
+    };
+    if constexpr (A == 1) {  // no row of v is needed twice
+      const Pair xi = in_registers(xr[0].get(i, part));
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) {
+        multiply(0, b, xi, row(b));
+      }
+    } else {
+      Pair vi[B];
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) {
+        vi[b] = row(b);
+      }
+#pragma GCC unroll 8
+      for (int a = 0; a < A; ++a) {
+        const Pair xi = in_registers(xr[a].get(i, part));
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) {
+          multiply(a, b, xi, vi[b]);
+        }
       }
     }
   });
@@ -81,38 +114,80 @@ FLASH_ATTN_RES_INLINE void dot_tile(const Reader<Ex>* x, const Reader<Ev>* v, in
   }
 }
 
-/// One column of tiles of packed rows: A rows of x (1 <= A <= kDotGroup) with B <= 2 rows of v.
-/// With each half of eight rows x it fetches one of the next token's rows `next` (B).
+/// One column of tiles of a piece: A packed rows of x (1 <= A <= kDotGroup) with B rows, whose
+/// packed copies are `copies`. Where the type says so, the first tile reads the rows themselves and
+/// makes the copies; the other tiles read those. Half of the next token's rows are fetched with the
+/// first tile, the others with the second.
 template <int B, Sweep kSweep, class Ev>
-inline void dot_column(const Reader<Packed>* x, int64_t A, const Reader<Packed>* v, int64_t width,
-                       Vec* sums, Vec* squares, const Reader<Ev>* next) {
-  // Only the first tile of the column visits v for the first time.
-  constexpr Sweep kAgain = Sweep::kAgain;
+inline void dot_column(const Reader<Packed>* x, int64_t A, const Reader<Ev>* rows,
+                       const Writer<Packed>* copies, int64_t width, Vec* sums, Vec* squares) {
+  constexpr bool kSquares = kSweep == Sweep::kFirstWithSquares;
+  constexpr bool kPack = packs_in_tiles<Ev>();
+  constexpr bool kFetch = fetches_in_tiles<Ev>();
+  constexpr int kHalf = (B + 1) / 2;
+  Reader<Ev> row[B];
+  Writer<Packed> copy[B];
+  Reader<Packed> v[B];
+  for (int b = 0; b < B; ++b) {
+    row[b] = rows[b];
+    copy[b] = copies[b];
+    v[b] = {copies[b].data};
+  }
+  const auto fetch_between = [&](int begin, int end) FLASH_ATTN_RES_ALWAYS {
+    for (int b = begin; b < end; ++b) {
+      fetch_row(row[b], width);
+    }
+  };
+  const auto first = [&](int b, int64_t i, Pair vi, auto part) FLASH_ATTN_RES_ALWAYS {
+    if (kPack) {
+      copy[b].put(i, vi, part);
+    }
+    if (kFetch && b < kHalf) {
+      row[b].prefetch(i);
+    }
+  };
+  const auto second = [&](int b, int64_t i, Pair, auto) FLASH_ATTN_RES_ALWAYS {
+    if (kFetch && b >= kHalf) {
+      row[b].prefetch(i);
+    }
+  };
+  const auto nothing = [](int, int64_t, Pair, auto) FLASH_ATTN_RES_ALWAYS {};
+  // What the first tile reads.
+  const auto* visited = [&]() FLASH_ATTN_RES_ALWAYS {
+    if constexpr (kPack) {
+      return row;
+    } else {
+      return v;
+    }
+  }();
   int64_t a = 0;
   if (A >= 4) {
-    dot_tile<4, B, kSweep>(x, v, 0, width, sums, squares);
+    dot_tile<4, B, kSquares>(x, visited, 0, width, sums, squares, first);
     a = 4;
   } else if (A >= 2) {
-    dot_tile<2, B, kSweep>(x, v, 0, width, sums, squares);
+    dot_tile<2, B, kSquares>(x, visited, 0, width, sums, squares, first);
     a = 2;
   } else {
-    dot_tile<1, B, kSweep>(x, v, 0, width, sums, squares);
+    dot_tile<1, B, kSquares>(x, visited, 0, width, sums, squares, first);
     a = 1;
   }
-  fetch_row(next[0], width);
+  if (!kFetch) {
+    fetch_between(0, kHalf);
+  }
   if (A - a >= 4) {
-    dot_tile<4, B, kAgain>(x + a, v, 0, width, sums + a * kDotGroup, squares);
-    a += 4;
-  }
-  if (A - a >= 2) {
-    dot_tile<2, B, kAgain>(x + a, v, 0, width, sums + a * kDotGroup, squares);
-    a += 2;
-  }
-  if (A - a >= 1) {
-    dot_tile<1, B, kAgain>(x + a, v, 0, width, sums + a * kDotGroup, squares);
-  }
-  if constexpr (B > 1) {
-    fetch_row(next[1], width);
+    dot_tile<4, B, false>(x + a, v, 0, width, sums + a * kDotGroup, squares, second);
+    if (!kFetch) {
+      fetch_between(kHalf, B);
+    }
+  } else {
+    if (A - a >= 2) {
+      dot_tile<2, B, false>(x + a, v, 0, width, sums + a * kDotGroup, squares, nothing);
+      a += 2;
+    }
+    if (A - a >= 1) {
+      dot_tile<1, B, false>(x + a, v, 0, width, sums + a * kDotGroup, squares, nothing);
+    }
+    fetch_between(kHalf, B);
   }
 }
 
@@ -214,33 +289,41 @@ inline float difference_dot(const Reader<Packed>& x, const Reader<Ev>& a, const 
   }));
 }
 
-/// At most kDotGroup packed rows of x with as many packed rows of v, one piece. Fetches the next
-/// token's rows `next` (B) meanwhile.
+/// At most kDotGroup packed rows of x with as many rows, one piece (see dot_column).
 template <Sweep kSweep, class Ev>
-inline void dot_piece(const Reader<Packed>* x, int64_t A, const Reader<Packed>* v, int64_t B,
-                      int64_t width, Vec* sums, Vec* squares, const Reader<Ev>* next) {
+inline void dot_piece(const Reader<Packed>* x, int64_t A, const Reader<Ev>* rows,
+                      const Writer<Packed>* copies, int64_t B, int64_t width, Vec* sums,
+                      Vec* squares) {
   int64_t b = 0;
+  // Tiles of four by four hold sixteen sums, four squares, four pairs of v and one of x.
+  if constexpr (kRegisters >= 32) {
+    for (; b + 4 <= B; b += 4) {
+      dot_column<4, kSweep>(x, A, rows + b, copies + b, width, sums + b, squares + b);
+    }
+  }
   for (; b + 2 <= B; b += 2) {
-    dot_column<2, kSweep>(x, A, v + b, width, sums + b, squares + b, next + b);
+    dot_column<2, kSweep>(x, A, rows + b, copies + b, width, sums + b, squares + b);
   }
   if (b < B) {
-    dot_column<1, kSweep>(x, A, v + b, width, sums + b, squares + b, next + b);
+    dot_column<1, kSweep>(x, A, rows + b, copies + b, width, sums + b, squares + b);
   }
 }
 
 /// out (A,B) row-major, and squares (B) with Sweep::kFirstWithSquares, of packed rows x and of rows
 /// v that are packed on the way, as (pieces, B, kPiece) floats, for the sweeps that follow. Before
 /// a piece of all rows is overwritten in `packed`, leave(begin, width) is called. The next token's
-/// rows are fetched between the tiles of a piece, which spreads the requests over the time of the
-/// products. All at once, as a piece is packed, phase-1 calls took 7 to 15 % longer.
+/// rows are fetched between the tiles of a piece or within them, which spreads the requests over
+/// the time of the products. All at once, as a piece is packed, phase-1 calls took 7 to 15 %
+/// longer.
 template <Sweep kSweep, class Ev, class Leave>
 inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t B, int64_t count,
                          float* packed, float* out, float* squares, Leave&& leave) {
   Vec sums[kDotGroup * kDotGroup];  // (A,B), rows kDotGroup apart
   Vec square_sums[kDotGroup];
   Reader<Packed> xp[kDotGroup];
-  Reader<Packed> vp[kDotGroup];
-  Reader<Ev> next[kDotGroup];
+  Reader<Ev> piece[kDotGroup];
+  Writer<Packed> copies[kDotGroup];
+  Reader<Packed> again[kDotGroup];
   for (int64_t b0 = 0; b0 < B; b0 += kDotGroup) {
     const int64_t columns = B - b0 < kDotGroup ? B - b0 : kDotGroup;
     for (int64_t a0 = 0; a0 < A; a0 += kDotGroup) {
@@ -260,17 +343,18 @@ inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t
           xp[a] = packed_piece(x, A, a0 + a, begin);
         }
         for (int64_t b = 0; b < columns; ++b) {
-          vp[b] = packed_piece(packed, B, b0 + b, begin);
+          copies[b] = {packed + begin * B + (b0 + b) * kPiece};
+          again[b] = {copies[b].data};
+          piece[b] = v[b0 + b].from(begin);
         }
-        if (a0 == 0) {
-          for (int64_t b = 0; b < columns; ++b) {
-            next[b] = v[b0 + b].from(begin);
-          }
+        if (a0 > 0) {
+          dot_piece<Sweep::kAgain>(xp, rows, again, copies, columns, width, sums, square_sums);
+          continue;
+        }
+        if constexpr (!packs_in_tiles<Ev>()) {
           pack_piece<Ev, Fetch::kNone>(v + b0, columns, begin, width, packed, B, b0);
-          dot_piece<kSweep>(xp, rows, vp, columns, width, sums, square_sums, next);
-        } else {
-          dot_piece<Sweep::kAgain>(xp, rows, vp, columns, width, sums, square_sums, vp);
         }
+        dot_piece<kSweep>(xp, rows, piece, copies, columns, width, sums, square_sums);
       }
       for (int64_t b = 0; b < columns; ++b) {
         for (int64_t a = 0; a < rows; ++a) {
@@ -288,6 +372,16 @@ inline void dots_packing(const float* x, int64_t A, const Reader<Ev>* v, int64_t
 template <int B, Sweep kSweep, class Ev>
 inline void dot_tile_of_one(const Reader<Packed>& x, const Reader<Ev>* v, int64_t b, int64_t count,
                             float* out, float* squares) {
+  constexpr bool kSquares = kSweep == Sweep::kFirstWithSquares;
+  Reader<Ev> row[B];
+  for (int i = 0; i < B; ++i) {
+    row[i] = v[b + i];
+  }
+  const auto fetch_even = [&](int r, int64_t i, Pair, auto) FLASH_ATTN_RES_ALWAYS {
+    if (kSweep != Sweep::kAgain && fetches(Fetch::kEven, r)) {
+      row[r].prefetch(i);
+    }
+  };
   Vec sums[B];
   Vec square_sums[B];
   for (int i = 0; i < B; ++i) {
@@ -295,7 +389,7 @@ inline void dot_tile_of_one(const Reader<Packed>& x, const Reader<Ev>* v, int64_
   }
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t end = count - begin < kPiece ? count : begin + kPiece;
-    dot_tile<1, B, kSweep>(&x, v + b, begin, end, sums, square_sums);
+    dot_tile<1, B, kSquares>(&x, v + b, begin, end, sums, square_sums, fetch_even);
   }
   for (int i = 0; i < B; ++i) {
     out[b + i] = reduce_add(sums[i]);

@@ -52,6 +52,11 @@ struct Pair {
   Vec lo, hi;
 };
 
+FLASH_ATTN_RES_INLINE Pair in_registers(Pair a) {
+  asm("" : "+x"(a.lo.v), "+x"(a.hi.v));
+  return a;
+}
+
 FLASH_ATTN_RES_INLINE Pair load_f32(const void* p) {
   const float* f = static_cast<const float*>(p);
   return {{_mm256_loadu_ps(f)}, {_mm256_loadu_ps(f + 8)}};

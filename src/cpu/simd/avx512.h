@@ -56,6 +56,11 @@ struct Pair {
   Vec lo, hi;
 };
 
+FLASH_ATTN_RES_INLINE Pair in_registers(Pair a) {
+  asm("" : "+v"(a.lo.v), "+v"(a.hi.v));
+  return a;
+}
+
 FLASH_ATTN_RES_INLINE Pair load_f32(const void* p) {
   const float* f = static_cast<const float*>(p);
   return {{_mm512_loadu_ps(f)}, {_mm512_loadu_ps(f + 16)}};

@@ -47,6 +47,8 @@ struct Pair {
   Vec lo, hi;
 };
 
+FLASH_ATTN_RES_INLINE Pair in_registers(Pair a) { return a; }
+
 FLASH_ATTN_RES_INLINE Pair load_f32(const void* p) {
   const float* f = static_cast<const float*>(p);
   return {{vld1q_f32(f)}, {vld1q_f32(f + 4)}};

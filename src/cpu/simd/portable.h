@@ -62,6 +62,8 @@ struct Pair {
   Vec lo, hi;
 };
 
+FLASH_ATTN_RES_INLINE Pair in_registers(Pair a) { return a; }
+
 FLASH_ATTN_RES_INLINE Pair load_f32(const void* p) {
   Pair a;
   __builtin_memcpy(&a, p, sizeof(a));

@@ -16,6 +16,10 @@
 //   store_{f32,bf16,f16}         rounded to nearest even; NaN stays NaN, overflow gives Inf
 //   stream_{f32,bf16,f16}        the same past the caches; the address is a multiple of
 //                                kStreamAlign
+//   in_registers                 the same pair, loaded once: a compiler would rather make a load
+//                                an operand of each instruction that uses it, and then loads bound
+//                                tiles of products. No more than a return where operands are
+//                                registers anyway
 //   stream_fence                 orders streamed stores before what the thread publishes next
 //   {load,store,stream}_bf16_split   the same in the split order of a pair
 //   split, join                  a pair from natural to split order, and back
