@@ -286,6 +286,26 @@ def test_a_run_of_some_packages_keeps_the_errors_of_others(
     assert document["failures"] == failures[:1]
 
 
+def test_a_part_keeps_versions_of_what_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpu.json"
+    device = torch.device("cpu")
+
+    def write(version: str, package: str, part: bool) -> dict[str, Any]:
+        found = {"torch": torch.__version__, "liger-kernel": version}
+        monkeypatch.setattr(harness.peers, "versions", lambda: dict(found))
+        row = {"package": package, "op": "merge_fwd", "us": 1.0}
+        harness.Store(path, "cpu", device, quick=False, part=part).write([row], None)
+        return harness.load_results(path)["versions"]
+
+    assert write("0.8.5", "liger", part=False)["liger-kernel"] == "0.8.5"
+    gone = harness.peers.NOT_INSTALLED
+    assert write(gone, harness.OURS, part=True)["liger-kernel"] == "0.8.5"
+    assert write("0.9.0", "liger", part=True)["liger-kernel"] == "0.9.0"
+    assert write(gone, harness.OURS, part=False)["liger-kernel"] == gone
+
+
 LINEAR = 1.15
 """Largest exponent of a step's time over depth or tokens: proportional, and some noise."""
 

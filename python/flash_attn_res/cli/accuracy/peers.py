@@ -436,15 +436,18 @@ EAGER: dict[str, Callable[[Case], Function]] = {
 DISTRIBUTIONS = ["flash-linear-attention", "fla-core", "liger-kernel", "fast-attnres", "triton"]
 
 
+NOT_INSTALLED = "not installed"
+
+
 def versions() -> dict[str, str]:
     """Versions of what is installed, the seed's by its own folder."""
     from importlib import metadata
 
     installed = {d.metadata["Name"].replace("_", "-"): d.version for d in metadata.distributions()}
-    found = {name: installed.get(name, "not installed") for name in DISTRIBUTIONS}
+    found = {name: installed.get(name, NOT_INSTALLED) for name in DISTRIBUTIONS}
     folder = os.environ.get("SEED_ATTN_RES")
     infos = sorted(pathlib.Path(folder).glob("flash_attn_res-*.dist-info")) if folder else []
-    found["seed"] = infos[-1].name.split("-")[1].removesuffix(".dist") if infos else "not installed"
+    found["seed"] = infos[-1].name.split("-")[1].removesuffix(".dist") if infos else NOT_INSTALLED
     return found
 
 

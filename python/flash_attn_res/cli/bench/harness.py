@@ -359,8 +359,13 @@ class Store:
     def write(self, rows: list[Row], copy: float | None, **more: Any) -> None:
         """Writes the file, whole or not at all; ``copy`` is in bytes per second."""
         machine = describe_machine(self.device)
+        if old_rows := self.kept("rows"):
+            # Of a package that is not there now, and whose rows are kept, the version then.
+            absent = [k for k, v in machine["versions"].items() if v == peers.NOT_INSTALLED]
+            versions = self.before.get("versions", {})
+            machine["versions"] |= {name: versions[name] for name in absent if name in versions}
         new = {identity(row): {**row, "commit": machine["commit"]} for row in rows}
-        old = [{**row, "commit": commit_of(self.before, row)} for row in self.kept("rows")]
+        old = [{**row, "commit": commit_of(self.before, row)} for row in old_rows]
         # In the place of the old ones: the order of a file is that of its tables.
         merged = [new.pop(identity(row), row) for row in old] + list(new.values())
         write_results(self.path, self.suite, machine, copy, merged, self.quick, **more)
