@@ -22,7 +22,7 @@ inline constexpr int kClusterMax = 8;   // the largest portable cluster
 
 // Warps of a CTA by their work. The first two warpgroups compute, the third serves them.
 inline constexpr int kComputeWarps = 8;
-enum class Role : int { kLoad = 8, kSoftmax = 9, kStore = 10, kPace = 11 };
+enum class Role : int { kLoad = 8, kStore = 9, kSoftmax = 10, kSoftmaxOrScales = 11 };
 inline constexpr int kThreads = 384;
 
 /// L2 eviction priority of a stream.
@@ -30,19 +30,21 @@ enum class CacheHint : int32_t { kEvictNormal = 0, kEvictFirst = 1, kEvictLast =
 
 /// Launch choices of one call.
 struct Plan {
-  int cluster = 1;   // CTAs that share a token: each has `columns` of its D columns
-  int columns = 0;   // columns of a CTA (the last of a cluster may have fewer); multiple of 8
-  int tiles = 0;     // 16-column tiles of a compute warp: which kernel is launched
-  int warps = 0;     // compute warps at work: warps * tiles * 16 >= columns
-  int batch = 1;     // tokens of a step
-  int stages = 2;    // steps whose inputs are in shared memory
-  int slots = 1;     // steps whose results are in shared memory
-  int clusters = 1;  // clusters launched; they take steps in turn
-  int rounds = 0;    // steps of every cluster
-  int extra = 0;     // the first clusters, which have one step more
+  int cluster = 1;        // CTAs that share a token: each has `columns` of its D columns
+  int columns = 0;        // columns of a CTA (the last of a cluster may have fewer); multiple of 8
+  int tiles = 0;          // 16-column tiles of a compute warp: which kernel is launched
+  int warps = 0;          // compute warps at work: warps * tiles * 16 >= columns
+  int batch = 1;          // tokens of a step
+  int stages = 2;         // steps whose inputs are in shared memory
+  int slots = 1;          // steps whose results are in shared memory
+  int lead = 1;           // steps that P1 is ahead of P2: 1 or 2
+  int softmax_warps = 2;  // that have steps in turn: 1 or 2
+  int clusters = 1;       // clusters launched; they take steps in turn
+  int rounds = 0;         // steps of every cluster
+  int extra = 0;          // the first clusters, which have one step more
 
-  bool prefetch = true;  // one warp brings the next step into L2
-  int window = 50;       // steps that a cluster may lead, in percent of the clusters; 0: no limit
+  bool prefetch = true;  // the step after the one that is loaded is brought into L2
+  int window = 100;      // steps that a cluster may lead, in percent of the clusters; 0: no limit
   CacheHint load_hint = CacheHint::kEvictFirst;
   CacheHint prefetch_hint = CacheHint::kEvictLast;
   CacheHint store_hint = CacheHint::kEvictNormal;
@@ -55,6 +57,22 @@ struct Plan {
   /// Slices of partial sums: always an address to read for each of eight warps.
   FLASH_ATTN_RES_HOPPER_BOTH int slices() const {
     return warps < kComputeWarps ? warps + 1 : kComputeWarps;
+  }
+
+  /// Buffers of partial sums and weights, which a step has from its P1 to its P2; the one of a
+  /// step, and its phase.
+  FLASH_ATTN_RES_HOPPER_BOTH int buffers() const { return 2 * lead; }
+  FLASH_ATTN_RES_HOPPER_BOTH int buffer(int step) const { return step & (buffers() - 1); }
+  FLASH_ATTN_RES_HOPPER_BOTH uint32_t phase(int step) const {
+    return static_cast<uint32_t>(step >> lead) & 1;
+  }
+
+  /// Buffers of totals: a softmax warp has two, and uses one again after its peers have answered
+  /// what it sent from the other.
+  FLASH_ATTN_RES_HOPPER_BOTH int totals() const { return 2 * softmax_warps; }
+  FLASH_ATTN_RES_HOPPER_BOTH int total(int step) const { return step & (totals() - 1); }
+  FLASH_ATTN_RES_HOPPER_BOTH uint32_t total_phase(int step) const {
+    return static_cast<uint32_t>(step >> softmax_warps) & 1;
   }
 
   /// Bytes between rows in shared memory: 16 more than a multiple of 128, so that eight rows of a
@@ -119,15 +137,17 @@ FLASH_ATTN_RES_HOPPER_BOTH WeightMap weight_map(int query_groups, int source_gro
 
 /// Where things lie in shared memory, in bytes from its start:
 ///
-///   head      barriers and the two numbers that warps post (SharedHead)
-///   weights   [2, batch, weight_floats] float: see WeightMap
-///   partials  [2, slices, batch * partial_rows, partial_cols] float: sums over a warp's columns;
-///             one slice a warp, and one of zeros where fewer than eight warps work
-///   totals    [2, cluster, batch * partial_rows, partial_cols] float: sums over a CTA's columns
+///   head      barriers (SharedHead)
+///   weights   [buffers, batch, weight_floats] float: see WeightMap
+///   partials  [buffers, slices, batch * partial_rows, partial_cols] float: sums over a warp's
+///             columns; one slice a warp, and one of zeros where fewer than eight warps work
+///   totals    [totals, cluster, batch * partial_rows, partial_cols] float: sums over a CTA's
+///             columns
 ///   scratch   [warps, tiles * 32 + 256]: where rows that do not exist are stored
 ///   scales    [stages, batch, scale_groups, scale_pitch] bfloat16: a group has those of all
-///   sources inputs    [stages, batch, token_bytes]: narrow rows, source_pitch apart, then the
-///   others results   [slots, batch * result_rows, result_pitch]
+///             sources
+///   inputs    [stages, batch, token_bytes]: narrow rows, source_pitch apart, then the others
+///   results   [slots, batch * result_rows, result_pitch]
 struct SharedMap {
   int weights, partials, totals, scratch, inputs, results, bytes;
   int pitch, source_pitch, result_pitch, token_bytes, stage_bytes, slot_bytes;
@@ -145,6 +165,7 @@ struct SharedMap {
 };
 
 inline constexpr int kHeadBytes = 512;
+inline constexpr int kBuffersMax = 4;  // of partial sums, weights, totals
 
 FLASH_ATTN_RES_HOPPER_BOTH int scratch_bytes_per_warp(int tiles) { return tiles * 32 + 256; }
 
@@ -156,12 +177,12 @@ FLASH_ATTN_RES_HOPPER_BOTH SharedMap shared_map(const Plan& plan, const Extents&
   map.token_bytes = e.narrow_rows * map.source_pitch + (e.input_rows - e.narrow_rows) * map.pitch;
   map.stage_bytes = plan.batch * map.token_bytes;
   map.slot_bytes = plan.batch * e.result_rows * map.result_pitch;
-  const int sums = 2 * plan.batch * e.partial_rows * e.partial_cols * 4;
+  const int sums = plan.batch * e.partial_rows * e.partial_cols * 4;
   const bool ragged = e.result_rows % 8 != 0;
   map.weights = kHeadBytes;
-  map.partials = map.weights + 2 * plan.batch * e.weight_floats * 4;
-  map.totals = map.partials + plan.slices() * sums;
-  map.scratch = map.totals + plan.cluster * sums;
+  map.partials = map.weights + plan.buffers() * plan.batch * e.weight_floats * 4;
+  map.totals = map.partials + plan.buffers() * plan.slices() * sums;
+  map.scratch = map.totals + plan.totals() * plan.cluster * sums;
   map.scales = map.scratch + (ragged ? plan.warps * scratch_bytes_per_warp(plan.tiles) : 0);
   // A CTA's columns may begin and end inside a group. Groups of padding have zeros.
   map.scale_groups = e.scaled_rows == 0 ? 0 : (plan.padded_columns() - 1) / e.scale_columns + 2;

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <span>
-#include <string_view>
 
 namespace flash_attn_res::cuda {
 

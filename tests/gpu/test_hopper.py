@@ -16,7 +16,8 @@ OPS = torch.ops.flash_attn_res
 EPS = 1e-6
 
 # N, S, T, D: every tile of sources (8, 16) and queries (8, 16, 24) and both sides of its edge, one
-# to eight CTAs a token, a token count that is no multiple of the batch, and one token.
+# to eight CTAs a token, a token count that is no multiple of the batch, one token, and enough of
+# them to go round all rings several times, with and without the window.
 SHAPES = [
     (4, 8, 133, 2048),
     (8, 24, 97, 7168),
@@ -30,6 +31,13 @@ SHAPES = [
     (16, 1, 129, 2048),
     (5, 4, 1, 8192),
     (4, 12, 300, 72),
+    (1, 1, 9001, 512),
+    (2, 1, 4001, 2048),
+    (1, 2, 1001, 7168),
+    (4, 8, 3001, 2048),
+    (4, 16, 3001, 1024),
+    (10, 6, 1501, 2304),
+    (8, 24, 211, 7168),
 ]
 
 
@@ -80,3 +88,18 @@ def test_both_paths_agree_with_the_reference(shape: tuple[int, int, int, int]) -
             error = relative(results[name], reference)
             assert error <= 1.1 * rounding + 1e-5, (name, path, error, rounding)
         assert torch.equal(fast[name], again[name]), f"{name} differs between two runs"
+
+
+def test_few_tokens_wait_for_what_comes_before() -> None:
+    """The grid may begin before the one ahead has ended; it reads no results before that."""
+    fresh = torch.randn(20, 3, 4, 7168, device="cuda", dtype=torch.bfloat16)
+    sources = [torch.empty_like(fresh[0, 0]) for _ in range(3)]
+    queries = torch.empty(2, 7168, device="cuda")
+    for values in fresh:
+        for source, value in zip(sources, values, strict=True):
+            source.copy_(value)
+        torch.mul(values[0, :2], 0.01, out=queries)
+        hurried = OPS.attend(sources, queries, 0.9, EPS, None)
+        torch.cuda.synchronize()
+        for ours, exact in zip(hurried, OPS.attend(sources, queries, 0.9, EPS, None), strict=True):
+            assert torch.equal(ours, exact)

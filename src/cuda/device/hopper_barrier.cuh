@@ -38,6 +38,19 @@ struct Barrier {
                  : "memory");
   }
 
+  /// Whether the phase of this parity is complete. A yes makes visible what a wait would.
+  __device__ __forceinline__ bool test(uint32_t parity) const {
+    uint32_t done;
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address()), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
+
   /// Waits for the phase of this parity; makes writes of this CTA's arrivers visible.
   __device__ __forceinline__ void wait(uint32_t parity) {
     spin([&] {

@@ -67,10 +67,15 @@ __device__ __forceinline__ void prefetch_line(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
 }
 
-/// Closes this thread's group of stores and waits until they have read shared memory.
-__device__ __forceinline__ void commit_stores_and_wait_read() {
+/// Closes this thread's group of stores.
+__device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/// Waits until all of this thread's groups but the last `kLast` have read shared memory.
+template <int kLast>
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLast) : "memory");
 }
 
 /// Waits until this thread's stores are complete.

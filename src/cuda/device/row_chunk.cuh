@@ -122,21 +122,9 @@ __device__ __forceinline__ void store_row_chunk(const RowRef& row, unsigned chun
   }
 }
 
-/// A chunk of a vector that every token reads, whatever its dtype.
-__device__ __forceinline__ Chunk load_shared_chunk(const RowRef& row, unsigned chunk) {
-  const int col = static_cast<int>(chunk) * kChunk;
-  switch (row.dtype) {
-    case DType::kBFloat16:
-      return unpack(load_whole<__nv_bfloat16>(row.data, col));
-    case DType::kFloat16:
-      return unpack(load_whole<__half>(row.data, col));
-    default:
-      return unpack(load_whole<float>(row.data, col));
-  }
-}
-
-/// use(c, values) for several of them, with one question for the dtype. In the place of those
-/// beyond the vector comes its last one: there the caller's own values are zeros.
+/// use(c, values) for several chunks of a vector that every token reads, whatever its dtype, with
+/// one question for the dtype. In the place of those beyond the vector comes its last one: there
+/// the caller's own values are zeros.
 template <int kCount, class Use>
 __device__ __forceinline__ void for_shared_chunks(const RowRef& row,
                                                   const unsigned (&chunk)[kCount], unsigned chunks,

@@ -35,6 +35,7 @@
 #include <cute/layout.hpp>
 #include <type_traits>
 
+#include "cuda/device/grid.cuh"
 #include "cuda/kernels/hopper_attend_half.cuh"
 #include "cuda/kernels/hopper_attend_params.cuh"
 #include "cuda/kernels/hopper_pipeline.cuh"
@@ -47,9 +48,6 @@ struct AttendWarp {
   static constexpr int kQueryGroups = query_groups_of(kRoom);
   static constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
   static constexpr int kTogether = tokens_together(kRoom, kSourceGroups);
-  // Tiles that P2 works on at once. The compiler keeps loads behind stores, so tiles one after the
-  // other would wait for each other.
-  static constexpr int kAtOnce = kQueryGroups == 1 ? 4 : 2;
 
   const AttendParams& p;
   SharedHead& head;
@@ -85,79 +83,77 @@ struct AttendWarp {
     }
   }
 
-  /// Where this lane points at in a token's inputs, for ldmatrix of all its sources.
-  __device__ __forceinline__ int source_offset() const {
-    const int n = lane / 16 * 8 + row_in_strip(lane);
-    const auto rows = cute::make_layout(cute::make_shape(p.num_sources, p.map.pitch),
-                                        cute::make_stride(p.map.pitch, 1));  // (N, bytes)
-    return rows(n < p.num_sources ? n : 0, (warp * kTiles * 16 + column_in_strip(lane)) * 2);
-  }
-  __device__ __forceinline__ const char* sources(int stage, int b) const {
-    return base + p.map.inputs + stage * p.map.stage_bytes + b * p.map.token_bytes +
-           source_offset();
+  /// Of the first of some tokens; of the others token_bytes further on.
+  __device__ __forceinline__ WideTiles<kSourceGroups> tiles(int stage, int b) const {
+    return {base + p.map.inputs + stage * p.map.stage_bytes + b * p.map.token_bytes +
+                warp * kTiles * 32,
+            p.map.pitch, p.num_sources, lane};
   }
 
   /// P1 of a step: the warp's share of <u_s, v_n> and of <v_n, v_n>.
-  __device__ __forceinline__ void scores(int step, RingCursor stage) const {
-    head.input_full[stage.slot].wait(stage.parity);
+  __device__ __forceinline__ void scores(int step, int stage) const {
     for_tokens<kTogether>(p.plan.batch,
-                          [&](auto tokens, int b) { scores_of<tokens>(step, stage.slot, b); });
+                          [&](auto tokens, int b) { scores_of<tokens>(step, stage, b); });
     __syncwarp();
     if (lane == 0) {
-      head.partials_full[pair_slot(step)].arrive();
+      head.partials_full[p.plan.buffer(step)].arrive();
     }
   }
 
   /// P1 of the tokens from b on.
   template <int kTokens>
   __device__ __forceinline__ void scores_of(int step, int slot, int b) const {
-    const char* const source = sources(slot, b);
+    constexpr int kAtOnce = 4 / (kTokens * kSourceGroups);
     ScoreProducts<kRoom, kSourceGroups> products[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       products[t].clear();
     }
+    const WideTiles<kSourceGroups> source = tiles(slot, b);
+    float* const token = sums.partial_row(step, warp, b * (p.num_queries + 1));
+    for_batches<kTiles, kAtOnce, TileBatch<Strip, kTokens, kAtOnce, kSourceGroups>>(
+        [&](int first, auto& v) {  // (n, d)
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+          for (int t = 0; t < kTokens; ++t) {
+            source.at(t * p.map.token_bytes).template load<false, kTiles>(first, lane, v.of[t]);
+          }
+        },
+        [&](int first, const auto& v) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        Strip v[kSourceGroups];  // (n, d)
-        const char* const tile = source + t * p.map.token_bytes + j * 32;
-        if constexpr (kSourceGroups == 2) {
-          load_strips(tile, v[0], v[1]);
-        } else {
-          load_strip(tile, v[0]);
-        }
-        products[t].template add<false>(j, high[j], low[j], v);
-      }
-    }
+          for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+              if (first + i < kTiles) {
+                products[t].template add<false>(first + i, high[first + i], low[first + i],
+                                                v.of[t][i]);
+              }
+            }
+          }
+        });
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      products[t].scores().store(p, sums, step, warp, b + t, lane);
+      products[t].scores().store(token + t * (p.num_queries + 1) * sums.cols, p.num_queries,
+                                 sums.cols, lane);
     }
   }
 
   /// P2 of a step: out_s of the warp's columns.
-  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result) const {
-    head.result_ready[result.slot].wait(result.parity);
-    head.weights_full[pair_slot(step)].wait(pair_parity(step));
-    for_tokens<kTogether>(p.plan.batch, [&](auto tokens, int b) {
-      mix_of<tokens>(step, input_slot, result.slot, b);
-    });
+  __device__ __forceinline__ void mix(int step, int stage, int slot) const {
+    for_tokens<kTogether>(p.plan.batch,
+                          [&](auto tokens, int b) { mix_of<tokens>(step, stage, slot, b); });
     fence_before_bulk_copies();
     __syncwarp();
     if (lane == 0) {
-      head.input_free[input_slot].arrive();
-      head.result_done[result.slot].arrive();
+      head.input_free[stage].arrive();
+      head.result_done[slot].arrive();
     }
   }
 
   /// P2 of the tokens from b on.
   template <int kTokens>
   __device__ __forceinline__ void mix_of(int step, int input_slot, int result_slot, int b) const {
-    const char* const source = sources(input_slot, b);
     const float* const weights = reinterpret_cast<const float*>(base + p.map.weights) +
-                                 (pair_slot(step) * p.plan.batch + b) * kWeights.forward +
+                                 (p.plan.buffer(step) * p.plan.batch + b) * kWeights.forward +
                                  lane / 4 * kWeights.pitch + lane % 4 * 2;  // (batch, S, pitch)
     SplitPair prob[kTokens][kSourceGroups][kQueryGroups];                   // (n, s)
     char* target[kTokens][kQueryGroups];
@@ -181,60 +177,53 @@ struct AttendWarp {
                 : scratch + row_in_strip(lane) * 32 + column_in_strip(lane) * 2;
       }
     }
+    constexpr int kAtOnce = kQueryGroups == 1 ? 4 / (kTokens * kSourceGroups) : 2;
+    const WideTiles<kSourceGroups> source = tiles(input_slot, b);
+    for_batches<kTiles, kAtOnce, TileBatch<Strip, kTokens, kAtOnce, kSourceGroups>>(
+        [&](int first, auto& v) {  // (d, n)
 #pragma unroll
-    for (int first = 0; first < kTiles; first += kAtOnce) {
-      Strip v[kTokens][kAtOnce][kSourceGroups];   // (d, n)
-      Accum out[kTokens][kAtOnce][kQueryGroups];  // (d, s)
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          if (first + i < kTiles) {
-            const char* const tile = source + t * p.map.token_bytes + (first + i) * 32;
-            if constexpr (kSourceGroups == 2) {
-              load_strips_transposed(tile, v[t][i][0], v[t][i][1]);
-            } else {
-              load_strip_transposed(tile, v[t][i][0]);
-            }
+          for (int t = 0; t < kTokens; ++t) {
+            source.at(t * p.map.token_bytes).template load<true, kTiles>(first, lane, v.of[t]);
           }
-        }
-      }
+        },
+        [&](int first, const auto& v) {
+          Accum out[kTokens][kAtOnce][kQueryGroups];  // (d, s)
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+          for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
+            for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-          for (int g = 0; g < kQueryGroups; ++g) {
-            Accum& sum = out[t][i][g];
-            sum = Accum::zero();
-            if (first + i < kTiles) {
-              const Strip(&a)[kSourceGroups] = v[t][i];
-              if constexpr (kSourceGroups == 2) {
-                mma_columns(sum, a[0], a[1], prob[t][0][g].high, prob[t][1][g].high);
-                mma_columns(sum, a[0], a[1], prob[t][0][g].low, prob[t][1][g].low);
-              } else {
-                mma_columns(sum, a[0], prob[t][0][g].high);
-                mma_columns(sum, a[0], prob[t][0][g].low);
+              for (int g = 0; g < kQueryGroups; ++g) {
+                if (first + i < kTiles) {
+                  Accum& sum = out[t][i][g];
+                  sum = Accum::zero();
+                  const Strip(&a)[kSourceGroups] = v.of[t][i];
+                  if constexpr (kSourceGroups == 2) {
+                    mma_columns(sum, a[0], a[1], prob[t][0][g].high, prob[t][1][g].high);
+                    mma_columns(sum, a[0], a[1], prob[t][0][g].low, prob[t][1][g].low);
+                  } else {
+                    mma_columns(sum, a[0], prob[t][0][g].high);
+                    mma_columns(sum, a[0], prob[t][0][g].low);
+                  }
+                }
               }
             }
           }
-        }
-      }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+          for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
+            for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-          for (int g = 0; g < kQueryGroups; ++g) {
-            if (first + i < kTiles) {
-              const float(&c)[4] = out[t][i][g].c;
-              store_strip_transposed(target[t][g] + (first + i) * 32,
-                                     {pack_bf16(c[0], c[1]), pack_bf16(c[2], c[3])});
+              for (int g = 0; g < kQueryGroups; ++g) {
+                if (first + i < kTiles) {
+                  const float(&c)[4] = out[t][i][g].c;
+                  store_strip_transposed(target[t][g] + (first + i) * 32,
+                                         {pack_bf16(c[0], c[1]), pack_bf16(c[2], c[3])});
+                }
+              }
             }
           }
-        }
-      }
-    }
+        });
   }
 };
 
@@ -249,9 +238,8 @@ __device__ __forceinline__ void store_statistics(float* row, const float (&value
   }
 }
 
-/// The softmax warp: from sums of products to probabilities and statistics. With eight queries or
-/// fewer it takes as many tokens at once as its eight rows of lanes have room for: it would
-/// otherwise set the pace of short steps, 1 us a token.
+/// A softmax warp: from sums of products to probabilities and statistics. With eight queries or
+/// fewer it takes as many tokens at once as its eight rows of lanes have room for.
 template <int kQueryGroups, int kSourceGroups>
 __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead& head,
                                                const Share& share) {
@@ -270,8 +258,9 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
   const float mean_factor = 1.0f / static_cast<float>(p.dim);
   float* const all_weights =
       reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + p.map.weights);
-  for (int step = 0; step < share.steps; ++step) {
-    head.partials_full[pair_slot(step)].wait(pair_parity(step));
+  for (int step = first_softmax_step(p.plan, share.steps); step < share.steps;
+       step += p.plan.softmax_warps) {
+    head.partials_full[p.plan.buffer(step)].wait(p.plan.phase(step));
     sums.send(head, step, lane);
     sums.receive(head, step);
     for (int first = 0; first < share.batch; first += at_once) {  // divides the batch, or is 8 / S
@@ -303,14 +292,14 @@ __device__ __forceinline__ void attend_softmax(const AttendParams& p, SharedHead
         prob[n] *= inverse;
       }
       if (exists) {
-        store_vector(all_weights + (pair_slot(step) * share.batch + b) * kWeights.forward +
+        store_vector(all_weights + (p.plan.buffer(step) * share.batch + b) * kWeights.forward +
                          s * kWeights.pitch + mine.first_source,
                      prob);
       }
       if (first + at_once >= share.batch) {
         __syncwarp();
         if (lane == 0) {
-          head.weights_full[pair_slot(step)].arrive();
+          head.weights_full[p.plan.buffer(step)].arrive();
         }
       }
       const int64_t t = share.token(step, b);
@@ -342,8 +331,23 @@ __device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& 
       head.result_ready[slot].arrive();
     }
   }
+  const auto give_back = [&](int slot) {
+    __syncwarp();
+    if (lane == 0) {
+      head.result_ready[slot].arrive();
+    }
+  };
+  // A step's results are on their way out while the next step's are taken up, if those are there.
   RingCursor cursor;
+  int leaving = -1;  // the slot whose results have not all been read
   for (int step = 0; step < share.steps; ++step) {
+    const bool next_is_there =
+        __all_sync(0xffffffffu, head.result_done[cursor.slot].test(cursor.parity));
+    if (leaving >= 0 && !next_is_there) {
+      wait_stores_read<0>();
+      give_back(leaving);
+      leaving = -1;
+    }
     head.result_done[cursor.slot].wait(cursor.parity);
     if (lane < p.num_queries) {
       const char* row = results + cursor.slot * p.map.slot_bytes + lane * p.map.result_pitch;
@@ -353,12 +357,13 @@ __device__ __forceinline__ void attend_store(const AttendParams& p, SharedHead& 
           store_row(const_cast<char*>(out.at(0, t)), row, share.columns * 2, policy);
         }
       }
-      commit_stores_and_wait_read();
     }
-    __syncwarp();
-    if (lane == 0) {
-      head.result_ready[cursor.slot].arrive();
+    commit_stores();
+    if (leaving >= 0) {
+      wait_stores_read<1>();
+      give_back(leaving);
     }
+    leaving = cursor.slot;
     cursor.advance(p.plan.slots);
   }
   wait_stores();
@@ -369,8 +374,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     attend_kernel(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the launcher never runs it on any other architecture
   extern __shared__ __align__(128) char shared[];
-  SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
+  SharedHead& head = *reinterpret_cast<SharedHead*>(keep(shared));
   set_up(head, p.map, p.plan);
+  wait_for_previous_grid();
+  begin_next_grid();
 
   constexpr int kQueryGroups = query_groups_of(kRoom);
   // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
@@ -386,15 +393,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         load_steps<Source>(head, p.map, p.plan, share, p.sources, p.scales, p.num_sources,
                            p.num_sources, p.issued);
         break;
-      case Role::kSoftmax:
-        attend_softmax<kQueryGroups, kSourceGroups>(p, head, share);
-        break;
       case Role::kStore:
         attend_store(p, head, share);
         break;
-      case Role::kPace:
-        pace_steps<Source>(head, p.plan, share, p.sources, p.scales, p.num_sources, p.num_sources,
-                           p.issued);
+      case Role::kSoftmax:
+      case Role::kSoftmaxOrScales:
+        if (is_scale_warp<Source>(p.map)) {
+          load_scales(head, p.map, p.plan, share, p.scales, p.num_sources);
+        } else {
+          attend_softmax<kQueryGroups, kSourceGroups>(p, head, share);
+        }
         break;
     }
   } else {
@@ -406,20 +414,12 @@ __global__ void __launch_bounds__(kThreads, 1)
           std::conditional_t<std::is_same_v<Source, Bf16>, AttendWarp<kRoom, kTiles, kSourceGroups>,
                              AttendHalfWarp<kRoom, kTiles, kSourceGroups, Source>>;
       const Warp compute(p, head, share, sums);
-      RingCursor ahead;   // stage of P1
-      RingCursor behind;  // stage of P2
-      RingCursor result;
-      for (int step = -1; step < share.steps; ++step) {
-        if (step + 1 < share.steps) {
-          compute.scores(step + 1, ahead);
-          ahead.advance(p.plan.stages);
-        }
-        if (step >= 0) {
-          compute.mix(step, behind.slot, result);
-          behind.advance(p.plan.stages);
-          result.advance(p.plan.slots);
-        }
-      }
+      compute_steps(
+          head, p.plan, share,
+          [&](int step, RingCursor stage) { compute.scores(step, stage.slot); },
+          [&](int step, RingCursor stage, RingCursor result) {
+            compute.mix(step, stage.slot, result.slot);
+          });
     }
   }
   if (p.plan.cluster > 1) {

@@ -190,9 +190,20 @@ struct AttendBackwardWarp {
   static constexpr bool kSplit = std::is_same_v<Source, __half>;
   static constexpr int kStrips = kQueryGroups + (kNarrow ? 0 : kSourceGroups);  // P1: dout, sources
   static constexpr int kGradientStrips = kQueryGroups + (kNarrow ? 0 : 1);      // P2: dout, eight
-  // Tiles that P2 works on at once. The compiler keeps loads behind stores, so tiles one after the
-  // other would wait for each other; with three eights of queries there are no registers for two.
+  // Tiles of a batch (see for_batches). With three eights of queries there are no registers for a
+  // batch ahead.
+  static constexpr int kProductsAtOnce = kStrips == 2 ? 2 : 1;
   static constexpr int kAtOnce = kQueryGroups == 3 ? 1 : 2;
+  static constexpr bool kAhead = kQueryGroups == 1;
+
+  struct ProductBatch {
+    Strip strips[kProductsAtOnce][kStrips];  // (s, d) of dout, then (n, d)
+  };
+  struct GradientBatch {
+    Strip strips[kAtOnce][kGradientStrips];  // (d, s) of dout, then (d, n)
+    SplitStrip v[kAtOnce];                   // (d, n)
+    Accum dv[kAtOnce];                       // (d, n)
+  };
 
   const AttendBackwardParams<Gradient>& p;
   SharedHead& head;
@@ -330,17 +341,17 @@ struct AttendBackwardWarp {
   }
 
   /// P1 of a step: the warp's share of <dout_s, v_n>.
-  __device__ __forceinline__ void products(int step, RingCursor stage, const Share& share) const {
-    head.input_full[stage.slot].wait(stage.parity);
-    const char* token = base + p.map.inputs + stage.slot * p.map.stage_bytes;
+  __device__ __forceinline__ void products(int step, int stage, const Share& share) const {
+    const char* token = base + p.map.inputs + stage * p.map.stage_bytes;
     int offsets[(kStrips + 1) / 2];
 #pragma unroll
     for (int pair = 0; pair < (kStrips + 1) / 2; ++pair) {
       offsets[pair] = strip_offset(pair, kStrips, 0);
     }
+    float* token_sums = sums.partial_row(step, warp, 0);
     for (int b = 0; b < p.plan.batch; ++b) {
-      const auto narrow = narrow_strips<kSourceGroups>(stage.slot, b, 0, share);
-      const auto half_scales = scales_of_half<kSourceGroups>(stage.slot, b, 0, share);
+      const auto narrow = narrow_strips<kSourceGroups>(stage, b, 0, share);
+      const auto half_scales = scales_of_half<kSourceGroups>(stage, b, 0, share);
       Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -352,88 +363,100 @@ struct AttendBackwardWarp {
           }
         }
       }
+      for_batches<kTiles, kProductsAtOnce, ProductBatch>(
+          [&](int first, ProductBatch& batch) {
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        Strip strips[kStrips];
-        load_tile<false>(token, offsets, j, strips);
-        SplitStrip v[kSourceGroups];
-#pragma unroll
-        for (int n = 0; n < kSourceGroups; ++n) {
-          if constexpr (kNarrow) {
-            v[n].high = narrow.load(n, j);
-          } else if constexpr (kSplit) {
-            const float scale = half_scales.of_row(n, j);
-            v[n] = SplitStrip::of(strips[kQueryGroups + n], {scale, scale});
-          } else {
-            v[n].high = strips[kQueryGroups + n];
-          }
-        }
-#pragma unroll
-        for (int m = 0; m < kRowPairs; ++m) {
-          const Strip none = {0, 0};
-          const int h = 2 * m + 1 < kQueryGroups ? 2 * m + 1 : 0;
-          const Strip bottom = 2 * m + 1 < kQueryGroups ? strips[h] : none;
-#pragma unroll
-          for (int n = 0; n < kSourceGroups; ++n) {
-            mma_rows(acc[j % 2][m][n], strips[2 * m], bottom, v[n].high);
-            if constexpr (kSplit) {
-              mma_rows(acc[(j + 1) % 2][m][n], strips[2 * m], bottom, v[n].low);
+            for (int i = 0; i < kProductsAtOnce; ++i) {
+              if (first + i < kTiles) {
+                load_tile<false>(token, offsets, first + i, batch.strips[i]);
+              }
             }
-          }
-        }
-      }
+          },
+          [&](int first, const ProductBatch& batch) {
+#pragma unroll
+            for (int i = 0; i < kProductsAtOnce; ++i) {
+              const int j = first + i;
+              if (j >= kTiles) {
+                continue;
+              }
+              const Strip(&strips)[kStrips] = batch.strips[i];
+              SplitStrip v[kSourceGroups];
+#pragma unroll
+              for (int n = 0; n < kSourceGroups; ++n) {
+                if constexpr (kNarrow) {
+                  v[n].high = narrow.load(n, j);
+                } else if constexpr (kSplit) {
+                  const float scale = half_scales.of_row(n, j);
+                  v[n] = SplitStrip::of(strips[kQueryGroups + n], {scale, scale});
+                } else {
+                  v[n].high = strips[kQueryGroups + n];
+                }
+              }
+#pragma unroll
+              for (int m = 0; m < kRowPairs; ++m) {
+                const Strip none = {0, 0};
+                const int h = 2 * m + 1 < kQueryGroups ? 2 * m + 1 : 0;
+                const Strip bottom = 2 * m + 1 < kQueryGroups ? strips[h] : none;
+#pragma unroll
+                for (int n = 0; n < kSourceGroups; ++n) {
+                  mma_rows(acc[j % 2][m][n], strips[2 * m], bottom, v[n].high);
+                  if constexpr (kSplit) {
+                    mma_rows(acc[(j + 1) % 2][m][n], strips[2 * m], bottom, v[n].low);
+                  }
+                }
+              }
+            }
+          });
+      const int col = lane % 4 * 2;
+      float* const place = keep(token_sums + lane / 4 * sums.cols + col);
 #pragma unroll
       for (int m = 0; m < kRowPairs; ++m) {
 #pragma unroll
         for (int n = 0; n < kSourceGroups; ++n) {
-          const int col = n * 8 + lane % 4 * 2;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int s = 16 * m + 8 * half + lane / 4;
-            if (s < p.num_queries && col < sums.cols) {
-              float* const row = sums.partial_row(step, warp, b * p.num_queries + s);
-              *reinterpret_cast<float2*>(row + col) = {
+            const int s = 16 * m + 8 * half;  // and lane / 4
+            if (s + lane / 4 < p.num_queries && n * 8 + col < sums.cols) {
+              *reinterpret_cast<float2*>(place + s * sums.cols + n * 8) = {
                   acc[0][m][n].c[2 * half] + acc[1][m][n].c[2 * half],
                   acc[0][m][n].c[2 * half + 1] + acc[1][m][n].c[2 * half + 1]};
             }
           }
         }
       }
+      token_sums += p.num_queries * sums.cols;
       token += p.map.token_bytes;
     }
     __syncwarp();
     if (lane == 0) {
-      head.partials_full[pair_slot(step)].arrive();
+      head.partials_full[p.plan.buffer(step)].arrive();
     }
   }
 
   /// P2 of a step: dv_n of the warp's columns, and their share of du_s.
-  __device__ __forceinline__ void gradients(int step, int input_slot, RingCursor result,
-                                            const Share& share) {
-    head.result_ready[result.slot].wait(result.parity);
-    head.weights_full[pair_slot(step)].wait(pair_parity(step));
-    const char* token = base + p.map.inputs + input_slot * p.map.stage_bytes;
-    char* slot = base + p.map.results + result.slot * p.map.slot_bytes;
+  __device__ __forceinline__ void gradients(int step, int stage, int slot, const Share& share) {
+    const char* token = base + p.map.inputs + stage * p.map.stage_bytes;
+    char* results = base + p.map.results + slot * p.map.slot_bytes;
     char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
     const float* weights = reinterpret_cast<const float*>(base + p.map.weights) +
-                           pair_slot(step) * p.plan.batch * Operands::kMap.backward;
+                           p.plan.buffer(step) * p.plan.batch * Operands::kMap.backward;
     for (int b = 0; b < p.plan.batch; ++b) {
 #pragma unroll 1
       for (int n = 0; n < 8 * kSourceGroups; n += 8) {
         const int row = n < p.num_sources ? n : 0;
-        gradients_of_eight(token, slot, scratch, weights, n,
-                           narrow_strips<1>(input_slot, b, row, share),
-                           scales_of_half<1>(input_slot, b, row, share));
+        gradients_of_eight(token, results, scratch, weights, n,
+                           narrow_strips<1>(stage, b, row, share),
+                           scales_of_half<1>(stage, b, row, share));
       }
       token += p.map.token_bytes;
-      slot += p.num_sources * p.map.result_pitch;
+      results += p.num_sources * p.map.result_pitch;
       weights += Operands::kMap.backward;
     }
     fence_before_bulk_copies();
     __syncwarp();
     if (lane == 0) {
-      head.input_free[input_slot].arrive();
-      head.result_done[result.slot].arrive();
+      head.input_free[stage].arrive();
+      head.result_done[slot].arrive();
     }
   }
 
@@ -451,38 +474,39 @@ struct AttendBackwardWarp {
     for (int pair = 0; pair < (kGradientStrips + 1) / 2; ++pair) {
       offsets[pair] = strip_offset(pair, kGradientStrips, first_source);
     }
+    for_batches<kTiles, kAtOnce, GradientBatch, kAhead>(
+        [&](int first, GradientBatch& batch) {
 #pragma unroll
-    for (int first = 0; first < kTiles; first += kAtOnce) {
-      Strip strips[kAtOnce][kGradientStrips];  // (d, s) of dout, then (d, n)
-      SplitStrip v[kAtOnce];                   // (d, n)
-      Accum dv[kAtOnce];                       // (d, n)
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i < kTiles) {
-          load_tile<true>(token, offsets, first + i, strips[i]);
-          if constexpr (kNarrow) {
-            v[i].high = narrow.load_transposed(0, first + i);
-          } else if constexpr (kSplit) {
-            v[i] = SplitStrip::of(strips[i][kQueryGroups], half_scales.of_pair(first + i));
-          } else {
-            v[i].high = strips[i][kQueryGroups];
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i < kTiles) {
+              load_tile<true>(token, offsets, first + i, batch.strips[i]);
+              if constexpr (kNarrow) {
+                batch.v[i].high = narrow.load_transposed(0, first + i);
+              }
+              batch.dv[i] = p.accumulate ? gradient.load(first + i) : Accum::zero();
+            }
           }
-          dv[i] = p.accumulate ? gradient.load(first + i) : Accum::zero();
-        }
-      }
+        },
+        [&](int first, GradientBatch& batch) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i < kTiles) {
-          add_gradients(operands, factor, first + i, strips[i], v[i], dv[i]);
-        }
-      }
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i < kTiles) {
+              if constexpr (kSplit) {
+                batch.v[i] =
+                    SplitStrip::of(batch.strips[i][kQueryGroups], half_scales.of_pair(first + i));
+              } else if constexpr (!kNarrow) {
+                batch.v[i].high = batch.strips[i][kQueryGroups];
+              }
+              add_gradients(operands, factor, first + i, batch.strips[i], batch.v[i], batch.dv[i]);
+            }
+          }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i < kTiles) {
-          gradient.store(first + i, dv[i]);
-        }
-      }
-    }
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i < kTiles) {
+              gradient.store(first + i, batch.dv[i]);
+            }
+          }
+        });
   }
 
   /// The products of tile j: into dv, and into the du of the warp.
@@ -542,7 +566,7 @@ struct AttendBackwardWarp {
   }
 };
 
-/// Statistics of a token, read a step ahead. Logits and inverse RMS are loaded side by side, 32 in
+/// Statistics of a token, read a token ahead. Logits and inverse RMS are loaded side by side, 32 in
 /// a row, and pass through shared memory: each lane loading its own would touch as many cache lines
 /// as there are queries, once for each source.
 template <int kQueryGroups, int kSourceGroups>
@@ -615,7 +639,7 @@ __device__ __forceinline__ ScatteredSum sum_scattered(const float (&values)[kCou
   }
 }
 
-/// The softmax warp: from <dout, v> and the statistics of the forward to the weights of P2.
+/// A softmax warp: from <dout, v> and the statistics of the forward to the weights of P2.
 template <int kQueryGroups, int kSourceGroups, class Gradient>
 __device__ __forceinline__ void attend_backward_softmax(const AttendBackwardParams<Gradient>& p,
                                                         SharedHead& head, const Share& share) {
@@ -633,20 +657,23 @@ __device__ __forceinline__ void attend_backward_softmax(const AttendBackwardPara
       reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + p.map.weights);
 
   TokenStatistics<kQueryGroups, kSourceGroups> next;
-  next.load(p, share.clamped(share.token(0, 0)), s, lane);
-  for (int step = 0; step < share.steps; ++step) {
-    const int buffer = pair_slot(step);
+  next.load(p, share.clamped(share.token(first_softmax_step(p.plan, 1), 0)), s, lane);
+  for (int step = first_softmax_step(p.plan, share.steps); step < share.steps;
+       step += p.plan.softmax_warps) {
+    const int buffer = p.plan.buffer(step);
     float* const scratch = sums.scratch(step);
     for (int b = 0; b < share.batch; ++b) {
       const TokenStatistics<kQueryGroups, kSourceGroups> now = next;
       const bool last = b == share.batch - 1;
-      if (!last || step + 1 < share.steps) {
-        next.load(p, share.clamped(last ? share.token(step + 1, 0) : share.token(step, b + 1)), s,
-                  lane);
+      if (!last || step + p.plan.softmax_warps < share.steps) {
+        next.load(p,
+                  share.clamped(last ? share.token(step + p.plan.softmax_warps, 0)
+                                     : share.token(step, b + 1)),
+                  s, lane);
       }
       const bool exists = active && share.token(step, b) < share.tokens;
       if (b == 0) {
-        head.partials_full[buffer].wait(pair_parity(step));
+        head.partials_full[buffer].wait(p.plan.phase(step));
         sums.send(head, step, lane);
       }
       __syncwarp();  // the scratch has been read
@@ -762,8 +789,9 @@ __device__ __forceinline__ void attend_backward_store(const AttendBackwardParams
           store_row(gradients + t * stride, row(cursor.slot, b), bytes, policy);
         }
       }
-      commit_stores_and_wait_read();
     }
+    commit_stores();
+    wait_stores_read<0>();
     __syncwarp();
     if (step + p.plan.slots < share.steps) {
       open(step + p.plan.slots, cursor.slot);
@@ -778,7 +806,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     attend_backward_kernel(const __grid_constant__ AttendBackwardParams<Gradient> p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the launcher never runs it on any other architecture
   extern __shared__ __align__(128) char shared[];
-  SharedHead& head = *reinterpret_cast<SharedHead*>(shared);
+  SharedHead& head = *reinterpret_cast<SharedHead*>(keep(shared));
   set_up(head, p.map, p.plan);
 
   // Registers a thread: 2 * compute + serve = 504 = 3 * 168, all that a CTA of 384 threads starts
@@ -796,15 +824,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         load_steps<Source>(head, p.map, p.plan, share, p.inputs, p.scales, p.num_sources,
                            p.num_sources + p.num_queries, p.issued);
         break;
-      case Role::kSoftmax:
-        attend_backward_softmax<kQueryGroups, kSourceGroups>(p, head, share);
-        break;
       case Role::kStore:
         attend_backward_store(p, head, share);
         break;
-      case Role::kPace:
-        pace_steps<Source>(head, p.plan, share, p.inputs, p.scales, p.num_sources,
-                           p.num_sources + p.num_queries, p.issued);
+      case Role::kSoftmax:
+      case Role::kSoftmaxOrScales:
+        if (is_scale_warp<Source>(p.map)) {
+          load_scales(head, p.map, p.plan, share, p.scales, p.num_sources);
+        } else {
+          attend_backward_softmax<kQueryGroups, kSourceGroups>(p, head, share);
+        }
         break;
     }
   } else {
@@ -814,20 +843,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Sums sums(head, p.map, p.plan, p.extents(), share.rank);
       AttendBackwardWarp<kQueryGroups, kTiles, kSourceGroups, Source, Gradient> compute(
           p, head, share, sums);
-      RingCursor ahead;   // stage of P1
-      RingCursor behind;  // stage of P2
-      RingCursor result;
-      for (int step = -1; step < share.steps; ++step) {
-        if (step + 1 < share.steps) {
-          compute.products(step + 1, ahead, share);
-          ahead.advance(p.plan.stages);
-        }
-        if (step >= 0) {
-          compute.gradients(step, behind.slot, result, share);
-          behind.advance(p.plan.stages);
-          result.advance(p.plan.slots);
-        }
-      }
+      compute_steps(
+          head, p.plan, share,
+          [&](int step, RingCursor stage) { compute.products(step, stage.slot, share); },
+          [&](int step, RingCursor stage, RingCursor result) {
+            compute.gradients(step, stage.slot, result.slot, share);
+          });
       compute.store_dqueries(share);
     }
   }

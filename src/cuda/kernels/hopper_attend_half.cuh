@@ -26,6 +26,7 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/kernels/hopper_attend_params.cuh"
 
@@ -39,39 +40,15 @@ template <class Source, int kSourceGroups>
 struct HalfTiles;
 
 template <int kSourceGroups>
-struct HalfTiles<__half, kSourceGroups> {
+struct HalfTiles<__half, kSourceGroups> : WideTiles<kSourceGroups> {
   static constexpr int kSecond = 8;
   static __device__ __forceinline__ int column(int i) { return 2 * i; }
 
-  const char* place;  // where this lane points at for ldmatrix
+  using WideTiles<kSourceGroups>::WideTiles;
 
-  /// `rows`: the first source at the warp's first column, `pitch` bytes apart.
-  __device__ __forceinline__ HalfTiles(const char* rows, int pitch, int num_sources, int lane) {
-    const int n = kSourceGroups == 2 ? lane / 16 * 8 + row_in_strip(lane) : row_in_strip(lane);
-    place = rows + (n < num_sources ? n : 0) * pitch + column_in_strip(lane) * 2;
-    if (kSourceGroups == 1) {
-      place += lane / 16 * 32;  // two tiles
-    }
-  }
-
-  /// Tiles `first` and on, (n, d), or (d, n) if transposed. Those after the last are not defined.
-  template <bool kTransposed, int kTiles, int kAtOnce>
-  __device__ __forceinline__ void load(int first, int, Strip (&v)[kAtOnce][kSourceGroups]) const {
-    constexpr int kStep = 2 / kSourceGroups;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; i += kStep) {
-      const bool last = kStep == 2 && first + i + 1 >= kTiles;  // one tile, not two
-      if (first + i >= kTiles) {
-        return;
-      }
-      const char* const from = place + (first + i) * 32;
-      Strip& other = kSourceGroups == 2 ? v[i][kSourceGroups - 1] : v[(i + 1) % kAtOnce][0];
-      if (kTransposed) {
-        last ? load_strip_transposed(from, v[i][0]) : load_strips_transposed(from, v[i][0], other);
-      } else {
-        last ? load_strip(from, v[i][0]) : load_strips(from, v[i][0], other);
-      }
-    }
+  template <bool kTransposed>
+  static __device__ __forceinline__ Strip operand(Strip strip) {
+    return strip;
   }
 };
 
@@ -83,6 +60,8 @@ struct HalfTiles<Fp8, kSourceGroups> {
   static constexpr int kSecond = 2;
   static __device__ __forceinline__ int column(int i) { return 4 * i; }
 
+  using Raw = uint32_t;  // four numbers
+
   const char* place;
 
   __device__ __forceinline__ HalfTiles(const char* rows, int pitch, int num_sources, int lane) {
@@ -91,9 +70,15 @@ struct HalfTiles<Fp8, kSourceGroups> {
     place = rows + (n < num_sources ? n : 0) * pitch + lane / kRows * 16;
   }
 
+  __device__ __forceinline__ HalfTiles at(int bytes) const {
+    HalfTiles other = *this;
+    other.place += bytes;
+    return other;
+  }
+
   template <bool kTransposed, int kTiles, int kAtOnce>
   __device__ __forceinline__ void load(int first, int lane,
-                                       Strip (&v)[kAtOnce][kSourceGroups]) const {
+                                       Raw (&v)[kAtOnce][kSourceGroups]) const {
 #pragma unroll
     for (int i = 0; i < kAtOnce; i += kStep) {
       if (first + i >= kTiles) {
@@ -114,15 +99,16 @@ struct HalfTiles<Fp8, kSourceGroups> {
       for (int k = 0; k < kStep * kSourceGroups; ++k) {
         const int tile = i + k / kSourceGroups;
         if (tile < kAtOnce && first + tile < kTiles) {
-          const uint32_t bytes = block[k];
-          v[tile][k % kSourceGroups] = widen(kTransposed ? __byte_perm(bytes, 0, 0x3120) : bytes);
+          v[tile][k % kSourceGroups] = block[k];
         }
       }
     }
   }
 
   /// Four e4m3 as float16: the lower two, then the upper two.
-  static __device__ __forceinline__ Strip widen(uint32_t bytes) {
+  template <bool kTransposed>
+  static __device__ __forceinline__ Strip operand(uint32_t raw) {
+    const uint32_t bytes = kTransposed ? __byte_perm(raw, 0, 0x3120) : raw;
     Strip strip;
     asm("{\n"
         ".reg .b16 lower, upper;\n"
@@ -205,6 +191,7 @@ class ResultTile<Fp8, kHalfOut> {
 template <int kRoom, int kTiles, int kSourceGroups, class Source>
 struct AttendHalfWarp {
   using Tiles = HalfTiles<Source, kSourceGroups>;
+  using Raw = typename Tiles::Raw;
   using Products = ScoreProducts<kRoom, kSourceGroups>;
   static constexpr int kQueryGroups = query_groups_of(kRoom);
   static constexpr WeightMap kWeights = weight_map(kQueryGroups, kSourceGroups);
@@ -212,8 +199,10 @@ struct AttendHalfWarp {
   // Tiles that have the same scales, and sets of scales that a slice meets.
   static constexpr int kRun = kTiles == 9 ? 9 : 8;
   static constexpr int kScaleSets = kTiles / kRun;
-  static constexpr int kLoads = 4 / kSourceGroups;  // tiles that P1 loads at once
-  static constexpr float kTop = 16384.0f;           // what the largest is scaled to, or twice that
+  // Tiles that P1 loads at once; 16 of 16 float16 sources leave registers for one.
+  static constexpr int kLoads =
+      std::is_same_v<Source, __half> && kTiles * kSourceGroups == 32 ? 1 : 4 / kSourceGroups;
+  static constexpr float kTop = 16384.0f;  // what the largest is scaled to, or twice that
 
   const AttendParams& p;
   SharedHead& head;
@@ -303,20 +292,34 @@ struct AttendHalfWarp {
     return result;
   }
 
+  struct Operands {
+    Strip of[kSourceGroups];
+  };
+  template <bool kTransposed>
+  static __device__ __forceinline__ Operands operands(const Raw (&raw)[kSourceGroups]) {
+    Operands result;
+#pragma unroll
+    for (int n = 0; n < kSourceGroups; ++n) {
+      result.of[n] = Tiles::template operand<kTransposed>(raw[n]);
+    }
+    return result;
+  }
+
   /// P1 of a step: the warp's share of <u_s, v_n> and of <v_n, v_n>.
-  __device__ __forceinline__ void scores(int step, RingCursor stage) const {
-    head.input_full[stage.slot].wait(stage.parity);
+  __device__ __forceinline__ void scores(int step, int stage) const {
     for_tokens<kTogether>(p.plan.batch,
-                          [&](auto tokens, int b) { scores_of<tokens>(step, stage.slot, b); });
+                          [&](auto tokens, int b) { scores_of<tokens>(step, stage, b); });
     __syncwarp();
     if (lane == 0) {
-      head.partials_full[pair_slot(step)].arrive();
+      head.partials_full[p.plan.buffer(step)].arrive();
     }
   }
 
   /// P1 of the tokens from b on.
   template <int kTokens>
   __device__ __forceinline__ void scores_of(int step, int slot, int b) const {
+    const Tiles source = tiles(slot, b);
+    float* const token = sums.partial_row(step, warp, b * (p.num_queries + 1));
     Scores<kQueryGroups, kSourceGroups> total[kTokens];
     Scales scale[kTokens];
 #pragma unroll
@@ -330,23 +333,27 @@ struct AttendHalfWarp {
       for (int t = 0; t < kTokens; ++t) {
         products[t].clear();
       }
+      for_batches<kRun, kLoads, TileBatch<Raw, kTokens, kLoads, kSourceGroups>>(
+          [&](int first, auto& v) {  // (n, d)
 #pragma unroll
-      for (int first = set * kRun; first < (set + 1) * kRun; first += kLoads) {
-        Strip v[kTokens][kLoads][kSourceGroups];  // (n, d)
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          tiles(slot, b + t).template load<false, kTiles>(first, lane, v[t]);
-        }
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-#pragma unroll
-          for (int t = 0; t < kTokens; ++t) {
-            if (first + i < (set + 1) * kRun) {
-              products[t].template add<true>(i, high[first + i], low[first + i], v[t][i]);
+            for (int t = 0; t < kTokens; ++t) {
+              source.at(t * p.map.token_bytes)
+                  .template load<false, kTiles>(set * kRun + first, lane, v.of[t]);
             }
-          }
-        }
-      }
+          },
+          [&](int first, const auto& v) {
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+              const int j = set * kRun + first + i;
+#pragma unroll
+              for (int t = 0; t < kTokens; ++t) {
+                if (first + i < kRun) {
+                  products[t].template add<true>(first + i, high[j], low[j],
+                                                 operands<false>(v.of[t][i]).of);
+                }
+              }
+            }
+          });
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         add_scaled(total[t], products[t].scores(), scale[t].of[set], set == 0);
@@ -354,7 +361,7 @@ struct AttendHalfWarp {
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      total[t].store(p, sums, step, warp, b + t, lane);
+      total[t].store(token + t * (p.num_queries + 1) * sums.cols, p.num_queries, sums.cols, lane);
     }
   }
 
@@ -410,21 +417,19 @@ struct AttendHalfWarp {
   }
 
   /// P2 of a step: out_s of the warp's columns.
-  __device__ __forceinline__ void mix(int step, int input_slot, RingCursor result) const {
-    head.result_ready[result.slot].wait(result.parity);
-    head.weights_full[pair_slot(step)].wait(pair_parity(step));
+  __device__ __forceinline__ void mix(int step, int stage, int slot) const {
     for_tokens<kTogether>(p.plan.batch, [&](auto tokens, int b) {
       if (p.half_out) {
-        mix_of<tokens, true>(step, input_slot, result.slot, b);
+        mix_of<tokens, true>(step, stage, slot, b);
       } else {
-        mix_of<tokens, false>(step, input_slot, result.slot, b);
+        mix_of<tokens, false>(step, stage, slot, b);
       }
     });
     fence_before_bulk_copies();
     __syncwarp();
     if (lane == 0) {
-      head.input_free[input_slot].arrive();
-      head.result_done[result.slot].arrive();
+      head.input_free[stage].arrive();
+      head.result_done[slot].arrive();
     }
   }
 
@@ -432,15 +437,12 @@ struct AttendHalfWarp {
   template <int kTokens, bool kHalfOut>
   __device__ __forceinline__ void mix_of(int step, int input_slot, int result_slot, int b) const {
     const float* weights = reinterpret_cast<const float*>(base + p.map.weights) +
-                           (pair_slot(step) * p.plan.batch + b) * kWeights.forward +
+                           (p.plan.buffer(step) * p.plan.batch + b) * kWeights.forward +
                            lane / 4 * kWeights.pitch + lane % 4 * 2;  // (batch, S, pitch)
     char* const slot = base + p.map.results + result_slot * p.map.slot_bytes +
                        b * p.num_queries * p.map.result_pitch;
     char* const scratch = base + p.map.scratch + warp * scratch_bytes_per_warp(kTiles);
-    // Tiles of a token that are worked on at once: the compiler keeps loads behind stores, so tiles
-    // one after the other would wait for each other.
-    constexpr int kAtOnce =
-        kTokens == 1 && kRoom <= 8 && kSourceGroups == 1 ? 8 : 4 / kSourceGroups;
+    constexpr int kAtOnce = 4 / kSourceGroups;  // tiles of a token
     Mixture mixture[kTokens][kScaleSets];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
@@ -459,56 +461,60 @@ struct AttendHalfWarp {
         mixture[t][set] = mixture_of(prob, scale.of[set], lane);
       }
     }
+    const Tiles source = tiles(input_slot, b);
+    for_batches<kTiles, kAtOnce, TileBatch<Raw, kTokens, kAtOnce, kSourceGroups>>(
+        [&](int first, auto& v) {  // (d, n)
 #pragma unroll
-    for (int first = 0; first < kTiles; first += kAtOnce) {
-      Strip v[kTokens][kAtOnce][kSourceGroups];   // (d, n)
-      Accum out[kTokens][kAtOnce][kQueryGroups];  // (d, s)
+          for (int t = 0; t < kTokens; ++t) {
+            source.at(t * p.map.token_bytes).template load<true, kTiles>(first, lane, v.of[t]);
+          }
+        },
+        [&](int first, const auto& v) {
+          Accum out[kTokens][kAtOnce][kQueryGroups];  // (d, s)
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        tiles(input_slot, b + t).template load<true, kTiles>(first, lane, v[t]);
-      }
+          for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+            for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-#pragma unroll
-          for (int g = 0; g < kQueryGroups; ++g) {
-            if (first + i < kTiles) {
-              out[t][i][g] = Accum::zero();
-              const auto& weight = mixture[t][(first + i) / kRun].weight;
-              if constexpr (kSourceGroups == 2) {
-                mma_columns_half(out[t][i][g], v[t][i][0], v[t][i][1], weight[0][g].high,
-                                 weight[1][g].high);
-                if constexpr (kHalfOut) {
-                  mma_columns_half(out[t][i][g], v[t][i][0], v[t][i][1], weight[0][g].low,
-                                   weight[1][g].low);
-                }
-              } else {
-                mma_columns_half(out[t][i][g], v[t][i][0], weight[0][g].high);
-                if constexpr (kHalfOut) {
-                  mma_columns_half(out[t][i][g], v[t][i][0], weight[0][g].low);
+              for (int g = 0; g < kQueryGroups; ++g) {
+                if (first + i < kTiles) {
+                  out[t][i][g] = Accum::zero();
+                  const Operands operand = operands<true>(v.of[t][i]);
+                  const Strip(&a)[kSourceGroups] = operand.of;
+                  const auto& weight = mixture[t][(first + i) / kRun].weight;
+                  if constexpr (kSourceGroups == 2) {
+                    mma_columns_half(out[t][i][g], a[0], a[1], weight[0][g].high,
+                                     weight[1][g].high);
+                    if constexpr (kHalfOut) {
+                      mma_columns_half(out[t][i][g], a[0], a[1], weight[0][g].low,
+                                       weight[1][g].low);
+                    }
+                  } else {
+                    mma_columns_half(out[t][i][g], a[0], weight[0][g].high);
+                    if constexpr (kHalfOut) {
+                      mma_columns_half(out[t][i][g], a[0], weight[0][g].low);
+                    }
+                  }
                 }
               }
             }
           }
-        }
-      }
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
+          for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-        for (int g = 0; g < kQueryGroups; ++g) {
-          const ResultTile<Source, kHalfOut> tile(slot + t * p.num_queries * p.map.result_pitch,
-                                                  scratch, p.map.result_pitch, 8 * g, p.num_queries,
-                                                  warp * kTiles * 16, lane);
+            for (int g = 0; g < kQueryGroups; ++g) {
+              const ResultTile<Source, kHalfOut> tile(slot + t * p.num_queries * p.map.result_pitch,
+                                                      scratch, p.map.result_pitch, 8 * g,
+                                                      p.num_queries, warp * kTiles * 16, lane);
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            if (first + i < kTiles) {
-              tile.store(first + i, out[t][i][g].c, mixture[t][(first + i) / kRun].power[g]);
+              for (int i = 0; i < kAtOnce; ++i) {
+                if (first + i < kTiles) {
+                  tile.store(first + i, out[t][i][g].c, mixture[t][(first + i) / kRun].power[g]);
+                }
+              }
             }
           }
-        }
-      }
-    }
+        });
   }
 };
 

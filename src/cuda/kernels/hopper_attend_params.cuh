@@ -67,6 +67,56 @@ __device__ __forceinline__ void for_tokens(int batch, const Work& work) {
   }
 }
 
+/// Tiles of several tokens' sources as ldmatrix leaves them.
+template <class Raw, int kTokens, int kTiles, int kSourceGroups>
+struct TileBatch {
+  Raw of[kTokens][kTiles][kSourceGroups];
+};
+
+/// A warp's slice of 16-bit sources, as operands.
+template <int kSourceGroups>
+struct WideTiles {
+  using Raw = Strip;
+
+  const char* place;  // where this lane points at for ldmatrix
+
+  /// `rows`: the first source at the warp's first column, `pitch` bytes apart.
+  __device__ __forceinline__ WideTiles(const char* rows, int pitch, int num_sources, int lane) {
+    const int n = kSourceGroups == 2 ? lane / 16 * 8 + row_in_strip(lane) : row_in_strip(lane);
+    place = rows + (n < num_sources ? n : 0) * pitch + column_in_strip(lane) * 2;
+    if (kSourceGroups == 1) {
+      place += lane / 16 * 32;  // two tiles
+    }
+  }
+
+  /// The same so many bytes further on.
+  __device__ __forceinline__ WideTiles at(int bytes) const {
+    WideTiles other = *this;
+    other.place += bytes;
+    return other;
+  }
+
+  /// Tiles `first` and on, (n, d), or (d, n) if transposed. Those after the last are not defined.
+  template <bool kTransposed, int kTiles, int kAtOnce>
+  __device__ __forceinline__ void load(int first, int, Strip (&v)[kAtOnce][kSourceGroups]) const {
+    constexpr int kStep = 2 / kSourceGroups;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i += kStep) {
+      const bool last = kStep == 2 && first + i + 1 >= kTiles;  // one tile, not two
+      if (first + i >= kTiles) {
+        return;
+      }
+      const char* const from = place + (first + i) * 32;
+      Strip& other = kSourceGroups == 2 ? v[i][kSourceGroups - 1] : v[(i + 1) % kAtOnce][0];
+      if (kTransposed) {
+        last ? load_strip_transposed(from, v[i][0]) : load_strips_transposed(from, v[i][0], other);
+      } else {
+        last ? load_strip(from, v[i][0]) : load_strips(from, v[i][0], other);
+      }
+    }
+  }
+};
+
 /// Which query stands in row `row` of the eights g: with room for few, in the lower four rows once
 /// more.
 template <int kRoom>
@@ -89,24 +139,23 @@ struct Scores {
   float2 query[kQueryGroups][kSourceGroups];
   float2 square[kSourceGroups];  // where it is the source itself; else of no use
 
-  /// Stores them as sums of token b of a step.
-  __device__ __forceinline__ void store(const AttendParams& p, const Sums& sums, int step, int warp,
-                                        int b, int lane) const {
-    float* const token = sums.partial_row(step, warp, b * (p.num_queries + 1));
+  /// Stores them in `token`, the rows of a token's sums.
+  __device__ __forceinline__ void store(float* token, int num_queries, int cols, int lane) const {
     const int row = lane / 4;
+    const int col = lane % 4 * 2;
+    float* const place = keep(token + row * cols + col);
+    float* const place_of_square = keep(token + num_queries * cols + row);
 #pragma unroll
     for (int n = 0; n < kSourceGroups; ++n) {
-      const int col = 8 * n + lane % 4 * 2;
-      if (col < sums.cols) {
+      const bool exists = 8 * n + col < cols;
 #pragma unroll
-        for (int g = 0; g < kQueryGroups; ++g) {
-          if (8 * g + row < p.num_queries) {
-            *reinterpret_cast<float2*>(token + (8 * g + row) * sums.cols + col) = query[g][n];
-          }
+      for (int g = 0; g < kQueryGroups; ++g) {
+        if (exists && 8 * g + row < num_queries) {
+          *reinterpret_cast<float2*>(place + 8 * g * cols + 8 * n) = query[g][n];
         }
-        if (row / 2 == lane % 4) {  // the diagonal: row and column 8 n + lane / 4
-          token[p.num_queries * sums.cols + 8 * n + row] = row % 2 == 0 ? square[n].x : square[n].y;
-        }
+      }
+      if (exists && row / 2 == lane % 4) {  // the diagonal: row and column 8 n + lane / 4
+        place_of_square[8 * n] = row % 2 == 0 ? square[n].x : square[n].y;
       }
     }
   }
@@ -126,13 +175,17 @@ struct ScoreProducts {
   static constexpr bool kOdd = kQueryGroups % 2 == 1;
 
   Accum high[kPairs + 1][kSourceGroups], low[kPairs + 1][kSourceGroups];  // (s, n); one too many
-  Accum both[2][kSourceGroups];                     // (s; s, n), tiles in turn
-  Accum left[kSourceGroups], right[kSourceGroups];  // (n; n, n); few: (s s; n, n), tiles in turn
+  Accum both[2][kSourceGroups];  // (s; s, n), tiles in turn
+  // (n; n, n), tiles in turn; few: (s s; n, n), of which left[0] and right[0] have tiles in turn.
+  Accum left[2][kSourceGroups], right[2][kSourceGroups];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < kSourceGroups; ++n) {
-      both[0][n] = both[1][n] = left[n] = right[n] = Accum::zero();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        both[i][n] = left[i][n] = right[i][n] = Accum::zero();
+      }
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
         high[m][n] = low[m][n] = Accum::zero();
@@ -163,7 +216,7 @@ struct ScoreProducts {
 #pragma unroll
     for (int n = 0; n < kSourceGroups; ++n) {
       if constexpr (kFew) {
-        product(j % 2 == 0 ? left[n] : right[n], u_high[0], v[n], v[n]);
+        product(j % 2 == 0 ? left[0][n] : right[0][n], u_high[0], v[n], v[n]);
       } else {
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
@@ -173,8 +226,8 @@ struct ScoreProducts {
         if constexpr (kOdd) {
           product(both[j % 2][n], u_high[kQueryGroups - 1], u_low[kQueryGroups - 1], v[n]);
         }
-        square(left[n], v[n], v[n].left);
-        square(right[n], v[n], v[n].right);
+        square(left[j % 2][n], v[n], v[n].left);
+        square(right[j % 2][n], v[n], v[n].right);
       }
     }
   }
@@ -183,8 +236,8 @@ struct ScoreProducts {
     Scores<kQueryGroups, kSourceGroups> result;
 #pragma unroll
     for (int n = 0; n < kSourceGroups; ++n) {
-      const float(&l)[4] = left[n].c;
-      const float(&r)[4] = right[n].c;
+      const float(&l)[4] = left[0][n].c;
+      const float(&r)[4] = right[0][n].c;
       if constexpr (kFew) {
         const auto with_other_part = [](float x) {
           return x + __shfl_xor_sync(0xffffffffu, x, 4 * kFewQueries);
@@ -205,7 +258,9 @@ struct ScoreProducts {
           result.query[kQueryGroups - 1][n] = {(a[0] + b[0]) + (a[2] + b[2]),
                                                (a[1] + b[1]) + (a[3] + b[3])};
         }
-        result.square[n] = {l[0] + r[2], l[1] + r[3]};
+        const float(&l1)[4] = left[1][n].c;
+        const float(&r1)[4] = right[1][n].c;
+        result.square[n] = {(l[0] + l1[0]) + (r[2] + r1[2]), (l[1] + l1[1]) + (r[3] + r1[3])};
       }
     }
     return result;

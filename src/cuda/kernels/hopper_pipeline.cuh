@@ -5,14 +5,17 @@
 // Steps are dealt to the clusters in turn, so that all of them read one narrow band of memory:
 // giving each a range of its own costs 1 to 5 % of the speed, for DRAM pages are then reopened.
 //
-//   load warp     one bulk copy a row into the ring of inputs, ahead as far as the ring is deep;
-//                 and the scales of sources that have them
-//   compute       P1(i + 1): products of step i + 1 that the softmax needs, summed over the warp's
-//    warps        columns; then P2(i): the results of step i, with the weights of its softmax.
-//                 This order hides the softmax of a step behind the P2 of the one before.
-//   softmax warp  adds up the warps' sums, exchanges them with the cluster, makes the weights
+//   load warp     one bulk copy a row into the ring of inputs, ahead as far as the ring is deep.
+//                 Brings the next step into L2 where that pays; keeps clusters from running ahead
+//                 of each other
+//   compute       P1(i + lead): products of that step that the softmax needs, summed over the
+//    warps        warp's columns; then P2(i): the results of step i, with the weights of its
+//                 softmax. This order hides the softmax of a step behind other steps' products:
+//                 with a lead of two it has two steps' time
+//   softmax       add up the warps' sums, exchange them with the cluster, make the weights. There
+//    warps        are one or two, which have steps in turn
+//   scale warp    loads the scales of sources that have them, in the place of a softmax warp
 //   store warp    one bulk copy a row out of the ring of results (and into it when accumulating)
-//   pace warp     brings the next step into L2; keeps clusters from running ahead of each other
 //
 // Determinism: every sum has a fixed order that depends on the shapes and the number of clusters
 // only. Pacing changes when a step runs, never what it computes.
@@ -49,17 +52,24 @@ __device__ __forceinline__ int lane_of_warp() {
 
 /// The first bytes of shared memory.
 struct SharedHead {
-  Barrier input_full[kRingMax];    // a step's inputs have been loaded
-  Barrier input_free[kRingMax];    // all compute warps are done with them
-  Barrier result_ready[kRingMax];  // a slot may be written (and holds what is accumulated to)
-  Barrier result_done[kRingMax];   // all compute warps have written it
-  Barrier partials_full[2];        // all compute warps have stored their sums
-  Barrier totals_full[2];          // the sums of all CTAs of the cluster are here
-  Barrier weights_full[2];         // the softmax warp has stored the weights
-  int loading;                     // the step that the load warp is at
-  int issued;                      // how many steps all clusters have begun to load, as last read
+  Barrier input_full[kRingMax];        // a step's inputs have been loaded
+  Barrier input_free[kRingMax];        // all compute warps are done with them
+  Barrier result_ready[kRingMax];      // a slot may be written (and holds what is accumulated to)
+  Barrier result_done[kRingMax];       // all compute warps have written it
+  Barrier partials_full[kBuffersMax];  // all compute warps have stored their sums
+  Barrier totals_full[kBuffersMax];    // the sums of all CTAs of the cluster are here
+  Barrier weights_full[kBuffersMax];   // the softmax warp has stored the weights
 };
 static_assert(sizeof(SharedHead) <= kHeadBytes);
+
+/// A pointer to shared memory as a value that the compiler keeps, rather than computing it anew at
+/// every use: from the block's rank in its cluster, which takes some 40 cycles to read, on.
+template <class T>
+__device__ __forceinline__ T* keep(T* shared) {
+  uint32_t address = cute::cast_smem_ptr_to_uint(shared);
+  asm volatile("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+}
 
 /// A table of rows to copy: [T, D] tensors.
 template <int kCapacity>
@@ -130,13 +140,6 @@ __device__ __forceinline__ void synchronize(bool whole_cluster) {
   }
 }
 
-__device__ __forceinline__ int read_posted(const int& place) {
-  return *static_cast<const volatile int*>(&place);
-}
-__device__ __forceinline__ void post(int& place, int value) {
-  *static_cast<volatile int*>(&place) = value;
-}
-
 // ---------------------------------------------------------------------------------- setting up
 
 /// Initialises barriers, and zeroes weights, partial sums, scales and inputs: weights of rows that
@@ -151,13 +154,11 @@ __device__ __forceinline__ void set_up(SharedHead& head, const SharedMap& map, c
       head.result_ready[i].init(1);
       head.result_done[i].init(plan.warps);
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kBuffersMax; ++i) {
       head.partials_full[i].init(plan.warps);
       head.totals_full[i].init(1);
       head.weights_full[i].init(1);
     }
-    head.loading = 0;
-    head.issued = 0;
     publish_barriers();
   }
   char* const base = reinterpret_cast<char*>(&head);
@@ -173,15 +174,24 @@ __device__ __forceinline__ void set_up(SharedHead& head, const SharedMap& map, c
 
 // ---------------------------------------------------------------------------------- load, pace
 
+/// How many steps all clusters have begun to load.
+__device__ __forceinline__ int read_issued(const int* issued) {
+  int now;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(issued) : "memory");
+  return now;
+}
+
 /// Waits until the grid has caught up with this step; a hint only, given up after some 40 us.
-__device__ __forceinline__ void wait_for_window(const SharedHead& head, int64_t step, int window) {
-  for (int tries = 0; tries < 1000 && step > read_posted(head.issued) + window; ++tries) {
-    __nanosleep(40);
+/// `seen` is what was read last, and what is read here.
+__device__ __forceinline__ void wait_for_window(const int* issued, int& seen, int64_t step,
+                                                int window) {
+  for (int tries = 0; tries < 50 && step > seen + window; ++tries) {
+    seen = read_issued(issued);
   }
 }
 
-/// The load warp: the rows of every step into the ring of inputs. The first `num_sources` have
-/// elements of type Source, and scales if there are any.
+/// The load warp: the rows of every step into the ring of inputs, those of the step after it into
+/// L2. The first `num_sources` have elements of type Source.
 template <class Source, int kCapacity>
 __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& map, const Plan& plan,
                                            const Share& share, const RowTable<kCapacity>& table,
@@ -191,10 +201,13 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
   const int lane = lane_of_warp();
   const int narrow = kNarrow ? num_sources : 0;
   const LaneRows lane_rows(table, rows, share.column, lane, narrow);
-  const int bytes = share.columns * 2;
-  const CachePolicy policy(plan.load_hint);
+  const auto bytes = [&](int row) {
+    return kNarrow && row < num_sources ? share.columns : share.columns * 2;
+  };
+  const CachePolicy load_policy(plan.load_hint);
+  const CachePolicy prefetch_policy(plan.prefetch_hint);
   char* const inputs = reinterpret_cast<char*>(&head) + map.inputs;
-  const ScaleCopier scales(num_sources, scale_table.shift, share.column, share.columns);
+  int seen = 0;  // steps that all clusters have begun to load, as last read
   RingCursor cursor;
   for (int step = 0; step < share.steps; ++step) {
     if (step >= plan.stages) {
@@ -202,13 +215,12 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
     }
     if (lane == 0) {
       if (plan.window > 0) {
-        wait_for_window(head, static_cast<int64_t>(step) * share.clusters + share.cluster,
+        wait_for_window(issued, seen, static_cast<int64_t>(step) * share.clusters + share.cluster,
                         share.clusters * plan.window / 100);
         if (share.rank == 0) {
           asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(issued) : "memory");
         }
       }
-      post(head.loading, step);
       head.input_full[cursor.slot].arrive_and_expect(plan.batch * (2 * rows - narrow) *
                                                      share.columns);
     }
@@ -220,67 +232,19 @@ __device__ __forceinline__ void load_steps(SharedHead& head, const SharedMap& ma
       for (int i = 0; i < 2; ++i) {
         const int row = lane + i * kWarpLanes;
         if (row < rows) {
-          const bool is_narrow = kNarrow && row < num_sources;
-          load_row(token + map.input_row(row, num_sources), lane_rows.at(i, t),
-                   is_narrow ? share.columns : bytes, head.input_full[cursor.slot], policy);
+          load_row(token + map.input_row(row, num_sources), lane_rows.at(i, t), bytes(row),
+                   head.input_full[cursor.slot], load_policy);
         }
       }
     }
-    if (!std::is_same_v<Source, Bf16> && map.scale_groups > 0) {
-      scales.copy(reinterpret_cast<Bf16*>(reinterpret_cast<char*>(&head) + map.scales) +
-                      cursor.slot * plan.batch * map.token_scales(),
-                  map, scale_table, plan.batch, lane,
-                  [&](int b) { return share.clamped(share.token(step, b)); });
-      __syncwarp();
-      if (lane == 0) {
-        head.input_full[cursor.slot].arrive();
-      }
-    }
-    __syncwarp();
-    cursor.advance(plan.stages);
-  }
-}
-
-/// The pace warp: prefetches the step after the one that is being loaded, and reads how far the
-/// grid has come.
-template <class Source, int kCapacity>
-__device__ __forceinline__ void pace_steps(SharedHead& head, const Plan& plan, const Share& share,
-                                           const RowTable<kCapacity>& table,
-                                           const ScaleTable& scale_table, int num_sources, int rows,
-                                           const int* issued) {
-  constexpr bool kNarrow = kIsNarrow<Source>;
-  const int lane = lane_of_warp();
-  const LaneRows lane_rows(table, rows, share.column, lane, kNarrow ? num_sources : 0);
-  const int bytes = share.columns * 2;
-  const CachePolicy policy(plan.prefetch_hint);
-  int next = 1;  // the step to prefetch
-  while (true) {
-    int loading = 0;
-    if (lane == 0) {
-      loading = read_posted(head.loading);
-      if (plan.window > 0) {
-        int now;
-        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(issued) : "memory");
-        post(head.issued, now);
-      }
-    }
-    loading = __shfl_sync(0xffffffffu, loading, 0);
-    if (loading >= share.steps - 1) {
-      return;
-    }
-    if (!plan.prefetch || next > loading + 1) {
-      __nanosleep(64);
-      continue;
-    }
-    if (next == loading + 1) {
+    if (plan.prefetch && step + 1 < share.steps) {
       for (int b = 0; b < plan.batch; ++b) {
-        const int64_t t = share.clamped(share.token(next, b));
+        const int64_t t = share.clamped(share.token(step + 1, b));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = lane + i * kWarpLanes;
           if (row < rows) {
-            const bool is_narrow = kNarrow && row < num_sources;
-            prefetch_row(lane_rows.at(i, t), is_narrow ? share.columns : bytes, policy);
+            prefetch_row(lane_rows.at(i, t), bytes(row), prefetch_policy);
           }
         }
         if (!std::is_same_v<Source, Bf16> && scale_table.stride > 0 && lane < num_sources) {
@@ -289,15 +253,107 @@ __device__ __forceinline__ void pace_steps(SharedHead& head, const Plan& plan, c
         }
       }
     }
-    next = max(next + 1, loading + 1);
+    if (plan.window > 0 && lane == 0) {
+      seen = read_issued(issued);  // arrives while this warp waits for room
+    }
+    __syncwarp();
+    cursor.advance(plan.stages);
+  }
+}
+
+/// The scales of every step, by a warp of their own: they come through registers, a microsecond
+/// after they were asked for.
+__device__ __forceinline__ void load_scales(SharedHead& head, const SharedMap& map,
+                                            const Plan& plan, const Share& share,
+                                            const ScaleTable& table, int num_sources) {
+  const int lane = lane_of_warp();
+  const ScaleCopier scales(num_sources, table.shift, share.column, share.columns);
+  Bf16* const all = reinterpret_cast<Bf16*>(reinterpret_cast<char*>(&head) + map.scales);
+  RingCursor cursor;
+  for (int step = 0; step < share.steps; ++step) {
+    if (step >= plan.stages) {
+      head.input_free[cursor.slot].wait(cursor.parity ^ 1);
+    }
+    scales.copy(all + cursor.slot * plan.batch * map.token_scales(), map, table, plan.batch, lane,
+                [&](int b) { return share.clamped(share.token(step, b)); });
+    __syncwarp();
+    if (lane == 0) {
+      head.input_full[cursor.slot].arrive();
+    }
+    cursor.advance(plan.stages);
+  }
+}
+
+// -------------------------------------------------------------------------------------- compute
+
+/// The steps of a compute warp: `first(step, stage)` is P1, `second(step, stage, result)` P2. An
+/// answer of a barrier takes some 90 cycles, so that three lanes ask the three of a round at once;
+/// where the answer is no it is waited for.
+template <class First, class Second>
+__device__ __forceinline__ void compute_steps(SharedHead& head, const Plan& plan,
+                                              const Share& share, First&& first, Second&& second) {
+  RingCursor ahead;   // stage of P1
+  RingCursor behind;  // stage of P2
+  RingCursor result;
+  const int lane = lane_of_warp();
+  for (int step = -plan.lead; step < share.steps; ++step) {
+    Barrier& input_full = head.input_full[ahead.slot];
+    Barrier& result_ready = head.result_ready[result.slot];
+    Barrier& weights_full = head.weights_full[plan.buffer(step)];
+    const uint32_t phase = plan.phase(step);
+    const Barrier& own = lane == 0 ? input_full : lane == 1 ? result_ready : weights_full;
+    const bool yes = own.test(lane == 0 ? ahead.parity : lane == 1 ? result.parity : phase);
+    const uint32_t complete = __ballot_sync(0xffffffffu, yes);
+    __syncwarp();  // what a lane has seen complete, all may read
+    if (step + plan.lead < share.steps) {
+      if ((complete & 1) == 0) {
+        input_full.wait(ahead.parity);
+      }
+      first(step + plan.lead, ahead);
+      ahead.advance(plan.stages);
+    }
+    if (step >= 0) {
+      if ((complete & 2) == 0) {
+        result_ready.wait(result.parity);
+      }
+      if ((complete & 4) == 0) {
+        weights_full.wait(phase);
+      }
+      second(step, behind, result);
+      behind.advance(plan.stages);
+      result.advance(plan.slots);
+    }
+  }
+}
+
+/// Works on kTiles tiles, kAtOnce a batch: `load(first, batch)`, then `use(first, batch)`, the next
+/// batch being loaded before this one is used (kAhead). The compiler keeps loads, products and
+/// stores in the order in which they are written, and an ldmatrix takes as long as some five
+/// products: one tile after the other, P1 of 16 tiles took 1040 cycles.
+template <int kTiles, int kAtOnce, class Batch, bool kAhead = true, class Load, class Use>
+__device__ __forceinline__ void for_batches(Load&& load, Use&& use) {
+  Batch batch[2];
+  if constexpr (kAhead) {
+    load(0, batch[0]);
+  }
+#pragma unroll
+  for (int first = 0; first < kTiles; first += kAtOnce) {
+    const int next = first + kAtOnce;
+    Batch& own = batch[first / kAtOnce % 2];
+    if (!kAhead) {
+      load(first, own);
+    } else if (next < kTiles) {
+      load(next, batch[next / kAtOnce % 2]);
+    }
+    use(first, own);
   }
 }
 
 // ------------------------------------------------------------------------------------- the sums
 
-// The softmax warp is on the critical path of every step: what it does must take less time than the
-// step's bytes, some 2 us. So it has few instructions a lane, loads that do not wait for each
-// other, and no branch that differs between lanes.
+// A softmax warp takes 1 to 2 us a step, as much as the step's bytes or more. So there are two
+// where shared memory has room for their sums, and each has few instructions a lane, loads that do
+// not wait for each other, and no branch that differs between lanes.
 
 __device__ __forceinline__ void add_to(float4& sum, const float4& value) {
   sum.x += value.x;
@@ -309,16 +365,18 @@ __device__ __forceinline__ void add_to(float4& sum, const float4& value) {
 /// Adds up the partial sums of a step: over the warps of this CTA, then over the CTAs of the
 /// cluster, in that order.
 struct Sums {
-  float* partials;  // [2, slices, rows, cols]
-  float* totals;    // [2, cluster, rows, cols]
-  int rows;         // of all tokens of a step
-  int cols;         // N rounded up to a multiple of 4
+  float* partials;  // [buffers, slices, rows, cols]
+  float* totals;    // [totals, cluster, rows, cols]
+  const Plan& plan;
+  int rows;  // of all tokens of a step
+  int cols;  // N rounded up to a multiple of 4
   int warps, slices, cluster, rank;
 
-  __device__ __forceinline__ Sums(SharedHead& head, const SharedMap& map, const Plan& plan,
+  __device__ __forceinline__ Sums(SharedHead& head, const SharedMap& map, const Plan& call_plan,
                                   const Extents& extents, int cta_rank)
       : partials(reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + map.partials)),
         totals(reinterpret_cast<float*>(reinterpret_cast<char*>(&head) + map.totals)),
+        plan(call_plan),
         rows(plan.batch * extents.partial_rows),
         cols(extents.partial_cols),
         warps(plan.warps),
@@ -326,16 +384,18 @@ struct Sums {
         cluster(plan.cluster),
         rank(cta_rank) {}
 
+  /// Row `row` of what a warp adds up in `step`. Not to be computed once more for every store.
   __device__ __forceinline__ float* partial_row(int step, int warp, int row) const {
-    return partials + ((pair_slot(step) * slices + warp) * rows + row) * cols;
+    return keep(partials + ((plan.buffer(step) * slices + warp) * rows + row) * cols);
   }
 
   /// Adds up the warps' sums of `step` and sends them to the other CTAs of the cluster. Called by
   /// the softmax warp when the partial sums are complete; their memory is free for it afterwards.
   __device__ __forceinline__ void send(SharedHead& head, int step, int lane) const {
-    const int buffer = pair_slot(step);
+    const int buffer = plan.total(step);
     const int quads = rows * cols / 4;
-    const float4* const from = reinterpret_cast<const float4*>(partials) + buffer * slices * quads;
+    const float4* const from =
+        reinterpret_cast<const float4*>(partials) + plan.buffer(step) * slices * quads;
     float4* const to = reinterpret_cast<float4*>(totals) + (buffer * cluster + rank) * quads;
     if (cluster > 1 && lane == 0) {
       head.totals_full[buffer].arrive_and_expect((cluster - 1) * quads * 16);
@@ -351,8 +411,8 @@ struct Sums {
     if (cluster > 1) {
       fence_before_bulk_copies();
       __syncwarp();
-      // What these copies read is written again two steps on, after the peers have answered once
-      // more.
+      // What these copies read and write is used again two of this warp's steps on, after its
+      // peers have answered it once more, each when it was done with this step.
       if (lane < cluster && lane != rank) {
         copy_to_peer(to, quads * 16, head.totals_full[buffer], lane);
       }
@@ -363,13 +423,13 @@ struct Sums {
   /// Waits until the sums of all CTAs are here.
   __device__ __forceinline__ void receive(SharedHead& head, int step) const {
     if (cluster > 1) {
-      head.totals_full[pair_slot(step)].wait_cluster(pair_parity(step));
+      head.totals_full[plan.total(step)].wait_cluster(plan.total_phase(step));
     }
   }
 
   /// Memory that the softmax warp may use between `send` and its weights.
   __device__ __forceinline__ float* scratch(int step) const {
-    return partials + pair_slot(step) * slices * rows * cols;
+    return partials + plan.buffer(step) * slices * rows * cols;
   }
 
   /// `kCount` consecutive columns of a row of sums over all columns of D, after `receive`. Columns
@@ -377,7 +437,7 @@ struct Sums {
   template <int kCount>
   __device__ __forceinline__ void read(int step, int row, int col, float (&values)[kCount]) const {
     const float* const first =
-        totals + (pair_slot(step) * cluster * rows + row) * cols + (col < cols ? col : 0);
+        totals + (plan.total(step) * cluster * rows + row) * cols + (col < cols ? col : 0);
     switch (cluster) {
       case 1:
         return read_peers<1>(first, values);
@@ -418,7 +478,20 @@ struct Sums {
   }
 };
 
-/// How the lanes of the softmax warp share a token: `kParts` neighbouring lanes have one query, and
+/// The first step of this softmax warp; none if the plan has one warp and this is the other.
+__device__ __forceinline__ int first_softmax_step(const Plan& plan, int steps) {
+  const int warp = warp_of_cta() - static_cast<int>(Role::kSoftmax);
+  return warp < plan.softmax_warps ? warp : steps;
+}
+
+/// Whether this warp is the scale warp.
+template <class Source>
+__device__ __forceinline__ bool is_scale_warp(const SharedMap& map) {
+  return !std::is_same_v<Source, Bf16> && map.scale_groups > 0 &&
+         warp_of_cta() == static_cast<int>(Role::kSoftmaxOrScales);
+}
+
+/// How the lanes of a softmax warp share a token: `kParts` neighbouring lanes have one query, and
 /// each of them `kSources` consecutive sources.
 template <int kQueryGroups, int kSourceGroups>
 struct SoftmaxLane {

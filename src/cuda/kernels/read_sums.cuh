@@ -47,11 +47,10 @@ struct PairSums {
     scatter_steps<kPairs / 2, 4>(values, lane);
     return warp_sum(values[0], 8 / kPairs);
   }
-  /// Which of the 4 kPairs sums a lane ends up with, and whether it is the one to store it.
+  /// Which of the 4 kPairs sums a lane ends up with.
   static __device__ __forceinline__ int index(int lane) {
     return lane % 8 / (8 / kPairs) * 4 + lane / 8;
   }
-  static __device__ __forceinline__ bool is_owner(int lane) { return lane % (8 / kPairs) == 0; }
 };
 
 /// Parts of the sums of a read with K terms.
@@ -155,7 +154,7 @@ __device__ __forceinline__ void store_statistics(const Params& p, int64_t t, int
 }
 
 /// Sum of one number for each segment, in every lane. Up to 8192 columns are one round of the loop.
-template <int kUnroll = 4>
+template <int kUnroll>
 __device__ __forceinline__ float sum_of_segments(const float* sums, unsigned segments, int lane) {
   float sum = 0.0f;
 #pragma unroll kUnroll

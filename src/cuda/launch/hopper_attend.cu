@@ -64,8 +64,7 @@ std::span<const int> tile_choices(int query_groups, int source_groups, SourceLay
 }  // namespace
 
 Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, SourceLayout layout) {
-  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
-      too_narrow(num_sources, num_queries)) {
+  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0) {
     return {};
   }
   AttendParams sizes = {};
@@ -146,7 +145,9 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
     call.zero(params.issued, sizeof(int));
   }
   void* arguments[] = {&params};
-  launch_clusters(call, kernel, params.plan, params.map.bytes, arguments);
+  // Zeroing the counter comes between this grid and the one before.
+  const bool overlap = params.plan.window == 0;
+  launch_clusters(call, kernel, params.plan, params.map.bytes, arguments, overlap);
   return call.status();
 }
 

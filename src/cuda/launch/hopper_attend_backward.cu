@@ -111,7 +111,7 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
     call.zero(params.issued, sizeof(int));
   }
   void* arguments[] = {&params};
-  launch_clusters(call, kernel, params.plan, params.map.bytes, arguments);
+  launch_clusters(call, kernel, params.plan, params.map.bytes, arguments, /*overlap=*/false);
   launch_reduce(call, params.plan.clusters,
                 {params.partials, S * D, args.dqueries, args.accumulate_dqueries});
   return call.status();
@@ -121,8 +121,7 @@ Status run(const AttendBackwardArgs& args, const Context& context, const Plan& p
 
 Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t dim,
                             int64_t gradient_bytes, SourceLayout layout) {
-  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0 ||
-      too_narrow(num_sources, num_queries)) {
+  if (num_sources > kSourcesMax || num_queries > kQueriesMax || dim % 8 != 0) {
     return {};
   }
   AttendBackwardParams<Bf16> sizes = {};

@@ -13,14 +13,15 @@ void share_out(Call& call, const void* kernel, int shared_bytes, int64_t tokens,
   plan.clusters = static_cast<int>(clusters);
   plan.rounds = static_cast<int>(steps / std::max<int64_t>(clusters, 1));
   plan.extra = static_cast<int>(steps % std::max<int64_t>(clusters, 1));
+  plan.prefetch = prefetch_pays(call.limits());
   if (plan.rounds < kWindowRounds) {
     plan.window = 0;
   }
 }
 
 void launch_clusters(Call& call, const void* kernel, const Plan& plan, int shared_bytes,
-                     void** arguments) {
-  call.launch_kernel({.cluster = plan.cluster}, kernel,
+                     void** arguments, bool overlap) {
+  call.launch_kernel({.cluster = plan.cluster, .overlap = overlap}, kernel,
                      dim3(static_cast<unsigned>(plan.clusters * plan.cluster)), dim3(kThreads),
                      shared_bytes, arguments);
 }

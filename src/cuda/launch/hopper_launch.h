@@ -44,18 +44,30 @@ constexpr bool window_pays(int64_t step_bytes, const DeviceLimits& limits) {
   return step_bytes * limits.multiprocessors * 10 >= limits.memory_bytes_per_us * 14;
 }
 
+/// Whether the next step should be brought into L2 ahead of its copy to shared memory. On an H100,
+/// with 25 bytes of memory bandwidth a nanosecond and multiprocessor, it is worth 1 to 9 % of copy;
+/// on an H200, with 36, it costs the backward 2 to 9 %.
+constexpr bool prefetch_pays(const DeviceLimits& limits) {
+  return limits.memory_bytes_per_us <= 30000 * int64_t{limits.multiprocessors};
+}
+
 /// Depths of the two rings.
 struct Rings {
   int stages, slots;
 };
 
-/// Takes the deepest rings that fit: as many slots as possible from `most_slots` down to
-/// `least.slots`, then as many stages, but no fewer than `least.stages`. False when none fit.
+/// Takes the deepest rings that fit: two softmax warps rather than one (with scales there is one
+/// alone), as many slots as possible
+/// from `most_slots` down to `least.slots`, then as many stages, but no fewer than `least.stages`.
+/// False when none fit.
 inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rings least) {
-  for (plan.slots = most_slots; plan.slots >= least.slots; --plan.slots) {
-    for (plan.stages = kRingMax; plan.stages >= least.stages; --plan.stages) {
-      if (shared_map(plan, extents).bytes <= kSharedBytesMax) {
-        return true;
+  for (plan.softmax_warps = extents.scaled_rows > 0 ? 1 : 2; plan.softmax_warps >= 1;
+       --plan.softmax_warps) {
+    for (plan.slots = most_slots; plan.slots >= least.slots; --plan.slots) {
+      for (plan.stages = kRingMax; plan.stages >= least.stages; --plan.stages) {
+        if (shared_map(plan, extents).bytes <= kSharedBytesMax) {
+          return true;
+        }
       }
     }
   }
@@ -68,7 +80,9 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rin
 /// Fewer CTAs a cluster come first, as long as the wanted rings fit: a step is then longer, and
 /// with it the time in which the exchange between CTAs can hide (about 1 us). Steps that would
 /// still be shorter than that take several tokens. Where the wanted rings fit nowhere, two stages
-/// and one slot will do.
+/// and one slot will do; where they leave room for two more stages, P1 runs two steps ahead: with
+/// one more the loads are late (86 against 90 %, backward at N, S, D of 4, 16, 2048), and a slot
+/// less costs the forward with 24 queries 4 %.
 inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Extents& extents,
                         int64_t column_bytes, int most_slots, Rings wanted) {
   // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us. A byte of
@@ -113,17 +127,14 @@ inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Ex
         }
       }
       if (best) {
-        return *best;
+        Plan further = *best;
+        further.lead = 2;
+        return choose_rings(further, extents, most_slots, {least.stages + 2, best->slots}) ? further
+                                                                                           : *best;
       }
     }
   }
   return {};  // `columns` 0: not served
-}
-
-/// Tokens so narrow that a step of four of them is shorter than the softmax of the step, which then
-/// sets the pace: 25 to 38 % of copy at N = S = 1. The general kernels serve these better.
-inline bool too_narrow(int64_t num_sources, int64_t num_queries) {
-  return num_sources + num_queries <= 3;
 }
 
 /// Whether every row of the list is bfloat16 (or `other`) and may be copied in bulk.
@@ -165,9 +176,9 @@ void set_layout(Params& params, SourceLayout layout, std::span<const ConstMatrix
   }
 }
 
-/// Launches `clusters` clusters of `plan.cluster` CTAs.
+/// Launches `clusters` clusters of `plan.cluster` CTAs. `overlap`: see LaunchOptions.
 void launch_clusters(Call& call, const void* kernel, const Plan& plan, int shared_bytes,
-                     void** arguments);
+                     void** arguments, bool overlap);
 
 /// Sets how many clusters the plan launches, as many as run at once on the current device but no
 /// more than there are steps, and how many steps each has. With few steps the window is dropped.
