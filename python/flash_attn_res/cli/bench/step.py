@@ -338,6 +338,7 @@ def liger(network: Network) -> Forward:
 
     def one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
         h = LigerAttnResFunction.apply(torch.stack(sources), query, ones, EPS)[0]
+        h = h.view_as(sources[0])  # it drops an axis of one
         return h if weight is None else rms_norm(h, weight.shape, weight, EPS)
 
     return one_shot_network(network, one_shot)
