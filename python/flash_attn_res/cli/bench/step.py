@@ -359,6 +359,10 @@ PACKAGES: dict[str, Callable[[Network], Forward]] = {
 # ------------------------------------------------------------------------------- measurement
 
 
+SLOW_SECONDS = 10
+"""Of preparation, after which a run says what it has waited for."""
+
+
 class Clock:
     """Times a call on the device, in milliseconds, and the host's share of it."""
 
@@ -476,7 +480,10 @@ def measure(
     contenders: list[Contender] = []
     failures: list[Row] = []
     for package in packages:
+        begin = time.perf_counter()
         prepared = prepare(network, package, x, cotangent, checkpointed)
+        if (seconds := time.perf_counter() - begin) > SLOW_SECONDS:
+            print(f"{package}: {seconds:.0f} s until compiled and checked", flush=True)
         if isinstance(prepared, Contender):
             contenders.append(prepared)
             continue
@@ -503,9 +510,9 @@ def measure(
             "peak_gib": None if contender.peak is None else round(contender.peak / 2**30, 3),
         }
         if contender.package != "plain":
-            seconds = statistics.median(contender.both) * 1e-3
+            step_seconds = statistics.median(contender.both) * 1e-3
             row["bytes"] = counted
-            row["percent_of_copy"] = round(100 * counted / seconds / copy_rate, 1)
+            row["percent_of_copy"] = round(100 * counted / step_seconds / copy_rate, 1)
         if base is not None:
             for name, own, plain_times in (
                 ("fwd", contender.fwd, base.fwd),
