@@ -668,40 +668,55 @@ def test_what_a_stream_stores(storage: str, layout: tuple[int, int, dict]) -> No
 def test_network(storage: str, layout: tuple[int, int, dict], dtype: torch.dtype) -> None:
     """Output and every gradient against the formulas over dequantised copies.
 
-    On one thread: PyTorch's products round by their threads, and float8 then falls elsewhere.
+    Of several networks together, for an error is one draw of a noise that runs through all
+    sublayers after it. On one thread: PyTorch's products round by their threads, and float8 then
+    falls elsewhere.
     """
     num_sublayers, block_size, options = layout
-    network, x, cotangent = make(
-        num_sublayers, block_size, "cpu", dtype, dim=144, block_storage=storage, **options
+
+    def draw() -> tuple[dict[str, Tensor], ...]:
+        """Of one network: from the stream, from the functional form, exact, by the formulas."""
+        network, x, cotangent = make(
+            num_sublayers, block_size, "cpu", dtype, dim=144, block_storage=storage, **options
+        )
+        plan = network.attn_res.plan(dtype=dtype)
+        y, held = run_and_keep(network, x)
+        kept = list(held)
+        ours = gradients(y, tensors_of(network, x), cotangent)
+        ours["y"] = y.detach()
+
+        def reference(wide: torch.dtype) -> dict[str, Tensor]:
+            copy = Network(num_sublayers, block_size, dim=144).to(wide)
+            copy.load_state_dict(network.state_dict())
+            leaf = x.detach().to(wide).requires_grad_()
+            found = with_stored_blocks(copy, leaf, kept, plan)
+            grads = gradients(found, tensors_of(copy, leaf), cotangent.to(wide), allow_unused=True)
+            return {
+                n: g if g is not None else torch.zeros_like(t)
+                for (n, g), t in zip(grads.items(), tensors_of(copy, leaf).values(), strict=True)
+            } | {"y": found.detach()}
+
+        exact, by_formulas = reference(torch.float64), reference(dtype)
+        y = network(x, functional=True)
+        assert torch.equal(y, ours["y"])
+        found = gradients(y, tensors_of(network, x), cotangent, allow_unused=True)
+        found = {n: torch.zeros_like(exact[n]) if g is None else g for n, g in found.items()}
+        plain = Network(num_sublayers, block_size, dim=144).to(dtype)
+        plain.load_state_dict(network.state_dict())
+        if num_sublayers > block_size:
+            assert not torch.equal(plain(x), y)
+        return ours, found | {"y": y.detach()}, exact, by_formulas
+
+    ours, functional, exact, by_formulas = map(
+        joined, zip(*(draw() for _ in range(4)), strict=True)
     )
-    plan = network.attn_res.plan(dtype=dtype)
-    y, held = run_and_keep(network, x)
-    kept = list(held)
-    ours = gradients(y, tensors_of(network, x), cotangent)
-    ours["y"] = y.detach()
-
-    def reference(wide: torch.dtype) -> dict[str, Tensor]:
-        copy = Network(num_sublayers, block_size, dim=144).to(wide)
-        copy.load_state_dict(network.state_dict())
-        leaf = x.detach().to(wide).requires_grad_()
-        found = with_stored_blocks(copy, leaf, kept, plan)
-        grads = gradients(found, tensors_of(copy, leaf), cotangent.to(wide), allow_unused=True)
-        return {
-            n: g if g is not None else torch.zeros_like(t)
-            for (n, g), t in zip(grads.items(), tensors_of(copy, leaf).values(), strict=True)
-        } | {"y": found.detach()}
-
-    exact, by_formulas = reference(torch.float64), reference(dtype)
     assert_gradients(ours, exact, by_formulas)
-    y = network(x, functional=True)
-    assert torch.equal(y, ours["y"])
-    found = gradients(y, tensors_of(network, x), cotangent, allow_unused=True)
-    found = {n: torch.zeros_like(exact[n]) if g is None else g for n, g in found.items()}
-    assert_gradients(found | {"y": y.detach()}, exact, by_formulas)
-    plain = Network(num_sublayers, block_size, dim=144).to(dtype)
-    plain.load_state_dict(network.state_dict())
-    if num_sublayers > block_size:
-        assert not torch.equal(plain(x), y)
+    assert_gradients(functional, exact, by_formulas)
+
+
+def joined(draws: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
+    """What several networks have of a name, end to end."""
+    return {name: torch.cat([draw[name].flatten() for draw in draws]) for name in draws[0]}
 
 
 @every_layout
