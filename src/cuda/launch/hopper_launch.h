@@ -29,9 +29,8 @@ inline constexpr int64_t kCounterBytes = 64;
 /// A bound for the multiprocessors of a Hopper GPU, for workspaces: H100 and H200 have up to 132.
 inline constexpr int kMultiprocessorsMax = 144;
 
-/// Fewer steps a cluster do without the window: they cannot drift apart, the counter has to be
-/// zeroed first, and a cluster with one step would wait for news that nobody brings it: 140 us
-/// instead of 13 at N, S, D of 8, 24, 7168 and 4 or 16 tokens.
+/// Fewer steps a cluster do without the window: they cannot drift apart, and the counter has to be
+/// zeroed first.
 inline constexpr int kWindowRounds = 4;
 
 constexpr int groups_of_eight(int64_t count) { return static_cast<int>(ceil_div(count, 8)); }
@@ -56,10 +55,9 @@ struct Rings {
   int stages, slots;
 };
 
-/// Takes the deepest rings that fit: two softmax warps rather than one (with scales there is one
-/// alone), as many slots as possible
-/// from `most_slots` down to `least.slots`, then as many stages, but no fewer than `least.stages`.
-/// False when none fit.
+/// Takes the deepest rings that fit: with two softmax warps rather than one (over scaled sources
+/// there is one alone), as many slots as possible from `most_slots` down to `least.slots`, then as
+/// many stages, but no fewer than `least.stages`. False when none fit.
 inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rings least) {
   for (plan.softmax_warps = extents.scaled_rows > 0 ? 1 : 2; plan.softmax_warps >= 1;
        --plan.softmax_warps) {
@@ -180,8 +178,9 @@ void set_layout(Params& params, SourceLayout layout, std::span<const ConstMatrix
 void launch_clusters(Call& call, const void* kernel, const Plan& plan, int shared_bytes,
                      void** arguments, bool overlap);
 
-/// Sets how many clusters the plan launches, as many as run at once on the current device but no
-/// more than there are steps, and how many steps each has. With few steps the window is dropped.
+/// Sets what of the plan the device decides: how many clusters are launched, as many as run at once
+/// but no more than there are steps, how many steps each has, and whether the next step is brought
+/// into L2. With few steps the window is dropped.
 void share_out(Call& call, const void* kernel, int shared_bytes, int64_t tokens, Plan& plan);
 
 }  // namespace flash_attn_res::cuda::hopper
