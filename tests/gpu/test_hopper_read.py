@@ -78,7 +78,27 @@ SITES = [
     Site(T=200, D=2304, sources=10, norm=True, gradient=torch.float32),
     Site(T=200, D=2048, sources=5, accumulate=True),
     Site(T=200, D=4096, sources=16, norm=True),
-    Site(T=700, D=2304, sources=10),  # rows so many that one CTA has a multiprocessor to itself
+    # Rows so many that one CTA has a multiprocessor to itself, with two groups of warps: an odd and
+    # an even number of tokens a group, lanes without columns, all that a kernel can be asked for.
+    Site(T=700, D=2304, sources=10),
+    Site(T=3001, D=2304, sources=10, norm=True),
+    Site(T=1501, D=2048, sources=16, norm=True, dmix=True),
+    Site(T=600, D=1800, sources=12, norm=True, key_dim=1280),
+    Site(T=513, D=2560, sources=9, partial=True, norm=True, accumulate=True),
+    Site(T=1057, D=1024, sources=31, partial=True, norm=True),
+    Site(
+        T=900,
+        D=2048,
+        phase1=True,
+        sources=8,
+        partial=True,
+        norm=True,
+        storage=torch.float16,
+        gradient=torch.float32,
+        accumulate=True,
+        dpartial_out=torch.float32,
+        dpartial=torch.float32,
+    ),
     Site(T=5000, D=72, **ADVANCE),  # tokens so short that they are counted several at a time
     Site(T=100, D=1024, sources=31),
     Site(T=100, D=1024, sources=31, partial=True, norm=True),

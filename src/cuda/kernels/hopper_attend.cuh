@@ -32,7 +32,6 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include <cute/layout.hpp>
 #include <type_traits>
 
 #include "cuda/device/grid.cuh"

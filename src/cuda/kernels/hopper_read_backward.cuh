@@ -16,11 +16,11 @@
 //       16-bit or float; logits, inv_rms [T, K], rh [T], u [R] float; g [D] any
 // out   dsources, dpartial [T, D] 16-bit or float; dphase1_out, dh [T, D]; dphase1_lse, gate [T]
 // float;
-//       du and dg of a cluster's tokens [clusters, D] float, summed by reduce_partials
+//       du and dg of a group's tokens [clusters * groups, D] float, summed by reduce_partials
 // bytes K + 1 units of T * D elements read, K written, one more each that is accumulated
 // sums  float32: the chunks of a lane, the lanes of a warp by a butterfly, then warps, then CTAs in
-//       order. du, dg stay in registers over all tokens of a cluster, whose number depends on T and
-//       the device
+//       order. du, dg stay in registers over all tokens of a group of warps, whose number depends
+//       on T and the device
 //
 // Work of a CTA, which has `columns` of a token's D columns:
 //
@@ -29,7 +29,9 @@
 //                 the way there and back, behind P1(i + 1). A lane has one or two chunks of 8
 //                 columns, 256 apart: all that a warp does once a token, barriers, shuffles,
 //                 weights and addresses, serves both. w and h are formed in P1 and in P2: registers
-//                 for them would cost a third of the warps
+//                 for them would cost a third of the warps. A CTA that has a multiprocessor to
+//                 itself has two groups of such warps, which take its tokens in turn, P1(i) then
+//                 P2(i): one group works while the other waits for its weights
 //   weight warp   p of tokens to come; sums of token i over the warps and the cluster, and what
 //                 follows from them: the factors in dz_j, a lane a term
 //   load warp     one bulk copy a row into the ring, ahead as far as the ring is deep, but not so
@@ -81,9 +83,9 @@ struct HopperReadBackwardParams {
 
 struct ReadBackwardHead {
   Barrier full[kReadStagesMax];  // a token's rows have been loaded
-  Barrier free[kReadStagesMax];  // all compute warps are done with them
+  Barrier free[kReadStagesMax];  // all compute warps of their group are done with them
   Barrier probs_full[2];         // the weight warp has stored p and rh
-  Barrier partials_full[2];      // all compute warps have stored their sums
+  Barrier partials_full[2];      // all compute warps of a group have stored their sums
   Barrier totals_full[2];        // the sums of all CTAs of the cluster are here
   Barrier weights_full[2];       // the weight warp has stored the weights
   uint4 zeros;                   // a chunk of the keys outside their slice
@@ -364,10 +366,12 @@ struct ReadBackwardCompute {
   static constexpr int kPerTerm = SumMap<kNorm>::kPerTerm;
   static constexpr int kTermBatch = kTerms > 0 ? kTerms : 4;  // terms whose sums go together
   static_assert(kTerms > 0 || kChunks == 1);
+  static constexpr bool kGroups = kTerms == 0;  // where there may be two
 
   const HopperReadBackwardParams& p;
   const ReadBackwardCta& cta;
   int lane, warp;
+  int group;            // of warps, which takes every token or every other
   int first;            // column of this CTA where chunk 0 begins; chunk c begins 256 c later
   char* here[kChunks];  // a lane's chunk in a row that begins where shared memory does
   Chunk dquery[kChunks];
@@ -381,7 +385,11 @@ struct ReadBackwardCompute {
   __device__ __forceinline__ ReadBackwardCompute(const HopperReadBackwardParams& params,
                                                  const ReadBackwardCta& shared, int warp_of_cta,
                                                  int lane_of_warp)
-      : p(params), cta(shared), lane(lane_of_warp), warp(warp_of_cta) {
+      : p(params),
+        cta(shared),
+        lane(lane_of_warp),
+        warp(kGroups ? warp_of_cta % params.plan.warps : warp_of_cta),
+        group(kGroups ? warp_of_cta / params.plan.warps : 0) {
     first = warp * (kChunks * kReadWarpColumns) + lane * kChunk;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -473,7 +481,7 @@ struct ReadBackwardCompute {
         }
       }
     }
-    asm volatile("bar.sync 1, %0;" ::"r"(p.plan.warps * kWarp) : "memory");
+    asm volatile("bar.sync 1, %0;" ::"r"(p.plan.compute_warps() * kWarp) : "memory");
   }
 
   /// h of chunk c of a token. `probs` are `stride` floats apart. kMeet: zero in idle lanes.
@@ -704,15 +712,26 @@ struct ReadBackwardCompute {
     RingCursor meeting, finishing;
     fetch_vectors();
     const int steps = cta.steps(p);
+    // A lone group is a token ahead with its sums; of two one waits while the other works.
+    const int groups = kGroups ? p.plan.groups : 1;
+    const int ahead = groups == 1 ? 1 : 0;
+    for (int i = 0; i < group; ++i) {
+      meeting.advance(p.plan.stages);
+      finishing.advance(p.plan.stages);
+    }
 #pragma unroll 1
-    for (int step = 0; step <= steps; ++step) {
+    for (int step = group; step < steps + ahead; step += groups) {
       if (step < steps) {
         meet(step, meeting);
-        meeting.advance(p.plan.stages);
       }
-      if (step > 0) {
-        finish(step - 1, finishing);
-        finishing.advance(p.plan.stages);
+      if (step >= ahead) {
+        finish(step - ahead, finishing);
+        for (int i = 0; i < groups; ++i) {
+          finishing.advance(p.plan.stages);
+        }
+      }
+      for (int i = 0; i < groups; ++i) {
+        meeting.advance(p.plan.stages);
       }
     }
     begin_next_grid();
@@ -725,10 +744,11 @@ struct ReadBackwardCompute {
     }
   }
 
-  /// This cluster's sum over its tokens.
+  /// This group's sum over its tokens.
   __device__ __forceinline__ void leave(float* partials, const Chunk& sum, int c) const {
     if (partials != nullptr) {
-      float* const row = partials + static_cast<int64_t>(cta.cluster) * p.read.dim;
+      const int place = kGroups ? cta.cluster * p.plan.groups + group : cta.cluster;
+      float* const row = partials + static_cast<int64_t>(place) * p.read.dim;
       store_whole<float>(reinterpret_cast<char*>(row), col(c), pack<float>(sum));
     }
   }
@@ -769,13 +789,13 @@ __global__ void __launch_bounds__(read_resident_warps(kTerms, kChunks) * kWarp, 
   } else {
     __syncthreads();
   }
-  if (warp < warps) {
+  if (warp < p.plan.compute_warps()) {
     if (p.read.dmix.present()) {
       ReadBackwardCompute<T, kNorm, kTerms, kChunks, true>(p, cta, warp, lane).run();
     } else {
       ReadBackwardCompute<T, kNorm, kTerms, kChunks, false>(p, cta, warp, lane).run();
     }
-  } else if (warp == warps) {
+  } else if (warp == p.plan.compute_warps()) {
     load_tokens(p, cta, lane);
   } else {
     ReadBackwardWeights<kNorm>(p, cta, lane).run();

@@ -111,6 +111,11 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
   params.read = make_read_backward_params<kReadTermsMax>(args, shape, scratch);
   params.inputs = make_inputs(args, extents);
   params.plan = plan != nullptr ? *plan : choose_read_backward(extents, shape.D, call.limits());
+  // Every group leaves a row of partial sums, for which few tokens have no room.
+  constexpr int64_t kManyRows = 512;
+  if (shape.max_blocks < kManyRows) {
+    params.plan.groups = 1;
+  }
   params.map = read_backward_map(params.plan, extents);
   params.inv_dim = 1.0f / static_cast<float>(shape.D);
   params.num_sources = static_cast<int>(args.sources.size());
@@ -123,8 +128,9 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
   params.wide_dpartial = args.dpartial.dtype == DType::kFloat32;
 
   const auto launch = [&](auto kernel) {
-    const unsigned clusters = call.resident_clusters(
-        kernel, params.plan.cluster, params.plan.threads(), params.map.bytes, shape.max_blocks);
+    const unsigned clusters =
+        call.resident_clusters(kernel, params.plan.cluster, params.plan.threads(), params.map.bytes,
+                               shape.max_blocks / params.plan.groups);
     params.plan.clusters = static_cast<int>(clusters);
     params.cluster_shift = std::countr_zero(static_cast<unsigned>(params.plan.cluster));
     params.steps = static_cast<int>(shape.T / clusters);
@@ -152,7 +158,7 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
   } else {
     launch_for.template operator()<__half>();
   }
-  return static_cast<unsigned>(params.plan.clusters);
+  return static_cast<unsigned>(params.plan.clusters * params.plan.groups);
 }
 
 }  // namespace flash_attn_res::cuda::hopper
