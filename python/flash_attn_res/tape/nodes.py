@@ -211,17 +211,14 @@ class Read(Function):
         ctx.tape, ctx.site, ctx.phase1, ctx.frozen = tape, site, phase1, len(frozen.flat())
         ctx.partial_dtype = None if partial is None else partial.dtype
         ctx.update_dtype = None if update is None else update.dtype
-        if tape.record:
-            tape.logits = statistics[0]
+        total = keep_results(
+            tape, site, total, statistics, ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+        )
         if site.promotes:
-            needs = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
-            assert total is not None
-            tape.completed = total.detach()
-            tape.add_source([tape.completed], needs)
             return x, token.new_empty(0)
-        # The last site's sum has no reader. A block's first output is its sum as it stands:
-        # returned, so that its gradient comes from one place and autograd adds nothing.
-        return x if total is None or site.output else (x, total)
+        # A block's first output is its sum as it stands: returned, so that its gradient comes from
+        # one place and autograd adds nothing.
+        return x if total is None else (x, total)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, dtotal: Tensor | None = None) -> tuple[Any, ...]:
@@ -306,6 +303,44 @@ class Read(Function):
             dpartial, ctx.partial_dtype, ctx.update_dtype, (need_partial, need_update)
         )
         return None, None, None, None, dweight, *addends, None
+
+
+def read_without_graph(
+    tape: Tape,
+    site: Site,
+    phase1: Phase1 | None,
+    norm_eps: float,
+    norm_weight: Tensor | None,
+    partial: Tensor | None,
+    update: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The input and the running sum, as :class:`Read` gives them, where gradients are off.
+
+    A node costs the host as much as the rest of a read.
+    """
+    sources = tape.given(site.first_direct, site.num_sources, direct=True)
+    x, total, statistics = run_site(
+        tape, site, phase1, norm_weight, norm_eps, partial, update, sources
+    )
+    return x, keep_results(tape, site, total, statistics, False)
+
+
+def keep_results(
+    tape: Tape,
+    site: Site,
+    total: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor | None],
+    needs_grad: bool,
+) -> Tensor | None:
+    """Puts what others will read where they find it; returns a sum that is still to be added to."""
+    if tape.record:
+        tape.logits = statistics[0]
+    if site.promotes:
+        assert total is not None
+        tape.completed = total.detach()
+        tape.add_source([tape.completed], needs_grad)
+        return None
+    return None if site.output else total  # the last site's sum has no reader
 
 
 def to_addends(

@@ -11,7 +11,15 @@ from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from flash_attn_res.plan import PartialPlan, Plan, Site
 from flash_attn_res.stream import Stream, spread
-from flash_attn_res.tape.nodes import Close, Export, Open, Read, Start, run_site
+from flash_attn_res.tape.nodes import (
+    Close,
+    Export,
+    Open,
+    Read,
+    Start,
+    read_without_graph,
+    run_site,
+)
 from flash_attn_res.tape.state import Given, Phase1, Sources, Tape, backward_pass
 
 if TYPE_CHECKING:
@@ -108,17 +116,22 @@ class TapeStream(Stream):
         weight = norm_weight
         if weight is not None and tape.dtype == torch.float64:
             weight = weight.to(torch.float64)
-        # Of a single term, a query changes nothing.
-        single = site.num_sources == 1 and self._partial is None and self._update is None
-        token = self._token.detach() if single and not tape.source_grads[0] else self._token
-        given = Read.apply(tape, site, phase1, norm_eps, weight, self._partial, self._update, token)
-        self._partial = self._update = None
-        if isinstance(given, Tensor):
-            x = given
-        elif site.promotes:
-            x, self._token = given
+        given = tape, site, phase1, norm_eps, weight, self._partial, self._update
+        if torch.is_grad_enabled():
+            # Of a single term, a query changes nothing.
+            single = site.num_sources == 1 and self._partial is None and self._update is None
+            token = self._token.detach() if single and not tape.source_grads[0] else self._token
+            results = Read.apply(*given, token)
+            self._partial = self._update = None
+            if isinstance(results, Tensor):
+                x = results
+            elif site.promotes:
+                x, self._token = results
+            else:
+                x, self._partial = results
         else:
-            x, self._partial = given
+            x, total = read_without_graph(*given)
+            self._partial, self._update = total, None
         if self._return_probs:
             self._record(site, phase1)
         return x
