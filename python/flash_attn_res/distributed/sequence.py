@@ -157,12 +157,18 @@ class TokenShards:
 
         The backward gathers the shards' gradients, so that each rank has the full gradient.
         """
-        taken: Tensor = _Take.apply(self, self._leading("take", whole))
+        whole = self._leading("take", whole)
+        if not torch.is_grad_enabled():
+            return self.own(whole)
+        taken: Tensor = _Take.apply(self, whole)
         return taken
 
     def scatter(self, whole: Tensor) -> Tensor:
         """This rank's shard of the sum over ranks of ``whole``: a reduce-scatter."""
-        scattered: Tensor = _Scatter.apply(self, self._leading("scatter", whole))
+        whole = self._leading("scatter", whole)
+        if not torch.is_grad_enabled():  # a node costs the host more than it does
+            return self.reduce_scatter(whole)
+        scattered: Tensor = _Scatter.apply(self, whole)
         return scattered
 
     def gather(self, shard: Tensor, tokens: int) -> Tensor:
@@ -170,7 +176,12 @@ class TokenShards:
 
         The backward takes the gradient as one of P terms: those of all ranks are summed.
         """
-        pending = self.begin_gather(shard.detach(), tokens)
+        return self._gathered(shard, self.begin_gather(shard.detach(), tokens))
+
+    def _gathered(self, shard: Tensor, pending: _Pending) -> Tensor:
+        """What an all-gather of the shard gives."""
+        if not torch.is_grad_enabled():
+            return pending.wait()
         whole: Tensor = _Gather.apply(self, shard, pending)
         return whole
 
@@ -377,8 +388,7 @@ class ShardedStream:
         pending = self._shards.begin_gather(shard.detach(), self._tokens)
         if self._overlap and isinstance(self.stream, TapeStream):
             self.stream.prefetch(self._shards.side_stream(shard.device))
-        whole: Tensor = _Gather.apply(self._shards, shard, pending)
-        return whole
+        return self._shards._gathered(shard, pending)
 
     def write(self, output: Tensor) -> None:
         """Takes a sublayer's output: this rank's partial sums of all tokens, or a DTensor."""

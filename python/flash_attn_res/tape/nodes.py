@@ -320,7 +320,7 @@ def read_without_graph(
     """
     sources = tape.given(site.first_direct, site.num_sources, direct=True)
     x, total, statistics = run_site(
-        tape, site, phase1, norm_weight, norm_eps, partial, update, sources
+        tape, site, phase1, norm_weight, norm_eps, partial, update, sources, keep=False
     )
     return x, keep_results(tape, site, total, statistics, False)
 
@@ -367,8 +367,12 @@ def run_site(
     partial: Tensor | None,
     update: Tensor | None,
     sources: Sources,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
-    """One read: x [..., D], the new sum [..., D] if there is one, and the saved statistics."""
+    """One read: x [..., D], the new sum [..., D] if there is one, and the statistics.
+
+    Without ``keep`` the statistics hold until the next read alone.
+    """
     before, output = partial, update
     if partial is None and update is not None:
         partial, update = as_it_stands(update, tape.dtype, tape.sum_dtype), None
@@ -377,10 +381,9 @@ def run_site(
     total = partial if update is None else tape.sum_values()
     x = tape.values()
     terms = int(phase1 is not None) + len(sources.values) + int(total is not None)
-    logits = tape.floats(tape.tokens, terms)
-    inv_rms = tape.floats(tape.tokens, terms)
     norm = norm_weight is not None
-    mix_inv_rms = tape.floats(tape.tokens) if norm else None
+    logits, inv_rms, of_mix = tape.statistics(terms, keep)
+    mix_inv_rms = of_mix if norm else None
     operators.read(
         None if phase1 is None else phase1.rows[site.slot],
         None if phase1 is None else phase1.lse_rows[site.slot],
