@@ -359,6 +359,52 @@ def test_our_operations_are_those_of_the_formulas() -> None:
             assert counted == units(3, 2)
 
 
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_what_is_compiled_beforehand_is_what_a_network_calls(
+    two_phase: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same operators with the same shapes and the same need of gradients, in any order."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            sources = given[0] if isinstance(given[0], list) else [given[0]]
+            told = len(sources), tuple(sources[0].shape), torch.is_grad_enabled()
+            last = given[-1]
+            seen.add((name, *told, None if last is None else tuple(last.shape)))
+            return function(*given)
+
+        return call
+
+    def make(network: step.Network) -> step.Operators:
+        one_shot = noted("one-shot", step.formula_one_shot)
+        if not two_phase:
+            return step.Operators(one_shot)
+        phase1 = noted("phase 1", step.formula_phase1)
+        return step.Operators(one_shot, phase1, noted("merge", step.formula_merge))
+
+    shape = step.Shape(layers=4, block_size=2, tokens=step.CHECKED_TOKENS + 44, dim=16)
+    monkeypatch.setitem(step.OPERATORS, "formulas", make)
+    monkeypatch.setitem(step.PACKAGES, "formulas", lambda network: step.over(make, network))
+    torch.manual_seed(0)
+    network = step.Network(shape, "cpu", torch.float32)
+    x = torch.randn(1, shape.tokens, shape.dim).requires_grad_()
+    prepared = step.prepare(network, "formulas", x, torch.ones_like(x), False)
+    assert isinstance(prepared, step.Contender), prepared
+    called = set(seen)
+    seen.clear()
+
+    def run(module: str, calls: list[list[str]], jobs: int) -> None:
+        assert (module, jobs) == (step.__name__, 3)
+        for package, *numbers in calls:
+            *sizes, count = map(int, numbers)
+            step.compile_one(package, step.Shape(*sizes), count, "cpu", torch.float32)
+
+    monkeypatch.setattr(harness, "in_processes", run)
+    step.compile_beforehand([shape], ["plain", "formulas"], 3)
+    assert seen >= called
+
+
 def test_a_package_that_fails_is_a_row() -> None:
     def broken() -> None:
         raise RuntimeError("out of\nluck")

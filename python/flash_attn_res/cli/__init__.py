@@ -291,7 +291,11 @@ def _add_bench(parser: _Parser) -> None:
     )
     cases.add_argument("--rounds", type=int, default=0, metavar="N", help="default: the suite's")
     cases.add_argument(
-        "--warm", type=int, default=0, metavar="JOBS", help="kernels: compile beforehand, so many"
+        "--warm",
+        type=int,
+        default=0,
+        metavar="JOBS",
+        help="kernels, step: compile beforehand, so many",
     )
     cases.add_argument(
         "--profile", action="store_true", help="step: print where the time goes instead of timing"

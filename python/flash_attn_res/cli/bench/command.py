@@ -21,7 +21,7 @@ from flash_attn_res.cli.errors import CliError
 
 SUITES = {
     "kernels": ("shape", "neighbours", "op", "rounds", "warm"),
-    "step": ("shape", "rounds", "checkpointed", "scaling", "profile"),
+    "step": ("shape", "rounds", "checkpointed", "scaling", "profile", "warm"),
     "decode": ("op", "tokens", "rounds"),
     "storage": ("shape", "op", "rounds"),
     "cpu": ("op", "rounds"),

@@ -9,6 +9,8 @@ measured in the same run.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -17,6 +19,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -137,6 +140,28 @@ class Timer:
                 if index >= warmup:
                     times[name].append(elapsed)
         return {name: sorted(t) for name, t in times.items() if name not in failures}, failures
+
+
+def in_processes(module: str, calls: Sequence[Sequence[str]], jobs: int) -> None:
+    """Runs ``python -m module`` with the arguments of each call, so many at a time.
+
+    What a process prints and whether it fails is lost: the caches that it leaves are what counts.
+    """
+
+    def one(call: Sequence[str]) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                [sys.executable, "-m", module, *call],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                check=False,
+                timeout=900,
+            )
+
+    begin = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, calls))
+    print(f"compiled {len(calls)} cases in {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def describe(error: BaseException) -> str:

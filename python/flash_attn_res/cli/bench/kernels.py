@@ -25,12 +25,8 @@ A peer that writes more (fresh gradients of every input, say) is held to the sam
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
@@ -357,23 +353,8 @@ def case_of(op: str, shape: dict[str, int], device: str) -> peers.Case:
 
 def warm(cases: Sequence[tuple[str, str]], packages: Sequence[str], jobs: int) -> None:
     """Compiles every peer at every case in `jobs` processes; failures show up when timed."""
-
-    def one(job: tuple[str, str, str]) -> None:
-        subprocess.run(
-            [sys.executable, "-m", __name__, *job],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-            timeout=900,
-        )
-
     todo = [(op, name, package) for op, name in cases for package in packages if package != OURS]
-    begin = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for job in [pool.submit(one, job) for job in todo]:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                job.result()
-    print(f"compiled {len(todo)} cases in {time.monotonic() - begin:.0f} s", flush=True)
+    harness.in_processes(__name__, todo, jobs)
 
 
 def _compile(op: str, name: str, package: str) -> None:

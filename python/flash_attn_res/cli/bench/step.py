@@ -20,6 +20,10 @@ memory is that of one step, weights and input included.
 
 `--scaling` measures series instead: over L with eight blocks, and over T. On a CPU the networks of
 the same names are as small as lets a run end in minutes.
+
+Kernels of other packages are compiled for every number of sources, one after the other, which takes
+minutes. `--warm` does so beforehand in several processes at a time, one for each number; the timed
+process finds them in the caches of Triton and Inductor, and still does what tuning a package does.
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ import functools
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.functional import rms_norm, silu
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
@@ -48,6 +54,9 @@ from flash_attn_res.cli.device import device_name
 EPS = 1e-6
 LIMIT = 3e-2
 """Largest relative L2 error of an output: bfloat16 rounds at every sublayer."""
+
+CHECKED_TOKENS = 256
+"""On which a contender's output is held to the formulas."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +198,23 @@ Merge = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 OneShot = Callable[[list[Tensor], Tensor, "Tensor | None"], Tensor]
 
 
+@dataclasses.dataclass(frozen=True)
+class Operators:
+    """What a package offers: without a phase 1 and a merge, every site reads all sources."""
+
+    one_shot: OneShot
+    phase1: Phase1 | None = None
+    merge: Merge | None = None
+
+
+def over(make: Callable[[Network], Operators], network: Network) -> Forward:
+    """The network over the operators of a package."""
+    operators = make(network)
+    if operators.phase1 is None or operators.merge is None:
+        return one_shot_network(network, operators.one_shot)
+    return two_phase(network, operators.phase1, operators.merge, operators.one_shot)
+
+
 def two_phase(network: Network, phase1: Phase1, merge: Merge, one_shot: OneShot) -> Forward:
     """Algorithm 1 of the paper over the operators of a package, merges outside of checkpoints."""
     layers = network.sublayers()
@@ -278,16 +304,16 @@ def formula_one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None
     return h if weight is None else rms_norm(h, weight.shape, weight, EPS)
 
 
-def compiled(network: Network) -> Forward:
-    torch._functorch.config.donated_buffer = False
+def compiled(network: Network) -> Operators:
+    functorch_config.donated_buffer = False
     phase1 = torch.compile(formula_phase1, dynamic=False, fullgraph=True)
     merge = torch.compile(formula_merge, dynamic=False, fullgraph=True)
     one_shot = torch.compile(formula_one_shot, dynamic=False, fullgraph=True)
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    return two_phase(network, phase1, merge, one_shot)
+    return Operators(one_shot, phase1, merge)
 
 
-def seed(network: Network) -> Forward:
+def seed(network: Network) -> Operators:
     if network.shape.dim & (network.shape.dim - 1):
         raise UnsupportedError(f"takes D that is a power of two, not {network.shape.dim}")
     folder = os.environ.get("SEED_ATTN_RES")
@@ -305,10 +331,10 @@ def seed(network: Network) -> Forward:
     def one_shot(sources: list[Tensor], query: Tensor, weight: Tensor | None) -> Tensor:
         return phase1(sources, query[None])[0][0]
 
-    return two_phase(network, phase1, merge, one_shot)
+    return Operators(one_shot, phase1, merge)
 
 
-def fla(network: Network, gluon: bool) -> Forward:
+def fla(network: Network, gluon: bool) -> Operators:
     os.environ["FLA_ATTNRES_GLUON"] = "1" if gluon else "0"
     try:
         from fla.ops.attnres import fused_attnres
@@ -324,10 +350,10 @@ def fla(network: Network, gluon: bool) -> Forward:
         os.environ["FLA_ATTNRES_GLUON"] = "1" if gluon else "0"
         return fused_attnres(query, sources, ones, output_rms_weight=weight, rms_eps=EPS)
 
-    return one_shot_network(network, one_shot)
+    return Operators(one_shot)
 
 
-def liger(network: Network) -> Forward:
+def liger(network: Network) -> Operators:
     if len(network.blocks()) + 1 > 32:
         raise UnsupportedError("leaves out sources beyond the 32nd")
     try:
@@ -341,18 +367,21 @@ def liger(network: Network) -> Forward:
         h = h.view_as(sources[0])  # it drops an axis of one
         return h if weight is None else rms_norm(h, weight.shape, weight, EPS)
 
-    return one_shot_network(network, one_shot)
+    return Operators(one_shot)
 
 
-PACKAGES: dict[str, Callable[[Network], Forward]] = {
-    "plain": plain,
-    OURS: ours,
-    "flash_attn_res (storage gradients)": functools.partial(ours, grad_dtype=None),
+OPERATORS: dict[str, Callable[[Network], Operators]] = {
     COMPILED: compiled,
     "seed": seed,
     "fla (Triton)": functools.partial(fla, gluon=False),
     "fla (Gluon)": functools.partial(fla, gluon=True),
     "liger": liger,
+}
+PACKAGES: dict[str, Callable[[Network], Forward]] = {
+    "plain": plain,
+    OURS: ours,
+    "flash_attn_res (storage gradients)": functools.partial(ours, grad_dtype=None),
+    **{name: functools.partial(over, make) for name, make in OPERATORS.items()},
 }
 
 
@@ -401,7 +430,7 @@ class Contender:
 
 def held_to_the_formulas(network: Network, run: Forward, package: str) -> None:
     """Raises where a contender computes something else, on a few tokens."""
-    tokens = min(256, network.shape.tokens)
+    tokens = min(CHECKED_TOKENS, network.shape.tokens)
     x = torch.randn(1, tokens, network.shape.dim, device=network.queries.device)
     x = x.to(network.queries.dtype)
     if package == "plain":
@@ -448,6 +477,43 @@ def prepare(
     except Exception as error:  # whatever another package raises is its result
         return describe(error)
     return contender
+
+
+def compile_beforehand(shapes: Sequence[Shape], packages: Sequence[str], jobs: int) -> None:
+    """Compiles every package for every number of sources; failures show up when it is timed."""
+    calls = [
+        [package, *map(str, dataclasses.astuple(shape)), str(count)]
+        for shape in shapes
+        for package in packages
+        if package in OPERATORS
+        for count in range(1, -(-shape.layers // shape.block_size) + 2)
+    ]
+    harness.in_processes(__name__, calls, jobs)
+
+
+def compile_one(package: str, shape: Shape, count: int, device: str, dtype: torch.dtype) -> None:
+    """Runs what a network of this shape does with ``count`` sources, as `prepare` will."""
+    network = Network(dataclasses.replace(shape, layers=1), device, dtype)
+    layer, last = network.sublayers()[0], count > -(-shape.layers // shape.block_size)
+    operators = OPERATORS[package](network)
+    for tokens in dict.fromkeys((min(CHECKED_TOKENS, shape.tokens), shape.tokens)):
+        for mode in (torch.inference_mode(), torch.enable_grad()):
+            with mode:
+                sources = [
+                    torch.randn(1, tokens, shape.dim, device=device).to(dtype).requires_grad_()
+                    for _ in range(count)
+                ]
+                queries = torch.randn(shape.block_size, shape.dim, device=device).requires_grad_()
+                if operators.phase1 is None or operators.merge is None:
+                    results = [operators.one_shot(sources, queries[0], layer.norm)]
+                    results += [operators.one_shot(sources, queries[0], None)] if last else []
+                elif last:
+                    results = [operators.one_shot(sources, queries[0], None)]
+                else:
+                    outs, lses = operators.phase1(sources, queries)
+                    results = [operators.merge(outs[0], lses[0], sources[-1], queries[0])]
+                if torch.is_grad_enabled():
+                    torch.stack([result.float().sum() for result in results]).sum().backward()
 
 
 def residual_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -584,6 +650,8 @@ def run(request: Request) -> list[Row]:
         networks = [(f"over {axis}", shape, axis) for axis in scaling for shape in scaling[axis]]
     else:
         networks = [(name, known[name], "") for name in request.shapes or known]
+    if options.warm and request.cuda:
+        compile_beforehand([shape for _, shape, _ in networks], packages, options.warm)
     rows: list[Row] = []
     for name, shape, axis in networks:
         print(f"{name}: {shape}", flush=True)
@@ -599,3 +667,10 @@ def run(request: Request) -> list[Row]:
         if request.cuda:
             torch.cuda.empty_cache()
     return rows
+
+
+if __name__ == "__main__":
+    given, *numbers = sys.argv[1:]
+    *sizes, sources = map(int, numbers)
+    compile_one(given, Shape(*sizes), sources, "cuda", torch.bfloat16)
+    torch.cuda.synchronize()
