@@ -13,7 +13,7 @@ from flash_attn_res import finite
 from flash_attn_res.plan import Site
 from flash_attn_res.stream import as_it_stands
 from flash_attn_res.tape import operators
-from flash_attn_res.tape.state import Phase1, Sources, Tape, named_sources
+from flash_attn_res.tape.state import Phase1, Sources, Statistics, Tape, named_sources
 
 
 class Start(Function):
@@ -329,7 +329,7 @@ def keep_results(
     tape: Tape,
     site: Site,
     total: Tensor | None,
-    statistics: tuple[Tensor, Tensor, Tensor | None],
+    statistics: Statistics,
     needs_grad: bool,
 ) -> Tensor | None:
     """Puts what others will read where they find it; returns a sum that is still to be added to."""
@@ -368,7 +368,7 @@ def run_site(
     update: Tensor | None,
     sources: Sources,
     keep: bool = True,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
+) -> tuple[Tensor, Tensor | None, Statistics]:
     """One read: x [..., D], the new sum [..., D] if there is one, and the statistics.
 
     Without ``keep`` the statistics hold until the next read alone.
@@ -382,8 +382,7 @@ def run_site(
     x = tape.values()
     terms = int(phase1 is not None) + len(sources.values) + int(total is not None)
     norm = norm_weight is not None
-    logits, inv_rms, of_mix = tape.statistics(terms, keep)
-    mix_inv_rms = of_mix if norm else None
+    logits, inv_rms, mix_inv_rms = tape.statistics(terms, norm, keep)
     operators.read(
         None if phase1 is None else phase1.rows[site.slot],
         None if phase1 is None else phase1.lse_rows[site.slot],

@@ -51,7 +51,7 @@ class Given:
     grads: dict[int, Tensor]
 
 
-Statistics = tuple[Tensor, Tensor, Tensor]
+Statistics = tuple[Tensor, Tensor, "Tensor | None"]
 """logits and 1 / rms [T, K] of the terms of a read, and 1 / rms [T] of its mixture under a norm."""
 
 
@@ -180,7 +180,8 @@ class Tape:
         self.source_grads = [embedding.requires_grad]  # whether a source needs a gradient
         self.phase1: Phase1 | None = None  # that of the group that runs forward
         self.logits: Tensor | None = None  # [T, K] of the site that was read last, if recorded
-        self.scratch: dict[int, Statistics] = {}  # K -> of sites whose statistics nobody wants
+        # (K, norm) -> of sites whose statistics nobody wants.
+        self.scratch: dict[tuple[int, bool], Statistics] = {}
         self.record = False
         self.freed = False  # a backward pass has run
         self.shared = False  # the gradients in dsources are shared with other tapes
@@ -251,17 +252,16 @@ class Tape:
         """Fresh statistics."""
         return torch.empty(shape, dtype=self.queries.dtype, device=self.device)
 
-    def statistics(self, terms: int, keep: bool) -> Statistics:
+    def statistics(self, terms: int, norm: bool, keep: bool) -> Statistics:
         """Room for what a read knows of its K terms; without ``keep`` the next read has it too."""
-        if keep or self.record:
-            return self._statistics(terms)
-        if terms not in self.scratch:
-            self.scratch[terms] = self._statistics(terms)
-        return self.scratch[terms]
-
-    def _statistics(self, terms: int) -> Statistics:
-        shape = self.tokens, terms
-        return self.floats(*shape), self.floats(*shape), self.floats(self.tokens)
+        key, shared = (terms, norm), not keep and not self.record
+        if shared and key in self.scratch:
+            return self.scratch[key]
+        logits, inv_rms = (self.floats(self.tokens, terms) for _ in range(2))
+        made = logits, inv_rms, self.floats(self.tokens) if norm else None
+        if shared:
+            self.scratch[key] = made
+        return made
 
     # ------------------------------------------------------------------------- backward passes
 
@@ -315,7 +315,8 @@ class Tape:
             current.wait_stream(before)
             held = [*self.dsources.values(), *self.sources]
             held += [tensor for item in self.stored for tensor in (item.values, item.scale)]
-            held += [tensor for item in self.scratch.values() for tensor in item]
+            for logits, inv_rms, of_mix in self.scratch.values():
+                held += [logits, inv_rms] if of_mix is None else [logits, inv_rms, of_mix]
             held += [] if self.dqueries is None else [self.dqueries]
             for phase1 in self.begun:
                 held += [phase1.gate, phase1.dlse]

@@ -66,6 +66,11 @@ class Shape:
     tokens: int
     dim: int
 
+    @property
+    def num_blocks(self) -> int:
+        """Completed sources at the network's end, without the input."""
+        return -(-self.layers // self.block_size)
+
 
 SHAPES = {
     "narrow": Shape(32, 8, 16384, 2048),
@@ -354,7 +359,7 @@ def fla(network: Network, gluon: bool) -> Operators:
 
 
 def liger(network: Network) -> Operators:
-    if len(network.blocks()) + 1 > 32:
+    if network.shape.num_blocks + 1 > 32:
         raise UnsupportedError("leaves out sources beyond the 32nd")
     try:
         from liger_kernel.ops.attn_res import LigerAttnResFunction
@@ -486,7 +491,7 @@ def compile_beforehand(shapes: Sequence[Shape], packages: Sequence[str], jobs: i
         for shape in shapes
         for package in packages
         if package in OPERATORS
-        for count in range(1, -(-shape.layers // shape.block_size) + 2)
+        for count in range(1, shape.num_blocks + 2)
     ]
     harness.in_processes(__name__, calls, jobs)
 
@@ -494,7 +499,7 @@ def compile_beforehand(shapes: Sequence[Shape], packages: Sequence[str], jobs: i
 def compile_one(package: str, shape: Shape, count: int, device: str, dtype: torch.dtype) -> None:
     """Runs what a network of this shape does with ``count`` sources, as `prepare` will."""
     network = Network(dataclasses.replace(shape, layers=1), device, dtype)
-    layer, last = network.sublayers()[0], count > -(-shape.layers // shape.block_size)
+    layer, last = network.sublayers()[0], count > shape.num_blocks
     operators = OPERATORS[package](network)
     for tokens in dict.fromkeys((min(CHECKED_TOKENS, shape.tokens), shape.tokens)):
         for mode in (torch.inference_mode(), torch.enable_grad()):
