@@ -358,15 +358,15 @@ struct ReadBackwardWeights {
 // --------------------------------------------------------------------------------- compute warps
 
 /// The compute warps: their lane's chunks of every token, one after the other, which saves
-/// registers. kTerms: K where it is known, else 0, which goes with one chunk.
+/// registers. kTerms: K where it is known, else 0, which goes with one chunk. kGroups: groups of
+/// warps; a number that is known only at run time makes a lone one 5 to 7 % slower.
 /// kDmix: whether there is dmix; a branch around it, though all take the same side, costs copies of
 /// all that it changes.
-template <class T, bool kNorm, int kTerms, int kChunks, bool kDmix>
+template <class T, bool kNorm, int kTerms, int kChunks, int kGroups, bool kDmix>
 struct ReadBackwardCompute {
   static constexpr int kPerTerm = SumMap<kNorm>::kPerTerm;
   static constexpr int kTermBatch = kTerms > 0 ? kTerms : 4;  // terms whose sums go together
   static_assert(kTerms > 0 || kChunks == 1);
-  static constexpr bool kGroups = kTerms == 0;  // where there may be two
 
   const HopperReadBackwardParams& p;
   const ReadBackwardCta& cta;
@@ -388,8 +388,12 @@ struct ReadBackwardCompute {
       : p(params),
         cta(shared),
         lane(lane_of_warp),
-        warp(kGroups ? warp_of_cta % params.plan.warps : warp_of_cta),
-        group(kGroups ? warp_of_cta / params.plan.warps : 0) {
+        warp(warp_of_cta),
+        group(0) {
+    if (kGroups == 2 && warp >= p.plan.warps) {
+      warp -= p.plan.warps;
+      group = 1;
+    }
     first = warp * (kChunks * kReadWarpColumns) + lane * kChunk;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -481,7 +485,7 @@ struct ReadBackwardCompute {
         }
       }
     }
-    asm volatile("bar.sync 1, %0;" ::"r"(p.plan.compute_warps() * kWarp) : "memory");
+    asm volatile("bar.sync 1, %0;" ::"r"(kGroups * p.plan.warps * kWarp) : "memory");
   }
 
   /// h of chunk c of a token. `probs` are `stride` floats apart. kMeet: zero in idle lanes.
@@ -713,25 +717,24 @@ struct ReadBackwardCompute {
     fetch_vectors();
     const int steps = cta.steps(p);
     // A lone group is a token ahead with its sums; of two one waits while the other works.
-    const int groups = kGroups ? p.plan.groups : 1;
-    const int ahead = groups == 1 ? 1 : 0;
-    for (int i = 0; i < group; ++i) {
-      meeting.advance(p.plan.stages);
-      finishing.advance(p.plan.stages);
-    }
+    constexpr int kAhead = kGroups == 1 ? 1 : 0;
+    const auto advance = [&](RingCursor& ring, int tokens) {
+#pragma unroll
+      for (int i = 0; i < tokens; ++i) {
+        ring.advance(p.plan.stages);
+      }
+    };
+    advance(meeting, group);
+    advance(finishing, group);
 #pragma unroll 1
-    for (int step = group; step < steps + ahead; step += groups) {
+    for (int step = group; step < steps + kAhead; step += kGroups) {
       if (step < steps) {
         meet(step, meeting);
+        advance(meeting, kGroups);
       }
-      if (step >= ahead) {
-        finish(step - ahead, finishing);
-        for (int i = 0; i < groups; ++i) {
-          finishing.advance(p.plan.stages);
-        }
-      }
-      for (int i = 0; i < groups; ++i) {
-        meeting.advance(p.plan.stages);
+      if (step >= kAhead) {
+        finish(step - kAhead, finishing);
+        advance(finishing, kGroups);
       }
     }
     begin_next_grid();
@@ -747,14 +750,14 @@ struct ReadBackwardCompute {
   /// This group's sum over its tokens.
   __device__ __forceinline__ void leave(float* partials, const Chunk& sum, int c) const {
     if (partials != nullptr) {
-      const int place = kGroups ? cta.cluster * p.plan.groups + group : cta.cluster;
-      float* const row = partials + static_cast<int64_t>(place) * p.read.dim;
+      const int64_t place = cta.cluster * kGroups + group;
+      float* const row = partials + place * p.read.dim;
       store_whole<float>(reinterpret_cast<char*>(row), col(c), pack<float>(sum));
     }
   }
 };
 
-template <class T, bool kNorm, int kTerms, int kChunks>
+template <class T, bool kNorm, int kTerms, int kChunks, int kGroups>
 __global__ void __launch_bounds__(read_resident_warps(kTerms, kChunks) * kWarp, 1)
     read_backward_kernel(const __grid_constant__ HopperReadBackwardParams p) {
 #if __CUDA_ARCH__ >= 900  // the launcher never runs it on any other architecture
@@ -789,13 +792,13 @@ __global__ void __launch_bounds__(read_resident_warps(kTerms, kChunks) * kWarp, 
   } else {
     __syncthreads();
   }
-  if (warp < p.plan.compute_warps()) {
+  if (warp < kGroups * warps) {
     if (p.read.dmix.present()) {
-      ReadBackwardCompute<T, kNorm, kTerms, kChunks, true>(p, cta, warp, lane).run();
+      ReadBackwardCompute<T, kNorm, kTerms, kChunks, kGroups, true>(p, cta, warp, lane).run();
     } else {
-      ReadBackwardCompute<T, kNorm, kTerms, kChunks, false>(p, cta, warp, lane).run();
+      ReadBackwardCompute<T, kNorm, kTerms, kChunks, kGroups, false>(p, cta, warp, lane).run();
     }
-  } else if (warp == p.plan.compute_warps()) {
+  } else if (warp == kGroups * warps) {
     load_tokens(p, cta, lane);
   } else {
     ReadBackwardWeights<kNorm>(p, cta, lane).run();

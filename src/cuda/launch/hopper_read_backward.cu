@@ -142,11 +142,13 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
   // Two terms, as every merge and advance has, are worth kernels of their own: all loops unrolled.
   const auto launch_kernel = [&]<class T, bool kNorm>() {
     if (params.plan.chunks == 2) {
-      launch(read_backward_kernel<T, kNorm, 2, 2>);
+      launch(read_backward_kernel<T, kNorm, 2, 2, 1>);
     } else if (params.read.num_terms == 2) {
-      launch(read_backward_kernel<T, kNorm, 2, 1>);
+      launch(read_backward_kernel<T, kNorm, 2, 1, 1>);
+    } else if (params.plan.groups == 2) {
+      launch(read_backward_kernel<T, kNorm, 0, 1, 2>);
     } else {
-      launch(read_backward_kernel<T, kNorm, 0, 1>);
+      launch(read_backward_kernel<T, kNorm, 0, 1, 1>);
     }
   };
   const auto launch_for = [&]<class T>() {
