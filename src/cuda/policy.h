@@ -263,6 +263,85 @@ constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, bool update,
              : ReadRowsPolicy{};
 }
 
+/// One compiled form of the kernel that copies the rows of a block's next token ahead.
+struct ReadAheadForm {
+  int terms;        // rows that a thread has room for
+  int chunks;       // 16-byte chunks of each row that a thread keeps
+  int registers;    // of a thread, at most
+  int least_terms;  // the fewest that it is chosen for
+
+  constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
+};
+
+/// By number of terms, the best first. More than four chunks of two to four terms, or two of more,
+/// leave too few warps; three serve the widths that four or two do not divide.
+inline constexpr ReadAheadForm kReadAhead[] = {
+    {2, 4, 80, 1}, {2, 3, 80, 1},  {2, 2, 64, 1},  {4, 4, 128, 3}, {4, 3, 96, 3},   {4, 2, 80, 3},
+    {6, 2, 96, 5}, {6, 3, 128, 5}, {8, 2, 112, 7}, {8, 3, 168, 7}, {10, 2, 128, 9}, {10, 3, 168, 9},
+};
+
+constexpr ReadAheadForm read_ahead_form(int terms, int chunks) {
+  for (const ReadAheadForm& form : kReadAhead) {
+    if (form.terms == terms && form.chunks == chunks) {
+      return form;
+    }
+  }
+  return {};
+}
+
+/// How `read` runs with rows copied ahead.
+struct ReadAheadPolicy {
+  int terms;             // of the kernel's form; 0: none serves the call
+  int chunks;            // likewise
+  int threads;           // of a block, which has whole tokens
+  int64_t shared_bytes;  // of a block
+
+  bool operator==(const ReadAheadPolicy&) const = default;
+};
+
+/// The first form that has room for the terms and whose threads share a row evenly. `sums` floats
+/// are a token's sums of all segments, by number of terms that the form has room for.
+template <class Sums>
+constexpr ReadAheadPolicy choose_read_ahead(int64_t terms, int64_t updates, int64_t dim,
+                                            const DeviceLimits& limits, Sums&& sums) {
+  constexpr int64_t kSegment = 256;  // columns of a warp and chunk
+  for (const ReadAheadForm& form : kReadAhead) {
+    const int64_t columns = kSegment * form.chunks;
+    if (form.terms < terms || form.least_terms > terms || dim % columns != 0) {
+      continue;
+    }
+    const int64_t bytes = (form.terms + updates) * dim * 2 + 2 * 4 * sums(form.terms);
+    const int64_t threads = dim / columns * 32;
+    if (threads <= form.max_threads() && bytes <= limits.shared_per_block) {
+      return {form.terms, form.chunks, static_cast<int>(threads), bytes};
+    }
+  }
+  return {};
+}
+
+/// How the tokens are dealt out to blocks, of which `resident` run at once.
+struct ReadAheadBands {
+  unsigned stride;  // blocks of a band, which has stride * count tokens
+  unsigned count;   // tokens of a block
+  unsigned bands;
+
+  bool operator==(const ReadAheadBands&) const = default;
+};
+
+/// Tokens that a block takes. A block that has a multiprocessor to itself has nobody to load while
+/// it begins, and stays; the more there are, the sooner they drift apart: of the copy on an H200,
+/// one-shot over four at D = 2048 has 102 % with two to four tokens, 98 with sixteen, 96 with all;
+/// over nine at D = 7168 88, 94 and 95.
+constexpr ReadAheadBands read_ahead_bands(int64_t tokens, int64_t resident,
+                                          int64_t multiprocessors) {
+  const int64_t stride = std::min(resident, tokens);
+  const int64_t together = resident / multiprocessors;
+  const int64_t wanted = together <= 1 ? tokens : together <= 3 ? 6 : 3;
+  const int64_t bands = ceil_div(tokens, stride * std::min(wanted, ceil_div(tokens, stride)));
+  return {static_cast<unsigned>(stride), static_cast<unsigned>(ceil_div(tokens, stride * bands)),
+          static_cast<unsigned>(bands)};
+}
+
 /// Which form of `read_backward` runs, and its block.
 struct ReadPolicy {
   bool staged;            // rows of a token in shared memory; else streamed

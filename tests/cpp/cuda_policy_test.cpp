@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstdint>
 
 #include "cuda/hopper_read_backward_plan.h"
@@ -99,6 +100,74 @@ constexpr DeviceLimits kH100 = {.major = 9,
                                 .multiprocessors = 132,
                                 .shared_per_block = 227 * 1024,
                                 .shared_per_multiprocessor = 228 * 1024};
+
+TEST(ReadAhead, RegistersOfAMultiprocessorHoldABlockOfEachForm) {
+  for (const ReadAheadForm& form : kReadAhead) {
+    EXPECT_LE(form.max_threads() * form.registers, 65536);
+    EXPECT_GE(form.max_threads(), 384);
+    EXPECT_EQ(read_ahead_form(form.terms, form.chunks).registers, form.registers);
+    EXPECT_EQ(form.least_terms, form.terms == 2 ? 1 : form.terms - 1);
+  }
+}
+
+constexpr auto kNoSums = [](int) { return int64_t{0}; };
+
+TEST(ReadAhead, AChoiceDividesTheRowAndFits) {
+  int served = 0;
+  for (int64_t terms = 1; terms <= 12; ++terms) {
+    for (int64_t dim = 8; dim <= 16384; dim += 8) {
+      for (const int64_t updates : {0, 1}) {
+        const ReadAheadPolicy policy = choose_read_ahead(terms, updates, dim, kH100, kNoSums);
+        if (policy.terms == 0) {
+          EXPECT_TRUE(terms > 10 || dim > 7168 || (dim % 512 != 0 && dim % 768 != 0))
+              << "K=" << terms << " D=" << dim;
+          continue;
+        }
+        ++served;
+        const ReadAheadForm form = read_ahead_form(policy.terms, policy.chunks);
+        ASSERT_GE(policy.terms, terms);
+        ASSERT_LE(form.least_terms, terms);
+        ASSERT_EQ(int64_t{policy.threads} * policy.chunks * 8, dim);
+        ASSERT_LE(policy.threads, form.max_threads());
+        ASSERT_EQ(policy.shared_bytes,
+                  int64_t{policy.threads} * policy.chunks * 16 * (policy.terms + updates));
+        ASSERT_LE(policy.shared_bytes, kH100.shared_per_block);
+      }
+    }
+  }
+  EXPECT_GT(served, 300);
+}
+
+TEST(ReadAhead, TheShapesOfTheBenchmarksHaveTheirForms) {
+  const auto choose = [](int64_t terms, int64_t dim) {
+    const ReadAheadPolicy policy = choose_read_ahead(terms, 0, dim, kH100, kNoSums);
+    return std::array{policy.terms, policy.chunks, policy.threads};
+  };
+  EXPECT_EQ(choose(1, 2048), (std::array{2, 4, 64}));
+  EXPECT_EQ(choose(4, 2048), (std::array{4, 4, 64}));
+  EXPECT_EQ(choose(2, 7168), (std::array{2, 4, 224}));
+  EXPECT_EQ(choose(9, 7168), (std::array{10, 2, 448}));
+  EXPECT_EQ(choose(2, 2304), (std::array{2, 3, 96}));
+  EXPECT_EQ(choose(10, 2304), (std::array{10, 3, 96}));
+  EXPECT_EQ(choose(4, 512), (std::array{4, 2, 32}));
+  EXPECT_EQ(choose(4, 1000)[0], 0) << "a row that does not divide evenly";
+}
+
+TEST(ReadAhead, BandsCoverEveryTokenOnce) {
+  for (const int64_t resident : {132, 264, 396, 1056}) {
+    for (int64_t tokens = 1; tokens < 20000; tokens += tokens < 300 ? 1 : 97) {
+      const ReadAheadBands bands = read_ahead_bands(tokens, resident, 132);
+      SCOPED_TRACE(testing::Message() << "T=" << tokens << " resident=" << resident);
+      const int64_t of_band = int64_t{bands.stride} * bands.count;
+      ASSERT_GE(of_band * bands.bands, tokens);
+      ASSERT_LT(of_band * (bands.bands - 1), tokens) << "a band without tokens";
+      ASSERT_LE(bands.stride, resident);
+      ASSERT_LE(bands.count, resident == 132 ? tokens : resident < 500 ? 6 : 3);
+    }
+  }
+  EXPECT_EQ(read_ahead_bands(65536, 1056, 132), (ReadAheadBands{1056, 3, 21}));
+  EXPECT_EQ(read_ahead_bands(8192, 132, 132), (ReadAheadBands{132, 63, 1}));
+}
 
 /// Sums of a token with norm: see SumMap in the kernel.
 hopper::ReadBackwardExtents extents(int terms, int narrow, int wide) {

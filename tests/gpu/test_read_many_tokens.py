@@ -1,8 +1,9 @@
 """The forms of the forward of `read` on the same numbers: many tokens at once, and few.
 
-With many tokens a thread has two, three or four chunks of every row where that is faster, with few
-one, and very few are spread over more threads. A token has the same bits whichever form serves it,
-so slices of the call must give exactly what the whole call gives.
+With many tokens the next one's rows are copied ahead where the call is a usual one, a thread has
+two, three or four chunks of every row where that is faster, with few one, and very few are spread
+over more threads. A token has the same bits whichever form serves it, so slices of the call must
+give exactly what the whole call gives.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ class Site:
     storage: torch.dtype = torch.bfloat16
     T: int = 1201
     gap: int = 0  # elements between rows
+    weight: torch.dtype = torch.float32
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next token's rows are copied ahead."""
+        terms = self.sources + 2 * int(self.site)
+        widths = (512, 768, 1024) if terms <= 4 else (512, 768)
+        return (
+            not (self.mix or self.round_mix or self.key_dim)
+            and self.updates <= int(self.norm)
+            and terms <= 10
+            and any(self.D % width == 0 for width in widths)
+        )
 
 
 SITES = [
@@ -86,6 +100,22 @@ SITES = [
     *(Site(D=D, site=True, T=4001) for D in (2304, 7168)),
     *(Site(D=D, site=True, updates=1, norm=True, T=4001) for D in (2048, 2304, 7168)),
     Site(D=2304, sources=16),
+    # Rows copied ahead: every form, with the fewest and the most terms, several bands of blocks,
+    # a last band with a token for some of its blocks alone.
+    *(
+        Site(D=D, sources=N, norm=norm, T=T)
+        for D, T in ((512, 9001), (768, 4001), (1024, 7001))
+        for N in (1, 2, 3, 5, 8, 9)
+        for norm in (False, True)
+    ),
+    *(Site(D=2304, sources=N, norm=norm) for N in (1, 6, 7, 9, 10) for norm in (False, True)),
+    *(Site(D=D, sources=N, norm=True) for D in (3584, 5120, 8192) for N in (1, 6, 9, 10)),
+    *(Site(D=D, site=True, updates=1, norm=True, T=1056) for D in (768, 1024, 1536, 5120, 8192)),
+    *(Site(D=D, sources=7, site=True, updates=1, norm=True) for D in (2304, 7168)),
+    Site(D=1536, sources=1, site=True, updates=1, norm=True),
+    Site(D=2048, sources=8, storage=torch.float16, norm=True, weight=torch.float16, gap=8),
+    Site(D=2048, site=True, updates=1, norm=True, storage=torch.float16, T=8001),
+    Site(D=2048, site=True, norm=True, weight=torch.bfloat16, T=20001),
 ]
 
 
@@ -112,6 +142,7 @@ def test_many_tokens_have_the_bits_of_few(site: Site) -> None:
     lse = torch.randn(1, T, device="cuda", generator=generator)
     query = torch.randn(1, R, device="cuda", generator=generator) / R**0.5
     weight = torch.rand(1, D, device="cuda", generator=generator) + 0.5
+    weight = weight.to(site.weight)
 
     def results() -> dict[str, Tensor]:
         def poisoned(*shape: int) -> Tensor:
@@ -149,7 +180,12 @@ def test_many_tokens_have_the_bits_of_few(site: Site) -> None:
         )
 
     many, few, again = results(), results(), results()
-    read(0, T, many)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        read(0, T, many)
+        torch.cuda.synchronize()
+    # By name: to fall back would show in the time alone.
+    ahead = any("read_ahead_kernel" in event.name for event in profile.events())
+    assert ahead == site.ahead, "kernel"
     first = 0
     for size in itertools.cycle(FEW):
         if first >= T:

@@ -13,6 +13,30 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 
+/// An address of shared memory that the compiler keeps in a register, where it would form that of a
+/// pointer anew for every copy.
+struct SharedAddress {
+  uint32_t bytes;
+
+  explicit __device__ __forceinline__ SharedAddress(const void* shared)
+      : bytes(static_cast<uint32_t>(__cvta_generic_to_shared(shared))) {}
+
+  /// Copies 16 bytes to this address + offset.
+  __device__ __forceinline__ void copy_async(uint32_t offset, const void* global) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(bytes + offset), "l"(global)
+                 : "memory");
+  }
+  /// The 16 bytes at this address + offset.
+  __device__ __forceinline__ uint4 load(uint32_t offset) const {
+    uint4 bits;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(bytes + offset)
+                 : "memory");
+    return bits;
+  }
+};
+
 /// The same through L1, for pieces whose 32-byte sector is fetched by two instructions.
 __device__ __forceinline__ void copy_async_cached(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -337,10 +337,11 @@ __device__ __forceinline__ void add(Chunk& sum, const Chunk& a) {
 /// Zeroes the columns before `begin`: what lies outside the key slice never meets a query, not even
 /// as 0 * Inf.
 __device__ __forceinline__ void keep_from(Chunk& c, int col, int begin) {
-  if (col < begin) {
+  const int before = begin - col;
+  if (before > 0) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      c.v[i] = col + i < begin ? 0.0f : c.v[i];
+      c.v[i] = i < before ? 0.0f : c.v[i];
     }
   }
 }

@@ -1,5 +1,6 @@
-// read: one kernel, a token's rows in registers where they fit and are aligned, else streamed, with
-// the quantisation of x and the snapshot behind it.
+// read: one kernel, a token's rows in registers where they fit and are aligned (of many tokens in
+// the usual call those of the next on their way), else streamed, with the quantisation of x and the
+// snapshot behind it.
 
 #include <cstdint>
 #include <span>
@@ -12,91 +13,11 @@
 #include "cuda/kernels/read_streamed.cuh"
 #include "cuda/launch/dispatch.cuh"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/read_ahead.h"
+#include "cuda/launch/read_forward_params.h"
 
 namespace flash_attn_res::cuda {
 namespace {
-
-constexpr int kMaxStreamedRows = kMaxReadRows;
-
-/// Adds a row behind those that the table holds.
-template <int kRows>
-void append(ReadParams<kRows>& params, const ConstMatrix& matrix) {
-  params.rows.set(params.num_rows++, value_view(matrix));
-}
-
-template <int kRows>
-ReadParams<kRows> make_params(const ReadArgs& args) {
-  const int64_t D = args.x.cols;
-  const int64_t R = args.query.present() ? args.query.cols : D;
-  ReadParams<kRows> p = {};
-  p.first_key = args.phase1_out.present() ? 1 : 0;
-  p.has_partial = args.partial.present() || !args.updates.empty();
-  if (args.phase1_out.present()) {
-    append(p, args.phase1_out);
-  }
-  for (size_t n = 0; n < args.sources.size(); ++n) {
-    append(p, args.sources[n]);
-    if constexpr (kRows == kMaxStreamedRows) {
-      if (!args.source_scales.empty()) {
-        p.rows.set_scale(p.num_rows - 1, args.source_scales[n]);
-      }
-    }
-  }
-  if (args.partial.present()) {
-    append(p, args.partial);
-  }
-  p.num_terms = static_cast<int>(read_terms(args));
-  for (const ConstMatrix& update : args.updates) {
-    append(p, update);
-  }
-  p.phase1_lse = float_view(args.phase1_lse);
-  p.query = float_view(args.query);
-  // Column 8 i of a row meets element 8 i - (D - R) of the query.
-  p.query_aligned =
-      (reinterpret_cast<uintptr_t>(args.query.data) - static_cast<uintptr_t>(D - R) * 4) % 16 == 0;
-  p.scale = static_cast<float>(args.scale);
-  p.eps = static_cast<float>(args.eps);
-  p.inv_key_dim = 1.0f / static_cast<float>(R);
-  p.inv_dim = 1.0f / static_cast<float>(D);
-  p.dim = static_cast<int>(D);
-  p.key_begin = static_cast<int>(D - R);
-  p.norm = args.norm == OutputNorm::kRms;
-  p.round_mix = args.mix_rounding == MixRounding::kStorage;
-  p.norm_weight = value_view(args.norm_weight);
-  p.norm_eps = static_cast<float>(args.norm_eps);
-  p.x = value_view(args.x);
-  p.partial_out = value_view(args.partial_out);
-  p.mix = value_view(args.mix);
-  p.logits = float_view(args.logits);
-  p.inv_rms = float_view(args.inv_rms);
-  p.probs = float_view(args.probs);
-  p.mix_inv_rms = float_view(args.mix_inv_rms);
-  p.snapshot = value_view(args.snapshot);
-  p.x_scale = float_view(args.x_scale);
-  p.x_scale_groups = static_cast<int>(args.x_scale.cols);
-  p.x_scale_power_of_two = args.scale_rounding == ScaleRounding::kPowerOfTwo;
-  p.tokens = args.x.rows;
-  return p;
-}
-
-/// Which storage type serves the rows, and whether all of them are aligned.
-UniformType storage_of(const ReadArgs& args) {
-  UniformType storage(args.x.cols);
-  storage.add(value_view(args.phase1_out));
-  for (const ConstMatrix& source : args.sources) {
-    storage.add(value_view(source));
-  }
-  if (!args.source_scales.empty()) {
-    storage.add_scaled();
-  }
-  storage.add(value_view(args.partial));
-  for (const ConstMatrix& update : args.updates) {
-    storage.add(value_view(update));
-  }
-  // The new partial sum takes the place of a row.
-  storage.add(value_view(args.partial_out));
-  return storage;
-}
 
 using RowsKernel = void (*)(ReadRowsParams);
 
@@ -137,14 +58,6 @@ RowsKernel find_rows_kernel(DType storage, bool quantized, const ReadRowsPolicy&
   }
 }
 
-/// Puts the last term into the last of `slots`, and the further updates behind it.
-void place_in_slots(ReadRowsParams& params, int slots) {
-  const int shift = slots - params.num_terms;
-  for (int row = params.num_rows - 1; shift > 0 && row >= params.num_terms - 1; --row) {
-    params.rows.copy(row, row + shift);
-  }
-}
-
 /// Whether rows of float8 can be stored in pieces of eight.
 bool is_aligned_to_eight(const Matrix& matrix) {
   return reinterpret_cast<uintptr_t>(matrix.data) % 8 == 0 &&
@@ -174,14 +87,14 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
   if (!aligned || policy.terms == 0 || blocks != grid_blocks(blocks)) {
     return false;
   }
-  ReadRowsParams params = make_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  ReadRowsParams params = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
   const bool merge = params.num_terms == 2 && params.first_key == 1;
   const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy, merge);
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
     return false;
   }
   place_in_slots(params, policy.terms);
-  const ReadRowsLayout layout = {static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
+  const ReadSumsLayout layout = {static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
                                  static_cast<unsigned>(policy.terms), quantized};
   const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
   call.launch_with(
@@ -191,7 +104,7 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
   return true;
 }
 
-void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage) {
+void run_streamed(Call& call, ReadParams<kMaxReadRows> params, DType storage) {
   ValueView first_partial = {};
   if (params.partial_out.present()) {
     const int last = params.num_terms - 1;
@@ -202,8 +115,8 @@ void run_streamed(Call& call, ReadParams<kMaxStreamedRows> params, DType storage
   }
   const int64_t shared_bytes = streamed_shared_bytes(params.num_terms);
   const auto kernel = storage == DType::kBFloat16
-                          ? read_streamed_kernel<__nv_bfloat16, kMaxStreamedRows>
-                          : read_streamed_kernel<AnyType, kMaxStreamedRows>;
+                          ? read_streamed_kernel<__nv_bfloat16, kMaxReadRows>
+                          : read_streamed_kernel<AnyType, kMaxReadRows>;
   const unsigned blocks =
       call.resident_blocks(kernel, kStreamedThreads, shared_bytes, params.tokens);
   call.launch(kernel, dim3(blocks), dim3(kStreamedThreads), shared_bytes, params, first_partial);
@@ -243,15 +156,15 @@ Status read(const ReadArgs& given, const Context& context) {
   if (!call.ok()) {
     return call.status();
   }
-  const UniformType storage = storage_of(args);
-  if (run_rows(call, args, storage)) {
+  const UniformType storage = storage_of_rows(args);
+  if (run_read_ahead(call, args, storage) || run_rows(call, args, storage)) {
     return call.status();
   }
   if (quantized) {
     Workspace workspace(context.workspace);
     args.x = {scratch_rows(workspace, args), T, D, D, DType::kFloat32};
   }
-  run_streamed(call, make_params<kMaxStreamedRows>(args), storage.get());
+  run_streamed(call, make_read_params<kMaxReadRows>(args), storage.get());
   if (quantized) {
     launch_quantize(call, args.x, given.x, given.x_scale, given.scale_rounding);
   }

@@ -1,0 +1,138 @@
+// The usual `read` of many tokens: the rows of a token in registers, those of the next on their way
+// to shared memory. A block takes several whole tokens, one after the other.
+//
+// The formulas are those of read_token.cuh.
+//
+// in    K terms, and an update for the last of them, [T, D] of one 16-bit type; u [D], lse [T]
+//       float32; g [D]
+// out   x, partial' [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T]
+// bytes every row of a token is read once; K + 1 units of T * D elements, and partial' written
+//
+//   wait for this thread's copies -> its chunks of all rows from shared memory to registers
+//   -> copies of the next token's chunks begin, into the same places
+//   -> partial', sums, barrier, softmax, mixture, barrier, norm, x
+//
+// A thread copies what it uses itself, 16 bytes an instruction, so that nobody waits for anybody
+// between memory and registers, and from then on a token's rows have all the time that the one
+// before it takes. Instructions are as scarce as bandwidth on an H200: a thread has up to four
+// chunks of each row, 512 bytes apart, so that one address serves them all, and nothing is asked
+// that is known when the kernel is compiled (UsualRead).
+//
+// Blocks that stay for all of the launch drift apart, and memory that is read in many places at
+// once is slower: where a multiprocessor holds several blocks, they take a few tokens each, and
+// those that follow begin where the others have come to.
+
+#ifndef FLASH_ATTN_RES_CUDA_KERNELS_READ_AHEAD_CUH_
+#define FLASH_ATTN_RES_CUDA_KERNELS_READ_AHEAD_CUH_
+
+#include <cstdint>
+
+#include "cuda/device/async_copy.cuh"
+#include "cuda/device/grid.cuh"
+#include "cuda/kernels/read_token.cuh"
+
+namespace flash_attn_res::cuda {
+
+struct ReadAheadParams {
+  ReadRowsParams read;
+  // Blocks come in bands of `stride`, about as many as run at once. A band has stride * count
+  // tokens, its block b those from number b on, `stride` apart.
+  unsigned stride, count;
+};
+
+template <int kTerms, int kChunks>
+inline constexpr ReadAheadForm kReadAheadForm = read_ahead_form(kTerms, kChunks);
+
+template <class T, int kTerms, int kChunks, bool kMerge, class Read>
+__global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
+    read_ahead_kernel(const __grid_constant__ ReadAheadParams params) {
+  using Token = ReadToken<T, kTerms, kChunks, kReadAheadForm<kTerms, kChunks>.least_terms, kMerge,
+                          /*kQuantized=*/false, Read>;
+  constexpr int kRows = kTerms + (Read::kUpdate ? 1 : 0);  // slots, then the update
+  constexpr unsigned kStep = kWarp * 16;                   // bytes between chunks of a thread
+  const ReadRowsParams& p = params.read;
+  const unsigned warp = threadIdx.x / kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
+  unsigned first_chunk = warp * (kChunks * kWarp) + lane;
+
+  // [warps, kRows, kChunks, 32 lanes] of 16 bytes, then the sums of two tokens in turn.
+  extern __shared__ float4 shared[];
+  constexpr unsigned kOfWarp = kRows * kChunks * kWarp;
+  SharedAddress own(shared + warp * kOfWarp + lane);
+  float* const all_sums = reinterpret_cast<float*>(shared + blockDim.x / kWarp * kOfWarp);
+
+  const auto copy_row = [&](int row, unsigned t) {
+    const char* const from = p.rows.data[row] + t * p.rows.stride_bytes[row] + first_chunk * 16;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      own.copy_async((row * kChunks + c) * kStep, from + c * kStep);
+    }
+  };
+  const auto copy_token = [&](unsigned t) {
+    const int K = kMerge ? 2 : p.num_terms;
+#pragma unroll
+    for (int s = 0; s < kTerms; ++s) {
+      if (Token::is_in_use(s, K)) {
+        copy_row(s, t);
+      }
+    }
+    if (Read::kUpdate) {
+      copy_row(kTerms, t);
+    }
+    commit_copies();
+  };
+  const auto load = [&](int row, int c) {
+    return Packed<T>{own.load((row * kChunks + c) * kStep)};
+  };
+  const auto share = [](float* place, float sum, Meeting, unsigned copy, unsigned) {
+    if (copy == 0) {
+      *place = sum;
+    }
+  };
+  const auto meet = [](Meeting) {
+    if (blockDim.x == kWarp) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  };
+
+  const unsigned stride = params.stride;
+  const unsigned band = blockIdx.x / stride * (stride * params.count);
+  const unsigned end = min(static_cast<unsigned>(p.tokens), band + stride * params.count);
+  unsigned t = band + blockIdx.x % stride;
+  wait_for_previous_grid();
+  begin_next_grid();
+  if (t < end) {
+    copy_token(t);
+  }
+  unsigned turn = 0;  // floats before this token's sums
+#pragma unroll 1
+  for (; t < end; t += stride) {
+    // Addresses are formed anew for every token: kept, they would take the registers of a row.
+    asm volatile("" : "+r"(first_chunk), "+r"(own.bytes));
+    Token token(p, first_chunk, kWarp);
+    float* const sums = all_sums + turn;
+    turn = token.layout().floats() - turn;
+    wait_copies<0>();
+#pragma unroll
+    for (int s = 0; s < kTerms; ++s) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        token.slots[s][c] = token.in_use(s) ? load(s, c) : Packed<T>{};
+      }
+    }
+    if (Read::kUpdate) {
+      token.add_updates(t, [&](int, int c) { return load(kTerms, c); });
+    }
+    // A thread's loads from shared memory are served before the copies behind them.
+    if (t + stride < end) {
+      copy_token(t + stride);
+    }
+    token.finish(t, sums, [] { return true; }, share, meet);
+  }
+}
+
+}  // namespace flash_attn_res::cuda
+
+#endif  // FLASH_ATTN_RES_CUDA_KERNELS_READ_AHEAD_CUH_
