@@ -159,14 +159,13 @@ struct ReadRowsForm {
   constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
 };
 
-/// The forms for rows of one 16-bit type, by number of terms, more chunks a thread first. The rows
-/// in registers are what a multiprocessor has under way, of which it needs some 40 KB to keep the
-/// memory busy. On an H200 instructions are as scarce, and what a warp does once a token is shared
-/// by its chunks: 5 to 20 % more of the copy than with half as many. Two blocks at least, so that
-/// one loads while the other sums and stores; for six terms four smaller ones are faster.
+/// The forms for rows of one 16-bit type, by number of terms, more chunks a thread first: of many
+/// tokens, what a warp does once a token is shared by two. The rows in registers are what a
+/// multiprocessor has under way, of which it needs some 40 KB to keep the memory busy. Two blocks
+/// at least, so that one loads while the other sums and stores; for six terms four smaller ones are
+/// faster.
 inline constexpr ReadRowsForm kReadRowsHalf[] = {
-    {2, 4, 80, 2, 1, 1},    {2, 3, 80, 2, 1, 2},  {2, 2, 64, 2, 1, 0},   {2, 1, 64, 2, 1, 0},
-    {4, 4, 128, 2, 3, 1},   {4, 3, 96, 2, 3, 2},  {4, 2, 80, 2, 3, 0},   {4, 1, 72, 2, 3, 0},
+    {2, 2, 64, 2, 1, 0},    {2, 1, 64, 2, 1, 0},  {4, 2, 80, 2, 3, 0},   {4, 1, 72, 2, 3, 0},
     {6, 2, 96, 4, 5, 4},    {6, 1, 64, 2, 5, 0},  {8, 2, 112, 2, 7, 4},  {8, 1, 64, 2, 7, 0},
     {10, 2, 128, 2, 9, 4},  {10, 1, 72, 2, 9, 0}, {12, 1, 96, 2, 11, 0}, {18, 1, 128, 4, 13, 0},
     {32, 1, 168, 3, 19, 0},
@@ -215,11 +214,9 @@ inline constexpr int64_t kReadThinTokens = 32;
 
 /// Takes the form with the fewest terms that has room, and splits a token over the fewest blocks
 /// that let the multiprocessor hold as many as the form wants, or over more where tokens are few.
-/// A read that forms a new partial sum (`update`) has further rows under way, and two chunks a
-/// thread do: with more it takes 5 % less time or 15 % more, as the rows happen to lie in memory.
 /// The choice never shows in the results: sums over D have one order.
-constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, bool update, int64_t dim,
-                                          bool clusters, int64_t tokens) {
+constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, int64_t dim, bool clusters,
+                                          int64_t tokens) {
   constexpr int64_t kSegment = 256;  // columns of a warp and chunk
   constexpr int kMaxCluster = 8;     // that every device with clusters has
   // Narrow tokens share a block: a multiprocessor has room for 32 blocks.
@@ -228,7 +225,7 @@ constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, bool update,
   const bool thin = clusters && tokens <= kReadThinTokens;
   const int most = clusters ? kMaxCluster : 1;
   for (const ReadRowsForm& form : read_rows_forms(half)) {
-    if (form.terms < terms || (few && form.chunks > 1) || (update && form.chunks > 2)) {
+    if (form.terms < terms || (few && form.chunks > 1)) {
       continue;
     }
     const int64_t warps = ceil_div(dim, kSegment * form.chunks);
@@ -259,8 +256,7 @@ constexpr ReadRowsPolicy choose_read_rows(bool half, int64_t terms, bool update,
     break;  // a form with more terms has no more threads
   }
   // Too wide for one chunk a thread: not for two.
-  return few ? choose_read_rows(half, terms, update, dim, clusters, kReadFewTokens + 1)
-             : ReadRowsPolicy{};
+  return few ? choose_read_rows(half, terms, dim, clusters, kReadFewTokens + 1) : ReadRowsPolicy{};
 }
 
 /// One compiled form of the kernel that copies the rows of a block's next token ahead.

@@ -42,9 +42,7 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
         for (int64_t dim = 8; dim <= 32768; dim += dim < 4096 ? 8 : 1016) {
           for (const int64_t tokens : {int64_t{1}, kReadThinTokens, kReadThinTokens + 1,
                                        kReadFewTokens, kReadFewTokens + 1}) {
-            const bool update = dim % 16 == 0;
-            const ReadRowsPolicy policy =
-                choose_read_rows(half, terms, update, dim, clusters, tokens);
+            const ReadRowsPolicy policy = choose_read_rows(half, terms, dim, clusters, tokens);
             if (policy.terms == 0) {
               EXPECT_TRUE(terms > read_rows_forms(half).back().terms || dim > 3072)
                   << "K=" << terms << " D=" << dim;
@@ -70,19 +68,17 @@ TEST(ReadRows, AChoiceCoversTheTokenAndWastesNoBlock) {
 }
 
 TEST(ReadRows, TheShapesOfTheBenchmarksAreServed) {
-  const auto choose = [](int64_t terms, int64_t dim, int64_t tokens, bool update = false) {
-    return choose_read_rows(/*half=*/true, terms, update, dim, /*clusters=*/true, tokens);
+  const auto choose = [](int64_t terms, int64_t dim, int64_t tokens) {
+    return choose_read_rows(/*half=*/true, terms, dim, /*clusters=*/true, tokens);
   };
-  EXPECT_EQ(choose(4, 2048, 8192), (ReadRowsPolicy{4, 4, 1, 64, 2}));
-  EXPECT_EQ(choose(2, 2048, 8192), (ReadRowsPolicy{2, 4, 1, 64, 2}));
-  EXPECT_EQ(choose(2, 2048, 8192, /*update=*/true), (ReadRowsPolicy{2, 2, 1, 128, 1}));
-  EXPECT_EQ(choose(2, 7168, 8192, /*update=*/true), (ReadRowsPolicy{2, 2, 1, 448, 1}));
-  EXPECT_EQ(choose(2, 2304, 8192), (ReadRowsPolicy{2, 3, 1, 96, 1}));
+  EXPECT_EQ(choose(4, 2048, 8192), (ReadRowsPolicy{4, 2, 1, 128, 1}));
+  EXPECT_EQ(choose(2, 2048, 8192), (ReadRowsPolicy{2, 2, 1, 128, 1}));
+  EXPECT_EQ(choose(2, 7168, 8192), (ReadRowsPolicy{2, 2, 1, 448, 1}));
+  EXPECT_EQ(choose(2, 2304, 8192), (ReadRowsPolicy{2, 2, 1, 160, 1}));
   EXPECT_EQ(choose(8, 7168, 8192), (ReadRowsPolicy{8, 2, 2, 224, 1}));
   EXPECT_EQ(choose(6, 7168, 8192), (ReadRowsPolicy{6, 2, 4, 128, 1}));
   EXPECT_EQ(choose(9, 2304, 8192), (ReadRowsPolicy{10, 2, 1, 160, 1}));
-  EXPECT_EQ(choose(2, 7168, 8192), (ReadRowsPolicy{2, 4, 1, 224, 1}));
-  EXPECT_EQ(choose(2, 1024, 8192), (ReadRowsPolicy{2, 4, 1, 32, 4}));
+  EXPECT_EQ(choose(2, 1024, 8192), (ReadRowsPolicy{2, 2, 1, 64, 2}));
   EXPECT_EQ(choose(2, 256, 8192), (ReadRowsPolicy{2, 2, 1, 32, 4}));
   EXPECT_EQ(choose(8, 1024, 8192), (ReadRowsPolicy{8, 1, 1, 128, 1})) << "too few warps for two";
   EXPECT_EQ(choose(9, 7168, 128), (ReadRowsPolicy{10, 1, 2, 448, 1}));

@@ -37,7 +37,7 @@ class Site:
     mix: bool = False
     key_dim: int | None = None
     storage: torch.dtype = torch.bfloat16
-    T: int = 1201
+    T: int = 2201
     gap: int = 0  # elements between rows
     weight: torch.dtype = torch.float32
 
@@ -45,11 +45,13 @@ class Site:
     def ahead(self) -> bool:
         """Whether the next token's rows are copied ahead."""
         terms = self.sources + 2 * int(self.site)
+        multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
         widths = (512, 768, 1024) if terms <= 4 else (512, 768)
         return (
             not (self.mix or self.round_mix or self.key_dim)
-            and self.updates <= int(self.norm)
+            and self.updates <= int(self.norm and terms == 2)
             and terms <= 10
+            and 16 * multiprocessors <= self.T
             and any(self.D % width == 0 for width in widths)
         )
 
@@ -110,7 +112,7 @@ SITES = [
     ),
     *(Site(D=2304, sources=N, norm=norm) for N in (1, 6, 7, 9, 10) for norm in (False, True)),
     *(Site(D=D, sources=N, norm=True) for D in (3584, 5120, 8192) for N in (1, 6, 9, 10)),
-    *(Site(D=D, site=True, updates=1, norm=True, T=1056) for D in (768, 1024, 1536, 5120, 8192)),
+    *(Site(D=D, site=True, updates=1, norm=True, T=2112) for D in (768, 1024, 1536, 5120, 8192)),
     *(Site(D=D, sources=7, site=True, updates=1, norm=True) for D in (2304, 7168)),
     Site(D=1536, sources=1, site=True, updates=1, norm=True),
     Site(D=2048, sources=8, storage=torch.float16, norm=True, weight=torch.float16, gap=8),

@@ -16,7 +16,7 @@
 // between memory and registers, and from then on a token's rows have all the time that the one
 // before it takes. Instructions are as scarce as bandwidth on an H200: a thread has up to four
 // chunks of each row, 512 bytes apart, so that one address serves them all, and nothing is asked
-// that is known when the kernel is compiled (UsualRead).
+// that is known when the kernel is compiled (UsualReadOfMany).
 //
 // Blocks that stay for all of the launch drift apart, and memory that is read in many places at
 // once is slower: where a multiprocessor holds several blocks, they take a few tokens each, and

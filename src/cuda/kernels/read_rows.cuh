@@ -12,8 +12,7 @@
 // else hides latency: blocks are small, live for one token, and there are enough of them on a
 // multiprocessor that some load while others compute. Columns are dealt out in segments, one a warp
 // and chunk: segment (rank * kChunks + c) * warps + warp. Below sm_90 there is one rank. What a
-// warp does once a token is shared by its chunks; with more than two, u and g come when they are
-// used.
+// warp does once a token is shared by its chunks.
 //
 //   prefetch to L2 -> the grid before has ended
 //   load rows, u -> partial' -> sums of this block -> barrier -> softmax, in every warp
@@ -44,11 +43,11 @@ inline constexpr ReadRowsForm kReadRowsForm =
     read_rows_form(/*half=*/sizeof(Packed<T>) == 16, kTerms, kChunks);
 
 /// kMerge: two terms, of which the first is a phase-1 result.
-template <class T, int kTerms, int kChunks, bool kMerge, bool kQuantized>
+template <class T, int kTerms, int kChunks, bool kMerge, bool kQuantized, class Read>
 __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads())
     read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
   using Token = ReadToken<T, kTerms, kChunks, kReadRowsForm<T, kTerms, kChunks>.least_terms, kMerge,
-                          kQuantized, AnyRead>;
+                          kQuantized, Read>;
   constexpr unsigned kLanes = kWarp;
   constexpr int kLast = Token::kLast;
   const unsigned ranks = cluster_size();
@@ -98,13 +97,13 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
 
   // This thread's first chunk of a row; its others follow blockDim.x chunks apart.
   RowRef slot_rows[kTerms];
-  RowRef update_rows[kReadRowsMaxUpdates];
+  RowRef update_rows[Token::kMaxUpdates];
 #pragma unroll
   for (int s = 0; s < kTerms; ++s) {
     slot_rows[s] = token.own_chunks(p.rows.row(s, t));
   }
 #pragma unroll
-  for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
+  for (int e = 0; e < Token::kMaxUpdates; ++e) {
     update_rows[e] = token.own_chunks(p.rows.row(kTerms + e, t));
   }
 
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
           }
         }
 #pragma unroll
-        for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
+        for (int e = 0; e < Token::kMaxUpdates; ++e) {
           if (e < token.num_updates()) {
             prefetch_row_chunk<T>(update_rows[e], c * blockDim.x);
           }
@@ -153,14 +152,15 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   };
   const bool new_partial = token.has_update();
   load_slot(kLast);
+  Packed<T> updates[Token::kMaxUpdates][kChunks];
   if (new_partial) {
 #pragma unroll
-    for (int e = 0; e < Token::kEarlyUpdates; ++e) {
+    for (int e = 0; e < Token::kMaxUpdates; ++e) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        token.updates[e][c] = {};
-        if (e < token.num_updates() && token.chunk[c] < token.chunks) {
-          token.updates[e][c] = load_row_chunk<T>(update_rows[e], c * blockDim.x);
+        updates[e][c] = {};
+        if (e < token.num_updates() && token.in_row(c)) {
+          updates[e][c] = load_row_chunk<T>(update_rows[e], c * blockDim.x);
         }
       }
     }
@@ -171,8 +171,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   }
   token.load_early_query();
   if (new_partial) {
-    token.add_updates(
-        t, [&](int e, int c) { return load_row_chunk<T>(update_rows[e], c * blockDim.x); });
+    token.add_updates(t, [&](int e, int c) { return updates[e][c]; });
   }
   if (ranks > 1) {
     cluster_wait();  // every mailbox is open

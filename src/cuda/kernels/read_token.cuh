@@ -55,29 +55,35 @@ __device__ __forceinline__ uint32_t largest_bits(const Chunk& c) {
 
 /// What is known of a call when a kernel is compiled: nothing ..
 struct AnyRead {
-  static constexpr bool kUsual = false;
+  static constexpr bool kUsual = false, kWhole = false, kEarly = true;
 };
-/// .. or that it is one of training or of prefill: keys as long as rows, rows that divide evenly
-/// among the threads, x in the rows' type, and no mixture, snapshot or rounded mixture.
+/// .. or that it is one of training or of inference: keys as long as rows, x in the rows' type, and
+/// no mixture, snapshot or rounded mixture beside it. A lone token does not wait for u and g when
+/// they are used: they come with its rows.
 template <bool kHasNorm, bool kHasUpdate>
 struct UsualRead {
-  static constexpr bool kUsual = true;
+  static constexpr bool kUsual = true, kWhole = false, kEarly = true;
   static constexpr bool kNorm = kHasNorm;      // with a weight
   static constexpr bool kUpdate = kHasUpdate;  // one update is added to the last term
 };
 
+/// The same of many tokens whose rows divide evenly among the threads: others are at work while one
+/// waits, and registers are worth more.
+template <bool kHasNorm, bool kHasUpdate>
+struct UsualReadOfMany : UsualRead<kHasNorm, kHasUpdate> {
+  static constexpr bool kWhole = true, kEarly = false;
+};
+
 /// kTerms, kChunks: rows, and chunks of each, that a thread has room for. kLeastTerms: fewest terms
-/// it is used with. kMerge: two terms, of which the first is a phase-1 result. Read: AnyRead or a
-/// UsualRead.
+/// it is used with. kMerge: two terms, of which the first is a phase-1 result. Read: one of the
+/// above.
 template <class T, int kTerms, int kChunks, int kLeastTerms, bool kMerge, bool kQuantized,
           class Read>
 struct ReadToken {
   static constexpr unsigned kLanes = kWarp;
   static constexpr int kPadded = kChunks == 3 ? 4 : kChunks;  // sums come in powers of two
-  // A lone token does not wait for u, g and the updates one after the other. With more chunks, and
-  // where other tokens are at work meanwhile, registers are worth more.
-  static constexpr bool kEarly = !Read::kUsual && kChunks <= 2;
-  static constexpr int kEarlyUpdates = kEarly ? kReadRowsMaxUpdates : Read::kUsual ? 0 : 1;
+  static constexpr bool kEarly = Read::kEarly;
+  static constexpr int kMaxUpdates = Read::kUsual ? 1 : kReadRowsMaxUpdates;
   // Registers have no index: slot s holds term s, but the last slot always the last term. The table
   // of rows is in the order of the slots.
   static constexpr int kLast = kTerms - 1;
@@ -91,7 +97,6 @@ struct ReadToken {
   const int K, first_key;
 
   Packed<T> slots[kTerms][kChunks];
-  Packed<T> updates[kEarlyUpdates > 0 ? kEarlyUpdates : 1][kChunks];
   Chunk early_query[kEarly ? kChunks : 1];
   Chunk early_weight[kEarly ? kChunks : 1];
 
@@ -145,13 +150,13 @@ struct ReadToken {
   }
   __device__ __forceinline__ bool rounds_mix() const { return !Read::kUsual && p.round_mix; }
   /// Whether this thread's chunk c is one of the row's.
-  __device__ __forceinline__ bool in_row(int c) const { return Read::kUsual || chunk[c] < chunks; }
+  __device__ __forceinline__ bool in_row(int c) const { return Read::kWhole || chunk[c] < chunks; }
   __device__ __forceinline__ bool is_segment(unsigned segment) const {
-    return Read::kUsual || segment < segments;
+    return Read::kWhole || segment < segments;
   }
   /// A chunk of the row to load in the place of chunk c.
   __device__ __forceinline__ unsigned clamped(int c) const {
-    return Read::kUsual ? chunk[c] : min(chunk[c], chunks - 1);
+    return Read::kWhole ? chunk[c] : min(chunk[c], chunks - 1);
   }
 
   __device__ __forceinline__ ReadSumsLayout layout() const {
@@ -205,20 +210,17 @@ struct ReadToken {
     }
   }
 
-  /// partial' into the last slot and to memory. Updates beyond the early ones come from
-  /// `late_update(e, c)`.
-  template <class LateUpdate>
-  __device__ __forceinline__ void add_updates(uint32_t t, LateUpdate&& late_update) {
+  /// partial' into the last slot and to memory; update(e, c) is chunk c of update e, as stored.
+  template <class Update>
+  __device__ __forceinline__ void add_updates(uint32_t t, Update&& update) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (in_row(c)) {
         Chunk sum = unpack_row_chunk<T>(slots[kLast][c], dtype_in(kLast));
 #pragma unroll
-        for (int e = 0; e < kReadRowsMaxUpdates; ++e) {
+        for (int e = 0; e < kMaxUpdates; ++e) {
           if (e < num_updates()) {
-            const Packed<T> update =
-                e < kEarlyUpdates ? updates[e < kEarlyUpdates ? e : 0][c] : late_update(e, c);
-            add(sum, unpack_row_chunk<T>(update, dtype_in(kTerms + e)));
+            add(sum, unpack_row_chunk<T>(update(e, c), dtype_in(kTerms + e)));
           }
         }
         slots[kLast][c] = pack_row_chunk<T>(sum, p.partial_out.dtype);
@@ -276,7 +278,7 @@ struct ReadToken {
         share(term_sums + segment * 2 * kTerms + index, sum, Meeting::kTerms,
               static_cast<unsigned>(lane) % kCopies, kCopies);
       }
-      if (Read::kUsual && kTerms > 8) {
+      if (Read::kWhole && kTerms > 8) {
         __syncwarp();  // or the next chunk's keys are unpacked early, and registers do not suffice
       }
     }

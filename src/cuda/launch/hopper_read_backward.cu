@@ -71,6 +71,26 @@ bool is_whole(const ConstMatrix& matrix, DType dtype) {
   return !matrix.present() || (matrix.dtype == dtype && value_view(matrix).vectorized);
 }
 
+/// Whether this is what kernels of the usual backward take for granted: of a site in a block, or of
+/// sources alone.
+bool is_usual(const ReadBackwardArgs& args, const ReadBackwardShape& shape,
+              const ReadBackwardPlan& plan) {
+  const bool norm = args.norm == OutputNorm::kRms;
+  const bool whole = args.query.present() && shape.R == shape.D &&
+                     int64_t{plan.columns} * plan.cluster == shape.D &&
+                     plan.columns % (plan.chunks * kReadWarpColumns) == 0;
+  const bool plain = args.dx.present() && !args.dmix.present() && !args.dphase1_out.present() &&
+                     !(norm && args.mix_rounding == MixRounding::kStorage);
+  const DType dtype = args.dx.dtype;
+  const bool site = shape.K == 2 && args.phase1_out.present() && args.partial.present() &&
+                    args.dh.present() == norm && args.dpartial.dtype == dtype &&
+                    args.dpartial_out.dtype == dtype;
+  const bool sources = shape.K != 2 && !args.phase1_out.present() && !args.partial.present() &&
+                       !args.dh.present() && !args.dsources.empty() && !args.accumulate_dsources &&
+                       args.dsources[0].present() && args.dsources[0].dtype == dtype;
+  return whole && plain && (site || sources);
+}
+
 }  // namespace
 
 bool serves(const ReadBackwardArgs& args, const DeviceLimits& limits) {
@@ -140,20 +160,25 @@ unsigned run_read_backward(Call& call, const ReadBackwardArgs& args, const ReadB
                      dim3(static_cast<unsigned>(params.plan.threads())), params.map.bytes, params);
   };
   // Two terms, as every merge and advance has, are worth kernels of their own: all loops unrolled.
-  const auto launch_kernel = [&]<class T, bool kNorm>() {
+  const auto launch_kernel = [&]<class T, bool kNorm, bool kUsual>() {
     if (params.plan.chunks == 2) {
-      launch(read_backward_kernel<T, kNorm, 2, 2, 1>);
+      launch(read_backward_kernel<T, kNorm, 2, 2, 1, kUsual>);
     } else if (params.read.num_terms == 2) {
-      launch(read_backward_kernel<T, kNorm, 2, 1, 1>);
+      launch(read_backward_kernel<T, kNorm, 2, 1, 1, kUsual>);
     } else if (params.plan.groups == 2) {
-      launch(read_backward_kernel<T, kNorm, 0, 1, 2>);
+      launch(read_backward_kernel<T, kNorm, 0, 1, 2, kUsual>);
     } else {
-      launch(read_backward_kernel<T, kNorm, 0, 1, 1>);
+      launch(read_backward_kernel<T, kNorm, 0, 1, 1, kUsual>);
     }
   };
+  const bool usual = is_usual(args, shape, params.plan);
+  const auto launch_usual = [&]<class T, bool kNorm>() {
+    usual ? launch_kernel.template operator()<T, kNorm, true>()
+          : launch_kernel.template operator()<T, kNorm, false>();
+  };
   const auto launch_for = [&]<class T>() {
-    params.read.norm ? launch_kernel.template operator()<T, true>()
-                     : launch_kernel.template operator()<T, false>();
+    params.read.norm ? launch_usual.template operator()<T, true>()
+                     : launch_usual.template operator()<T, false>();
   };
   if (params.read.rows.dtype[0] == static_cast<uint8_t>(DType::kBFloat16)) {
     launch_for.template operator()<__nv_bfloat16>();

@@ -23,17 +23,29 @@ using RowsKernel = void (*)(ReadRowsParams);
 
 /// The kernel of a policy.
 template <class Storage, bool kQuantized>
-RowsKernel find_rows_kernel(const ReadRowsPolicy& policy, bool merge) {
-  constexpr std::span<const ReadRowsForm> kForms =
-      read_rows_forms(/*half=*/sizeof(Packed<Storage>) == 16);
+RowsKernel find_rows_kernel(const ReadRowsPolicy& policy, const ReadVariant& variant) {
+  constexpr bool kHalf = sizeof(Packed<Storage>) == 16;
+  constexpr std::span<const ReadRowsForm> kForms = read_rows_forms(kHalf);
   RowsKernel found = nullptr;
   const auto look_at = [&]<size_t kIndex>() {
     constexpr int kTerms = kForms[kIndex].terms;
     constexpr int kChunks = kForms[kIndex].chunks;
-    constexpr bool kPair = kTerms == 2;
+    const auto choose = [&]<bool kMerge>() {
+      found = read_rows_kernel<Storage, kTerms, kChunks, kMerge, kQuantized, AnyRead>;
+      if constexpr (kHalf && !kQuantized && kTerms <= 10) {
+        if (variant.usual && !variant.norm) {
+          found =
+              read_rows_kernel<Storage, kTerms, kChunks, kMerge, false, UsualRead<false, false>>;
+        } else if (variant.usual && !variant.update) {
+          found = read_rows_kernel<Storage, kTerms, kChunks, kMerge, false, UsualRead<true, false>>;
+        } else if (variant.usual) {
+          found = read_rows_kernel<Storage, kTerms, kChunks, kMerge, false, UsualRead<true, true>>;
+        }
+      }
+    };
     if (kTerms == policy.terms && kChunks == policy.chunks) {
-      found = merge && kPair ? read_rows_kernel<Storage, kTerms, kChunks, kPair, kQuantized>
-                             : read_rows_kernel<Storage, kTerms, kChunks, false, kQuantized>;
+      variant.merge ? choose.template operator()<kTerms == 2>()
+                    : choose.template operator()<false>();
     }
   };
   const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
@@ -44,17 +56,17 @@ RowsKernel find_rows_kernel(const ReadRowsPolicy& policy, bool merge) {
 }
 
 RowsKernel find_rows_kernel(DType storage, bool quantized, const ReadRowsPolicy& policy,
-                            bool merge) {
+                            const ReadVariant& variant) {
   switch (storage) {
     case DType::kBFloat16:
-      return quantized ? find_rows_kernel<__nv_bfloat16, true>(policy, merge)
-                       : find_rows_kernel<__nv_bfloat16, false>(policy, merge);
+      return quantized ? find_rows_kernel<__nv_bfloat16, true>(policy, variant)
+                       : find_rows_kernel<__nv_bfloat16, false>(policy, variant);
     case DType::kFloat16:
-      return quantized ? find_rows_kernel<__half, true>(policy, merge)
-                       : find_rows_kernel<__half, false>(policy, merge);
+      return quantized ? find_rows_kernel<__half, true>(policy, variant)
+                       : find_rows_kernel<__half, false>(policy, variant);
     default:
-      return quantized ? find_rows_kernel<AnyAligned, true>(policy, merge)
-                       : find_rows_kernel<AnyAligned, false>(policy, merge);
+      return quantized ? find_rows_kernel<AnyAligned, true>(policy, variant)
+                       : find_rows_kernel<AnyAligned, false>(policy, variant);
   }
 }
 
@@ -79,8 +91,8 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
                        (!quantized || is_aligned_to_eight(args.x)) &&
                        (!args.norm_weight.present() || value_view(args.norm_weight).vectorized);
   const bool half = is_half(storage.get());
-  const ReadRowsPolicy policy = choose_read_rows(half, read_terms(args), args.partial_out.present(),
-                                                 D, call.limits().major >= 9, T);
+  const ReadRowsPolicy policy =
+      choose_read_rows(half, read_terms(args), D, call.limits().major >= 9, T);
   // Tokens and blocks are counted in 32 bits.
   const int64_t blocks =
       policy.terms == 0 ? 0 : ceil_div(T, policy.tokens) * int64_t{policy.cluster};
@@ -88,8 +100,8 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
     return false;
   }
   ReadRowsParams params = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
-  const bool merge = params.num_terms == 2 && params.first_key == 1;
-  const RowsKernel kernel = find_rows_kernel(storage.get(), quantized, policy, merge);
+  const RowsKernel kernel =
+      find_rows_kernel(storage.get(), quantized, policy, variant_of(args, storage));
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
     return false;
   }

@@ -92,6 +92,32 @@ inline UniformType storage_of_rows(const ReadArgs& args) {
   return storage;
 }
 
+/// What kernels are compiled for beside their form.
+struct ReadVariant {
+  bool merge;         // two terms, the first a phase-1 result
+  bool usual;         // UsualRead serves the call
+  bool norm, update;  // of a usual call
+};
+
+/// `storage` is that of the rows and of x.
+inline ReadVariant variant_of(const ReadArgs& args, const UniformType& storage) {
+  const bool norm = args.norm == OutputNorm::kRms;
+  // Without a partial sum the first update is the last term.
+  const size_t in_sum = args.updates.size() + (args.partial.present() ? 1 : 0);
+  const bool update = args.partial_out.present();
+  const bool sum = update ? in_sum == 2 : args.updates.empty();
+  const bool weight =
+      norm ? value_view(args.norm_weight).vectorized && args.mix_rounding == MixRounding::kFloat32
+           : !update;
+  const bool query = args.query.present() && args.query.cols == args.x.cols &&
+                     reinterpret_cast<uintptr_t>(args.query.data) % 16 == 0;
+  return {.merge = read_terms(args) == 2 && args.phase1_out.present(),
+          .usual = is_half(storage.get()) && !args.x_scale.present() && !args.mix.present() &&
+                   !args.snapshot.present() && sum && weight && query,
+          .norm = norm,
+          .update = update};
+}
+
 /// Puts the last term into the last of `slots`, and the further updates behind it.
 inline void place_in_slots(ReadRowsParams& params, int slots) {
   const int shift = slots - params.num_terms;
