@@ -687,7 +687,8 @@ struct ReadBackwardCompute {
       }
     }
     if (kUsual && kChunks == 2) {
-      __syncwarp();  // nor for the partial sum's row beside what dh is formed from
+      // Or the partial sum's row is unpacked early, and registers do not suffice.
+      __syncwarp();
     }
     if (kUsual ? kTerms == 2 : read.has_partial) {
       Chunk dz = zero_chunk();
@@ -763,7 +764,7 @@ struct ReadBackwardCompute {
       const int64_t place = cta.cluster * kGroups + group;
       float* const row = partials + place * p.read.dim;
       int column = col(c);
-      if (kChunks == 1) {  // formed anew, for else it would spend the loop in local memory
+      if (kChunks == 1) {  // formed anew, or it would spend the loop over tokens in local memory
         int thread;
         asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
         thread -= group * p.plan.warps * kWarp;
