@@ -46,13 +46,12 @@ class Site:
         """Whether the next token's rows are copied ahead."""
         terms = self.sources + 2 * int(self.site)
         multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
-        widths = (512, 768, 1024) if terms <= 4 else (512, 768)
         return (
             not (self.mix or self.round_mix or self.key_dim)
             and self.updates <= int(self.norm and terms == 2)
             and terms <= 10
             and 16 * multiprocessors <= self.T
-            and any(self.D % width == 0 for width in widths)
+            and any(self.D % width == 0 for width in (512, 768))
         )
 
 

@@ -37,6 +37,8 @@ SCHEMA = 1
 """Of the result files; docs/benchmarks.md describes it. Readers refuse any other."""
 
 OURS = "flash_attn_res"
+STORAGE_GRADIENTS = f"{OURS} (storage gradients)"
+"""Our stream with ``grad_dtype=None``."""
 COMPILED = "torch.compile"
 """How the names of compiled contenders begin: a minute of compiling and more for each case."""
 

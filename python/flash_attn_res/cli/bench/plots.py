@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flash_attn_res import lens
 from flash_attn_res.cli import figures
-from flash_attn_res.cli.bench.harness import OURS, Row
+from flash_attn_res.cli.bench.harness import OURS, STORAGE_GRADIENTS, Row
 from flash_attn_res.cli.bench.tables import OP_NAMES, Document, main_shapes, measured
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLORS = {
     OURS: "#c0392b",
-    f"{OURS} (storage gradients)": "#e59866",
+    STORAGE_GRADIENTS: "#e59866",
     "plain": "#7a828e",
     "seed": "#c7a76c",
     "fla (Triton)": "#a1d99b",
@@ -39,7 +39,7 @@ COLORS = {
 }
 LABELS = {
     OURS: "this package",
-    f"{OURS} (storage gradients)": "this package, grad_dtype=None",
+    STORAGE_GRADIENTS: "this package, grad_dtype=None",
     "plain": "plain residual",
     "seed": "first Triton package",
     "eager": "eager PyTorch",

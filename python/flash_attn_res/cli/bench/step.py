@@ -49,12 +49,17 @@ from flash_attn_res import BlockAttnRes
 from flash_attn_res.cli.accuracy import peers
 from flash_attn_res.cli.accuracy.peers import UnsupportedError
 from flash_attn_res.cli.bench import harness
-from flash_attn_res.cli.bench.harness import COMPILED, OURS, Request, Row, describe
+from flash_attn_res.cli.bench.harness import (
+    COMPILED,
+    OURS,
+    STORAGE_GRADIENTS,
+    Request,
+    Row,
+    describe,
+)
 from flash_attn_res.cli.device import device_name
 
 EPS = 1e-6
-OWN = ("plain", OURS, "flash_attn_res (storage gradients)")
-
 LIMIT = 3e-2
 """Largest relative L2 error of an output: bfloat16 rounds at every sublayer."""
 
@@ -107,7 +112,7 @@ SMALL_SCALING = {
     "L": [Shape(layers, layers // 8, 128, 64) for layers in (8, 16, 32)],
     "T": [Shape(8, 1, tokens, 64) for tokens in (64, 128, 256)],
 }
-SCALING_LEFT_OUT = ("flash_attn_res (storage gradients)", COMPILED)
+SCALING_LEFT_OUT = (STORAGE_GRADIENTS, COMPILED)
 """The former is near ours; the latter compiles anew for every length."""
 
 
@@ -389,7 +394,7 @@ OPERATORS: dict[str, Callable[[Network], Operators]] = {
 PACKAGES: dict[str, Callable[[Network], Forward]] = {
     "plain": plain,
     OURS: ours,
-    "flash_attn_res (storage gradients)": functools.partial(ours, grad_dtype=None),
+    STORAGE_GRADIENTS: functools.partial(ours, grad_dtype=None),
     **{name: functools.partial(over, make) for name, make in OPERATORS.items()},
 }
 
@@ -622,9 +627,9 @@ def measure(
 
 def groups_of(packages: Sequence[str]) -> list[list[str]]:
     """What is measured in the same rounds: our own, then every other package with plain."""
-    own = [name for name in packages if name in OWN]
+    own = [name for name in packages if name not in OPERATORS]
     base = [name for name in own if name == "plain"]
-    others = [[*base, name] for name in packages if name not in OWN]
+    others = [[*base, name] for name in packages if name in OPERATORS]
     return [own, *others] if own else others
 
 

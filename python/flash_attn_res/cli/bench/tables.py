@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flash_attn_res.cli.bench.harness import COMPILED, OURS, Row, commit_of
+from flash_attn_res.cli.bench.harness import COMPILED, OURS, STORAGE_GRADIENTS, Row, commit_of
 from flash_attn_res.cli.figures import LABELS
 
 Document = Mapping[str, Any]
@@ -514,7 +514,7 @@ def insights(document: Document) -> str:
 STEP_PACKAGES = {
     "plain": "plain residual",
     "flash_attn_res": "this package",
-    "flash_attn_res (storage gradients)": "this package, `grad_dtype=None`",
+    STORAGE_GRADIENTS: "this package, `grad_dtype=None`",
 }
 
 
