@@ -269,8 +269,8 @@ struct ReadAheadForm {
   constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
 };
 
-/// By number of terms, the best first. More than four chunks of two to four terms, or two of more,
-/// leave too few warps; three serve the widths that four or two do not divide.
+/// By number of terms, the best first: four chunks of up to four terms, two of more; more would
+/// leave too few warps. Three serve the widths that those do not divide.
 inline constexpr ReadAheadForm kReadAhead[] = {
     {2, 4, 80, 1}, {2, 3, 80, 1},  {2, 2, 64, 1},  {4, 4, 128, 3}, {4, 3, 96, 3},   {4, 2, 80, 3},
     {6, 2, 96, 5}, {6, 3, 128, 5}, {8, 2, 112, 7}, {8, 3, 168, 7}, {10, 2, 128, 9}, {10, 3, 168, 9},

@@ -37,7 +37,7 @@ struct SharedAddress {
   }
 };
 
-/// The same through L1, for pieces whose 32-byte sector is fetched by two instructions.
+/// `copy_async` through L1, for pieces whose 32-byte sector is fetched by two instructions.
 __device__ __forceinline__ void copy_async_cached(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");

@@ -43,6 +43,7 @@ struct ReadAheadParams {
 template <int kTerms, int kChunks>
 inline constexpr ReadAheadForm kReadAheadForm = read_ahead_form(kTerms, kChunks);
 
+/// kMerge: two terms, of which the first is a phase-1 result. Read: a UsualReadOfMany.
 template <class T, int kTerms, int kChunks, bool kMerge, class Read>
 __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
     read_ahead_kernel(const __grid_constant__ ReadAheadParams params) {

@@ -42,7 +42,8 @@ template <class T, int kTerms, int kChunks>
 inline constexpr ReadRowsForm kReadRowsForm =
     read_rows_form(/*half=*/sizeof(Packed<T>) == 16, kTerms, kChunks);
 
-/// kMerge: two terms, of which the first is a phase-1 result.
+/// kMerge: two terms, of which the first is a phase-1 result. Read: AnyRead, or UsualRead where the
+/// launcher finds the call to be one.
 template <class T, int kTerms, int kChunks, bool kMerge, bool kQuantized, class Read>
 __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads())
     read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
