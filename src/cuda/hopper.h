@@ -33,6 +33,11 @@ bool serves(const AttendBackwardArgs& args, int major, int minor);
 int64_t attend_workspace_bytes(const AttendArgs& args);
 int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args);
 
+/// Whether few queries over few float8 sources (kFewQueries, kFewSources) have a kernel of their
+/// own here, of the calls that are served; and runs it.
+bool serves_few(const AttendArgs& args, const DeviceLimits& limits);
+Status attend_few(const AttendArgs& args, const Context& context);
+
 /// Launch choices of a call; `clusters` is still to be set from the device.
 Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, SourceLayout layout = {});
 Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t dim,

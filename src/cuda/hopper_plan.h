@@ -16,6 +16,8 @@ namespace flash_attn_res::cuda::hopper {
 
 inline constexpr int kSourcesMax = 16;  // two mma tiles of sources
 inline constexpr int kQueriesMax = 24;  // three mma tiles of queries
+inline constexpr int kFewQueries = 4;   // that stand beside their remainders in one tile
+inline constexpr int kFewSources = 8;   // one mma tile of sources
 inline constexpr int kBatchMax = 4;     // tokens of a step
 inline constexpr int kRingMax = 8;      // slots of a ring of buffers
 inline constexpr int kClusterMax = 8;   // the largest portable cluster

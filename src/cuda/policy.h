@@ -34,6 +34,9 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 /// Queries padded to whole tiles of eight: rows of scores stay aligned to 16 bytes.
 constexpr int64_t padded_queries(int64_t num_queries) { return round_up(num_queries, 8); }
 
+/// Threads that the registers of a multiprocessor allow: 16384 for each quarter of its warps.
+constexpr int threads_with(int registers) { return 16384 / (registers * 32) * 4 * 32; }
+
 // ---------------------------------------------------------------------------------------- attend
 
 /// How `attend` splits <u, k> over blocks.
@@ -141,6 +144,76 @@ constexpr DqueriesPolicy choose_dqueries(int64_t tokens, int64_t num_queries, in
           tiles * 8 * 256 * 4};
 }
 
+/// One compiled form of the kernel for few queries over few float8 sources.
+struct AttendFewForm {
+  int queries;    // that there is room for
+  int chunks;     // of 256 columns, that a warp has
+  int registers;  // of a thread, at most
+
+  constexpr int max_threads() const { return threads_with(registers); }
+};
+
+/// By room for queries, the widest first: warps meet once a token, whatever they have of it.
+inline constexpr AttendFewForm kAttendFew[] = {
+    {1, 4, 128}, {1, 3, 96},  {1, 2, 80},  {2, 4, 128}, {2, 3, 128},
+    {2, 2, 96},  {4, 4, 128}, {4, 3, 128}, {4, 2, 96},
+};
+
+constexpr AttendFewForm attend_few_form(int queries, int chunks) {
+  for (const AttendFewForm& form : kAttendFew) {
+    if (form.queries == queries && form.chunks == chunks) {
+      return form;
+    }
+  }
+  return {};
+}
+
+/// How `attend` with few queries over few float8 sources runs.
+struct AttendFewPolicy {
+  int queries;  // of the kernel's form; 0: none serves the call
+  int chunks;   // likewise
+  int warps;    // of a team, which has whole tokens
+  int teams;    // of a block
+  int64_t shared_bytes;
+
+  bool operator==(const AttendFewPolicy&) const = default;
+};
+
+/// The form with room for the queries whose warps leave the fewest columns idle, the widest of
+/// these, and as many teams as fit: a choice of a token's shape alone, since it decides the order
+/// of sums. No form serves it where a team would be alone: nobody is at work while it waits. With
+/// few tokens there are fewer teams. `shared_bytes(form, teams, warps)` are those of a block.
+template <class SharedBytes>
+constexpr AttendFewPolicy choose_attend_few(int64_t num_queries, int64_t dim, int64_t tokens,
+                                            const DeviceLimits& limits,
+                                            SharedBytes&& shared_bytes) {
+  constexpr int64_t kMostTeams = 15;  // barriers of a block beside that of all its threads
+  AttendFewForm best = {};
+  int64_t warps = 0;
+  for (const AttendFewForm& form : kAttendFew) {
+    const int64_t needed = ceil_div(dim, 256 * form.chunks);
+    const bool roomier = best.queries > 0 && form.queries > best.queries;
+    if (form.queries >= num_queries && !roomier &&
+        (best.queries == 0 || needed * form.chunks < warps * best.chunks)) {
+      best = form;
+      warps = needed;
+    }
+  }
+  if (best.queries == 0) {
+    return {};
+  }
+  int64_t teams = std::min(best.max_threads() / (warps * 32), kMostTeams);
+  while (teams > 0 && shared_bytes(best, teams, warps) > limits.shared_per_block) {
+    --teams;
+  }
+  if (teams < 2) {
+    return {};
+  }
+  teams = std::clamp<int64_t>(ceil_div(tokens, limits.multiprocessors), 1, teams);
+  return {best.queries, best.chunks, static_cast<int>(warps), static_cast<int>(teams),
+          shared_bytes(best, teams, warps)};
+}
+
 // ------------------------------------------------------------------------------------------ read
 
 /// Updates that a reading site may have beside the row that holds the partial sum.
@@ -155,8 +228,7 @@ struct ReadRowsForm {
   int least_terms;  // the fewest that it is chosen for
   int least_warps;  // that a token takes, with at most an eighth of a row to spare; 0: all tokens
 
-  /// Threads that the registers of a multiprocessor allow: 16384 for each quarter of its warps.
-  constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
+  constexpr int max_threads() const { return threads_with(registers); }
 };
 
 /// The forms for rows of one 16-bit type, by number of terms, more chunks a thread first: of many
@@ -266,7 +338,7 @@ struct ReadAheadForm {
   int registers;    // of a thread, at most
   int least_terms;  // the fewest that it is chosen for
 
-  constexpr int max_threads() const { return 16384 / (registers * 32) * 4 * 32; }
+  constexpr int max_threads() const { return threads_with(registers); }
 };
 
 /// By number of terms, the best first: four chunks of up to four terms, two of more; more would

@@ -165,6 +165,56 @@ TEST(ReadAhead, BandsCoverEveryTokenOnce) {
   EXPECT_EQ(read_ahead_bands(8192, 132, 132), (ReadAheadBands{132, 63, 1}));
 }
 
+/// Shared memory of a block, as the kernel needs it.
+constexpr auto kFewBytes = [](const AttendFewForm& form, int64_t teams, int64_t warps) {
+  const int64_t columns = warps * form.chunks * 256;
+  return columns * 4 * form.queries + teams * (columns * 8 + 1024 * warps);
+};
+
+TEST(AttendFew, RegistersOfAMultiprocessorHoldABlockOfEachForm) {
+  for (const AttendFewForm& form : kAttendFew) {
+    EXPECT_LE(form.max_threads() * form.registers, 65536);
+    EXPECT_EQ(attend_few_form(form.queries, form.chunks).registers, form.registers);
+  }
+}
+
+TEST(AttendFew, AChoiceCoversTheRowAndFits) {
+  int served = 0;
+  for (int64_t queries = 1; queries <= 5; ++queries) {
+    for (int64_t dim = 16; dim <= 16384; dim += 16) {
+      const AttendFewPolicy many = choose_attend_few(queries, dim, 8192, kH100, kFewBytes);
+      const AttendFewPolicy one = choose_attend_few(queries, dim, 1, kH100, kFewBytes);
+      SCOPED_TRACE(testing::Message() << "S=" << queries << " D=" << dim);
+      // What decides the order of sums does not depend on how many tokens there are.
+      ASSERT_EQ(many.queries, one.queries);
+      ASSERT_EQ(many.chunks, one.chunks);
+      ASSERT_EQ(many.warps, one.warps);
+      if (many.queries == 0) {
+        EXPECT_TRUE(queries == 5 || dim > 4096) << "not served";
+        continue;
+      }
+      ++served;
+      ASSERT_EQ(one.teams, 1);
+      ASSERT_GE(many.teams, 2);
+      ASSERT_GE(many.queries, queries);
+      ASSERT_GE(int64_t{many.warps} * many.chunks * 256, dim);
+      ASSERT_LT(int64_t{many.warps - 1} * many.chunks * 256, dim) << "a warp without columns";
+      ASSERT_LE(many.teams * many.warps * 32,
+                attend_few_form(many.queries, many.chunks).max_threads());
+      ASSERT_LE(many.shared_bytes, kH100.shared_per_block);
+    }
+  }
+  EXPECT_GT(served, 1000);
+  const auto choose = [](int64_t queries, int64_t dim) {
+    const AttendFewPolicy policy = choose_attend_few(queries, dim, 8192, kH100, kFewBytes);
+    return std::array{policy.queries, policy.chunks, policy.warps, policy.teams};
+  };
+  EXPECT_EQ(choose(1, 2048), (std::array{1, 4, 2, 8}));
+  EXPECT_EQ(choose(1, 2304), (std::array{1, 3, 3, 6}));
+  EXPECT_EQ(choose(2, 7168), (std::array{2, 4, 7, 2}));
+  EXPECT_EQ(choose(4, 7168)[0], 0) << "a team would be alone";
+}
+
 /// Sums of a token with norm: see SumMap in the kernel.
 hopper::ReadBackwardExtents extents(int terms, int narrow, int wide) {
   return {.terms = terms,

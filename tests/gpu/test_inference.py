@@ -495,8 +495,7 @@ def kimi_k3_site(fp8: str | None = None, power_of_two: bool = False) -> tuple[Sh
     return results, run
 
 
-def phase_1() -> tuple[Shapes, Run]:
-    S = 24
+def phase_1(S: int = 24) -> tuple[Shapes, Run]:
     bank, queries = values(8, MANY, D_K3), normal(S, D_K3, factor=D_K3**-0.5)
 
     def run(rows: slice, out: dict[str, Tensor]) -> None:
@@ -523,8 +522,7 @@ def stored_site() -> tuple[Shapes, Run]:
     return {"x": ((-1, D_K3), BF16)}, run
 
 
-def stored_phase_1() -> tuple[Shapes, Run]:
-    S = 24
+def stored_phase_1(S: int = 24) -> tuple[Shapes, Run]:
     stored = stored_bank("ntd").stored(8)
     queries = normal(S, D_K3, factor=D_K3**-0.5)
 
@@ -540,10 +538,13 @@ BATCHES: dict[str, Callable[[], tuple[Shapes, Run]]] = {
     "advance": advance,
     "Kimi K3 site": kimi_k3_site,
     "phase 1": phase_1,
+    "phase 1 with one query": functools.partial(phase_1, 1),
     "float8 x": functools.partial(kimi_k3_site, "token"),
     "float8 x in groups": functools.partial(kimi_k3_site, "group", power_of_two=True),
     "float8 bank": stored_site,
     "phase 1 over a float8 bank": stored_phase_1,
+    "phase 1 with one query over a float8 bank": functools.partial(stored_phase_1, 1),
+    "phase 1 with two queries over a float8 bank": functools.partial(stored_phase_1, 2),
 }
 
 

@@ -22,6 +22,16 @@ __device__ __forceinline__ uint32_t absolute_bits(float value) {
   return __float_as_uint(value) & 0x7fffffffu;
 }
 
+/// The bits of the largest absolute value of a chunk.
+__device__ __forceinline__ uint32_t largest_bits(const Chunk& c) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    largest = max(largest, absolute_bits(c.v[i]));
+  }
+  return largest;
+}
+
 /// The scale of a group whose largest absolute value has these bits.
 __device__ __forceinline__ float group_scale(uint32_t largest, bool power_of_two) {
   const float ratio = __fdiv_rn(__uint_as_float(largest), 448.0f);

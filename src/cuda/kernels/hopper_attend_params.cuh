@@ -43,8 +43,7 @@ struct AttendParams {
   }
 };
 
-/// Kernels have room for 4, 8, 16 or 24 queries.
-inline constexpr int kFewQueries = 4;
+/// Kernels have room for kFewQueries, 8, 16 or 24 queries.
 constexpr int query_groups_of(int room) { return (room + 7) / 8; }
 
 /// Tokens whose products a warp makes in turn, so that they wait less for each other: as registers

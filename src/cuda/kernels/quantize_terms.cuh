@@ -37,15 +37,6 @@ __device__ __forceinline__ Chunk sum_of_terms(const QuantizeTermsParams& p, int6
   return sum;
 }
 
-__device__ __forceinline__ uint32_t largest_of(const Chunk& c) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    largest = max(largest, absolute_bits(c.v[i]));
-  }
-  return largest;
-}
-
 __device__ __forceinline__ void store_quantized(const QuantizeTermsParams& p, int64_t t, int col,
                                                 Chunk c, uint32_t exponent) {
   const float inverse = 1.0f / scale_from_bits(exponent);
@@ -82,7 +73,7 @@ static __global__ void __launch_bounds__(kQuantizeTermsThreads)
     const int col =
         group * static_cast<int>(kScaleGroup) + static_cast<int>(i % kGroupLanes) * kChunk;
     const Chunk c = col < p.dim ? sum_of_terms(p, t, col) : zero_chunk();
-    uint32_t largest = largest_of(c);
+    uint32_t largest = largest_bits(c);
 #pragma unroll
     for (int offset = kGroupLanes / 2; offset > 0; offset /= 2) {
       largest = max(largest, __shfl_xor_sync(kAllLanes, largest, offset));
@@ -106,7 +97,7 @@ static __global__ void __launch_bounds__(kQuantizeTermsThreads)
     uint32_t largest = 0;
     for (int col = static_cast<int>(threadIdx.x) * kChunk; col < p.dim;
          col += kQuantizeTermsThreads * kChunk) {
-      largest = max(largest, largest_of(sum_of_terms(p, t, col)));
+      largest = max(largest, largest_bits(sum_of_terms(p, t, col)));
     }
     largest = __reduce_max_sync(kAllLanes, largest);
     if (threadIdx.x % kWarp == 0) {

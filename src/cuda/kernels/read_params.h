@@ -49,6 +49,7 @@ struct ReadParams {
   ValueView x, partial_out, mix;     // [T, D]
   FloatView logits, inv_rms, probs;  // [T, K], optional
   FloatView mix_inv_rms;             // [1, T], optional
+  FloatView lse;                     // [1, T], optional: of `attend` with one query
   ValueView snapshot;                // [T, D], a copy of partial_out, optional
   FloatView x_scale;                 // [T, groups] of a quantised x
   int x_scale_groups;

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   if (grids_overlap() && blockIdx.x < kEarlyBlocks) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      if (token.chunk[c] < token.chunks) {
+      if (token.in_row(c)) {
 #pragma unroll
         for (int s = 0; s < kTerms; ++s) {
           if (token.in_use(s)) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       token.slots[s][c] = {};
-      if (token.in_use(s) && token.chunk[c] < token.chunks) {
+      if (token.in_use(s) && token.in_row(c)) {
         token.slots[s][c] = load_row_chunk<T>(slot_rows[s], c * blockDim.x);
       }
     }

@@ -120,10 +120,18 @@ __device__ __forceinline__ TermLogit term_logit(const Params& p, const float* su
   return term_logit_of<kParts>(p, sums, stride, last, segments, lane);
 }
 
+/// A lane's part of a softmax over lanes.
+struct LaneSoftmax {
+  float prob;          // of this lane's term
+  float largest, sum;  // the largest logit; the sum of exp(logit - largest)
+
+  __device__ __forceinline__ float lse() const { return largest + logf(sum); }
+};
+
 /// Softmax over the terms in lanes 0 .. K - 1, whose logits the other lanes pad with -inf. kTerms
 /// is at least K; what lanes beyond it return means nothing.
 template <int kTerms>
-__device__ __forceinline__ float softmax_over_lanes(float logit, bool is_term) {
+__device__ __forceinline__ LaneSoftmax softmax_over_lanes(float logit, bool is_term) {
   constexpr int kWidth = kTerms <= 2    ? 2
                          : kTerms <= 4  ? 4
                          : kTerms <= 8  ? 8
@@ -135,13 +143,14 @@ __device__ __forceinline__ float softmax_over_lanes(float logit, bool is_term) {
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
   }
   const float weight = is_term ? expf(logit - largest) : 0.0f;
-  return weight / sum_over_parts<kWidth>(weight);
+  const float sum = sum_over_parts<kWidth>(weight);
+  return {weight / sum, largest, sum};
 }
 
 /// What a backward or the caller wants to know of token t's terms, term l from lane l.
 template <class Params>
 __device__ __forceinline__ void store_statistics(const Params& p, int64_t t, int lane,
-                                                 const TermLogit& own, float prob) {
+                                                 const TermLogit& own, const LaneSoftmax& softmax) {
   if (p.logits.present()) {
     p.logits.at(t, lane) = own.logit;
   }
@@ -149,7 +158,10 @@ __device__ __forceinline__ void store_statistics(const Params& p, int64_t t, int
     p.inv_rms.at(t, lane) = own.inv_rms;
   }
   if (p.probs.present()) {
-    p.probs.at(t, lane) = prob;
+    p.probs.at(t, lane) = softmax.prob;
+  }
+  if (lane == 0 && p.lse.present()) {
+    p.lse.at(0, t) = softmax.lse();
   }
 }
 

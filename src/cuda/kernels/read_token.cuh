@@ -43,16 +43,6 @@ struct ReadSumsLayout {
 /// Where the threads of a token meet.
 enum class Meeting { kTerms, kNorm, kLargest };
 
-/// The bits of the largest absolute value of a chunk.
-__device__ __forceinline__ uint32_t largest_bits(const Chunk& c) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    largest = max(largest, absolute_bits(c.v[i]));
-  }
-  return largest;
-}
-
 /// What is known of a call when a kernel is compiled: nothing ..
 struct AnyRead {
   static constexpr bool kUsual = false, kWhole = false, kEarly = true;
@@ -346,9 +336,10 @@ struct ReadToken {
       own = {lane < K ? phase1_lse : -INFINITY, 0.0f};
     }
     const auto [logit, inv_rms] = own;
-    const float prob = softmax_over_lanes<kTerms>(logit, lane < K);
+    const LaneSoftmax softmax = softmax_over_lanes<kTerms>(logit, lane < K);
+    const float prob = softmax.prob;
     if (threadIdx.x < kLanes && is_first() && lane < K) {
-      store_statistics(p, t, lane, {logit, inv_rms}, prob);
+      store_statistics(p, t, lane, {logit, inv_rms}, softmax);
     }
 
     // Chunk by chunk where a thread has several: what a chunk's rows took, its mixture takes.

@@ -11,6 +11,7 @@
 #include "cuda/hopper.h"
 #include "cuda/kernels/read_rows.cuh"
 #include "cuda/kernels/read_streamed.cuh"
+#include "cuda/launch/attend_as_read.h"
 #include "cuda/launch/dispatch.cuh"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/read_ahead.h"
@@ -32,7 +33,7 @@ RowsKernel find_rows_kernel(const ReadRowsPolicy& policy, const ReadVariant& var
     constexpr int kChunks = kForms[kIndex].chunks;
     const auto choose = [&]<bool kMerge>() {
       found = read_rows_kernel<Storage, kTerms, kChunks, kMerge, kQuantized, AnyRead>;
-      if constexpr (kHalf && !kQuantized && kTerms <= 10) {
+      if constexpr (kHalf && !kQuantized && kTerms <= 18) {
         if (variant.usual && !variant.norm) {
           found =
               read_rows_kernel<Storage, kTerms, kChunks, kMerge, false, UsualRead<false, false>>;
@@ -77,8 +78,9 @@ bool is_aligned_to_eight(const Matrix& matrix) {
 }
 
 /// Runs the whole call, x quantised and the snapshot taken where that is asked for, with its rows
-/// in registers, if a kernel can. `storage` is that of the rows.
-bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
+/// in registers, if a kernel can. `storage` is that of the rows; `lse`: where the call is an
+/// `attend` with one query.
+bool run_rows(Call& call, const ReadArgs& args, UniformType storage, FloatView lse = {}) {
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
   const bool quantized = args.x_scale.present();
@@ -100,6 +102,7 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage) {
     return false;
   }
   ReadRowsParams params = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  params.lse = lse;
   const RowsKernel kernel =
       find_rows_kernel(storage.get(), quantized, policy, variant_of(args, storage));
   if (policy.cluster > 1 && !call.compiled_for(9, kernel)) {
@@ -140,6 +143,24 @@ float* scratch_rows(Workspace& workspace, const ReadArgs& args) {
 }
 
 }  // namespace
+
+bool run_attend_as_read(Call& call, const AttendArgs& args) {
+  if (args.queries.rows != 1 || !args.source_scales.empty()) {
+    return false;
+  }
+  ReadArgs read = {};
+  read.sources = args.sources;
+  read.query = args.queries;
+  read.scale = args.scale;
+  read.eps = args.eps;
+  read.x = args.out[0];
+  read.logits = args.logits;
+  read.inv_rms = args.inv_rms;
+  read.probs = args.probs;
+  const UniformType storage = storage_of_rows(read);
+  const FloatView lse = float_view(args.lse);
+  return run_read_ahead(call, read, storage, lse) || run_rows(call, read, storage, lse);
+}
 
 int64_t read_workspace_bytes(const ReadArgs& args) {
   Workspace workspace;

@@ -45,9 +45,9 @@ AheadKernel find_kernel(const ReadAheadPolicy& policy, const ReadVariant& varian
 
 }  // namespace
 
-bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage) {
+bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage, FloatView lse) {
   // With fewer tokens for each multiprocessor a token a block is as fast, or spread over several.
-  constexpr int64_t kLeastTokens = 16;
+  constexpr int64_t kLeastTokens = 3;
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
   const DeviceLimits& limits = call.limits();
@@ -59,6 +59,7 @@ bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage) {
   }
   ReadAheadParams params = {};
   params.read = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  params.read.lse = lse;
   const auto sums = [&](int terms) {
     return int64_t{ReadSumsLayout{static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
                                   static_cast<unsigned>(terms), false}

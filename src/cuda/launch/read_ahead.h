@@ -9,8 +9,8 @@
 namespace flash_attn_res::cuda {
 
 /// Runs the whole call with the rows of tokens copied ahead, if that serves it and is faster.
-/// `storage` is that of the rows.
-bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage);
+/// `storage` is that of the rows; `lse`: where the call is an `attend` with one query.
+bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage, FloatView lse = {});
 
 }  // namespace flash_attn_res::cuda
 
