@@ -7,7 +7,7 @@ Usage: insights.py [--out FILE] [--rounds N]
               unnormalised, in 16 bits; by the spread of the logits
   path        phase 1 by tensor cores (Hopper kernels) and element-wise (general kernels), same
               numbers but for the first eight columns of a key: those keep the call off the Hopper
-              path
+              path. The forward with one query is element-wise on both and left out
   eviction    a Triton kernel of phase 1, element-wise, that loads its queries with and without
               evict-last
 
@@ -85,7 +85,8 @@ def both_paths(N: int, S: int, T: int, D: int) -> dict[str, dict[str, Run]]:
         queries = site.queries[:, :width].contiguous()
         forward, saved = site.phase1(sources, queries, out)
         forward()
-        calls["fwd"][variant] = forward
+        if S > 1:  # one query is a read, element-wise on both
+            calls["fwd"][variant] = forward
         calls["bwd"][variant] = site.phase1_backward(sources, queries, saved, dout, dsources)
     return calls
 
