@@ -63,6 +63,15 @@ __device__ __forceinline__ Packed<AnyAligned> load_row_chunk(const RowRef& row, 
   return {load_once(address), load_once(address + 16)};
 }
 
+template <>
+__device__ __forceinline__ Packed<__nv_fp8_e4m3> load_row_chunk(const RowRef& row, unsigned chunk) {
+  uint2 bits;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(bits.x), "=r"(bits.y)
+               : "l"(row.data + static_cast<uint64_t>(chunk) * kChunk));
+  return {bits};
+}
+
 /// The values of a chunk (dtype is looked at for AnyAligned alone).
 template <class T>
 __device__ __forceinline__ Chunk unpack_row_chunk(const Packed<T>& packed, DType) {

@@ -33,8 +33,9 @@
 
 namespace flash_attn_res::cuda {
 
+template <class Params>
 struct ReadAheadParams {
-  ReadRowsParams read;
+  Params read;
   // Blocks come in bands of `stride`, about as many as run at once. A band has stride * count
   // tokens, its block b those from number b on, `stride` apart.
   unsigned stride, count;
@@ -43,30 +44,46 @@ struct ReadAheadParams {
 template <int kTerms, int kChunks>
 inline constexpr ReadAheadForm kReadAheadForm = read_ahead_form(kTerms, kChunks);
 
-/// kMerge: two terms, of which the first is a phase-1 result. Read: a UsualReadOfMany.
+/// kMerge: two terms, of which the first is a phase-1 result. Read: a UsualReadOfMany, or that over
+/// a stored bank: then the scales of a warp's columns come with a lane each, a token ahead as well.
 template <class T, int kTerms, int kChunks, bool kMerge, class Read>
 __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
-    read_ahead_kernel(const __grid_constant__ ReadAheadParams params) {
+    read_ahead_kernel(const __grid_constant__ ReadAheadParams<typename Read::Params> params) {
   using Token = ReadToken<T, kTerms, kChunks, kReadAheadForm<kTerms, kChunks>.least_terms, kMerge,
                           /*kQuantized=*/false, Read>;
-  constexpr int kRows = kTerms + (Read::kUpdate ? 1 : 0);  // slots, then the update
-  constexpr unsigned kStep = kWarp * 16;                   // bytes between chunks of a thread
-  const ReadRowsParams& p = params.read;
+  constexpr int kStored = Token::kStored ? kTerms - 1 : 0;            // slots of float8
+  constexpr int kTyped = kTerms + (Read::kUpdate ? 1 : 0) - kStored;  // the other slots, the update
+  constexpr unsigned kStep = kWarp * 16;                              // bytes of a warp's chunks
+  constexpr unsigned kStoredStep = kWarp * 8;
+  const typename Read::Params& p = params.read;
   const unsigned warp = threadIdx.x / kWarp;
   const unsigned lane = threadIdx.x % kWarp;
   unsigned first_chunk = warp * (kChunks * kWarp) + lane;
 
-  // [warps, kRows, kChunks, 32 lanes] of 16 bytes, then the sums of two tokens in turn.
+  // [warps, rows, kChunks, 32 lanes] of 16 bytes, or of 8, which come first; then the sums of two
+  // tokens in turn.
   extern __shared__ float4 shared[];
-  constexpr unsigned kOfWarp = kRows * kChunks * kWarp;
+  constexpr unsigned kStoredBytes = kStored * kChunks * kStoredStep;
+  constexpr unsigned kOfWarp = (kStoredBytes + kTyped * kChunks * kStep) / 16;
   SharedAddress own(shared + warp * kOfWarp + lane);
   float* const all_sums = reinterpret_cast<float*>(shared + blockDim.x / kWarp * kOfWarp);
+  const auto place = [](int row, int c) {
+    return kStoredBytes + ((row - kStored) * kChunks + c) * kStep;
+  };
+  // Lanes are 8 bytes apart, `own` counts 16.
+  const auto stored_place = [&](int s, int c) {
+    return (s * kChunks + c) * kStoredStep - lane * 8;
+  };
 
   const auto copy_row = [&](int row, unsigned t) {
-    const char* const from = p.rows.data[row] + t * p.rows.stride_bytes[row] + first_chunk * 16;
+    const char* const row_data = p.rows.data[row] + t * p.rows.stride_bytes[row];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      own.copy_async((row * kChunks + c) * kStep, from + c * kStep);
+      if (row < kStored) {
+        own.copy_eight_async(stored_place(row, c), row_data + first_chunk * 8 + c * kStoredStep);
+      } else {
+        own.copy_async(place(row, c), row_data + first_chunk * 16 + c * kStep);
+      }
     }
   };
   const auto copy_token = [&](unsigned t) {
@@ -82,8 +99,27 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
     }
     commit_copies();
   };
-  const auto load = [&](int row, int c) {
-    return Packed<T>{own.load((row * kChunks + c) * kStep)};
+  // Scales: a slot has kScalesOfSlot lanes, two for a chunk of 256 columns.
+  constexpr int kScalesOfSlot = 2 * Token::kPadded;
+  constexpr int kScaleWords = (kStored * kScalesOfSlot + kWarp - 1) / kWarp;
+  float scales[kScaleWords > 0 ? kScaleWords : 1];
+  uint8_t next_scales[kScaleWords > 0 ? kScaleWords : 1];
+  const auto load_scales = [&](unsigned t) {
+    if constexpr (Token::kStored) {
+#pragma unroll
+      for (int w = 0; w < kScaleWords; ++w) {
+        const int index = w * kWarp + static_cast<int>(lane);
+        const int s = min(index / kScalesOfSlot, p.num_terms - 2);
+        const int c = min(index % kScalesOfSlot / 2, kChunks - 1);
+        const unsigned col = ((warp * kChunks + c) * kWarp + index % 2 * (kWarp / 2)) *
+                             static_cast<unsigned>(kChunk);
+        next_scales[w] = p.scales_of(s, t)[col >> p.scale_shift];
+      }
+    }
+  };
+  const auto scale = [&](int s, int c) {
+    const int index = s * kScalesOfSlot + 2 * c;
+    return __shfl_sync(kAllLanes, scales[index / kWarp], index % kWarp + lane / (kWarp / 2));
   };
   const auto share = [](float* place, float sum, Meeting, unsigned copy, unsigned) {
     if (copy == 0) {
@@ -106,6 +142,7 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
   begin_next_grid();
   if (t < end) {
     copy_token(t);
+    load_scales(t);
   }
   unsigned turn = 0;  // floats before this token's sums
 #pragma unroll 1
@@ -115,22 +152,38 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
     Token token(p, first_chunk, kWarp);
     float* const sums = all_sums + turn;
     turn = token.layout().floats() - turn;
+    if constexpr (Token::kStored) {
+#pragma unroll
+      for (int w = 0; w < kScaleWords; ++w) {
+        scales[w] = scale_from_bits(next_scales[w]);
+      }
+    }
     wait_copies<0>();
 #pragma unroll
     for (int s = 0; s < kTerms; ++s) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        token.slots[s][c] = token.in_use(s) ? load(s, c) : Packed<T>{};
+        if constexpr (Token::kStored) {
+          if (s < kStored) {
+            token.slots[s][c] = {};
+            if (token.in_use(s)) {
+              token.slots[s][c].bits = own.load_eight(stored_place(s, c));
+            }
+            continue;
+          }
+        }
+        token.typed(s, c) = token.in_use(s) ? Packed<T>{own.load(place(s, c))} : Packed<T>{};
       }
     }
     if (Read::kUpdate) {
-      token.add_updates(t, [&](int, int c) { return load(kTerms, c); });
+      token.add_updates(t, [&](int, int c) { return Packed<T>{own.load(place(kTerms, c))}; });
     }
     // A thread's loads from shared memory are served before the copies behind them.
     if (t + stride < end) {
       copy_token(t + stride);
+      load_scales(t + stride);
     }
-    token.finish(t, sums, [] { return true; }, share, meet);
+    token.finish(t, sums, [] { return true; }, share, meet, scale);
   }
 }
 

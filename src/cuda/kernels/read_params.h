@@ -60,6 +60,21 @@ struct ReadParams {
 /// Those of the kernels that have room for 32 terms.
 using ReadRowsParams = ReadParams<kReadRowsMaxTerms + kReadRowsMaxUpdates>;
 
+/// Sources of a stored bank, which come before the partial sum.
+inline constexpr int kMaxStored = 9;
+
+/// The same over a stored bank: scales of the terms but the last.
+struct StoredReadParams : ReadRowsParams {
+  const uint8_t* scales[kMaxStored];  // [T, D / W] float8_e8m0
+  int64_t scale_stride;               // elements, the same for all
+  int scale_shift;                    // 2^scale_shift columns share a scale
+
+  /// Where token t's scales of slot s begin.
+  FLASH_ATTN_RES_HOST_DEVICE const uint8_t* scales_of(int s, int64_t t) const {
+    return scales[s] + t * scale_stride;
+  }
+};
+
 template <int kRows>
 struct ReadBackwardParams {
   ReadTable<kRows> rows;  // the K terms

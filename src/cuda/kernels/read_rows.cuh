@@ -46,7 +46,7 @@ inline constexpr ReadRowsForm kReadRowsForm =
 /// launcher finds the call to be one.
 template <class T, int kTerms, int kChunks, bool kMerge, bool kQuantized, class Read>
 __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads())
-    read_rows_kernel(const __grid_constant__ ReadRowsParams p) {
+    read_rows_kernel(const __grid_constant__ typename Read::Params p) {
   using Token = ReadToken<T, kTerms, kChunks, kReadRowsForm<T, kTerms, kChunks>.least_terms, kMerge,
                           kQuantized, Read>;
   constexpr unsigned kLanes = kWarp;
@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   RowRef update_rows[Token::kMaxUpdates];
 #pragma unroll
   for (int s = 0; s < kTerms; ++s) {
-    slot_rows[s] = token.own_chunks(p.rows.row(s, t));
+    slot_rows[s] = token.own_chunks(s, p.rows.row(s, t));
   }
 #pragma unroll
   for (int e = 0; e < Token::kMaxUpdates; ++e) {
-    update_rows[e] = token.own_chunks(p.rows.row(kTerms + e, t));
+    update_rows[e] = token.own_chunks(kTerms + e, p.rows.row(kTerms + e, t));
   }
 
   // What memory must fetch is on its way to L2 while the grid before this one ends. Blocks that
@@ -118,6 +118,12 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
 #pragma unroll
         for (int s = 0; s < kTerms; ++s) {
           if (token.in_use(s)) {
+            if constexpr (Token::kStored) {
+              if (s < kLast) {
+                prefetch_row_chunk<typename Token::Stored>(slot_rows[s], c * blockDim.x);
+                continue;
+              }
+            }
             prefetch_row_chunk<T>(slot_rows[s], c * blockDim.x);
           }
         }
@@ -142,12 +148,27 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
 
   // The new partial sum's rows, then terms in the order of their sums, which begin while the last
   // rows are on their way.
+  float scales[Token::kStored ? kTerms - 1 : 1][kChunks];
   const auto load_slot = [&](int s) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      token.slots[s][c] = {};
-      if (token.in_use(s) && token.in_row(c)) {
-        token.slots[s][c] = load_row_chunk<T>(slot_rows[s], c * blockDim.x);
+      const bool here = token.in_use(s) && token.in_row(c);
+      if constexpr (Token::kStored) {
+        if (s < kLast) {
+          token.slots[s][c] = {};
+          scales[s][c] = 0.0f;
+          if (here) {
+            token.slots[s][c] =
+                load_row_chunk<typename Token::Stored>(slot_rows[s], c * blockDim.x);
+            const unsigned group = token.chunk[c] * kChunk >> p.scale_shift;
+            scales[s][c] = scale_from_bits(p.scales_of(s, t)[group]);
+          }
+          continue;
+        }
+      }
+      token.typed(s, c) = {};
+      if (here) {
+        token.typed(s, c) = load_row_chunk<T>(slot_rows[s], c * blockDim.x);
       }
     }
   };
@@ -177,7 +198,9 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   if (ranks > 1) {
     cluster_wait();  // every mailbox is open
   }
-  token.finish(t, sums, [] { return cluster_rank() == 0; }, share, meet);
+  token.finish(
+      t, sums, [] { return cluster_rank() == 0; }, share, meet,
+      [&](int s, int c) { return scales[s][c]; });
 }
 
 }  // namespace flash_attn_res::cuda

@@ -4,6 +4,7 @@
 //   partial' = round(partial + updates)                 stored, and used below as rounded
 //   r_j = rsqrt(mean(k_j^2) + eps)    logit_j = scale r_j <u, k_j>, or the phase-1 lse
 //   p = softmax(logit)                h = sum_j p_j z_j
+//   k_j[d] = scale_j[d / W] q_j[d]    of sources in float8, W = 128 or D
 //   x = h, or h rsqrt(mean(h^2) + norm_eps) g; stored as it is, or quantised (device/quantize.cuh)
 //
 // sums  float32, over D in the order of read_sums.cuh: a token has the same bits however it is
@@ -13,6 +14,7 @@
 #define FLASH_ATTN_RES_CUDA_KERNELS_READ_TOKEN_CUH_
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/device/chunk.cuh"
@@ -45,14 +47,16 @@ enum class Meeting { kTerms, kNorm, kLargest };
 
 /// What is known of a call when a kernel is compiled: nothing ..
 struct AnyRead {
-  static constexpr bool kUsual = false, kWhole = false, kEarly = true;
+  using Params = ReadRowsParams;
+  static constexpr bool kUsual = false, kWhole = false, kEarly = true, kStored = false;
 };
 /// .. or that it is one of training or of inference: keys as long as rows, x in the rows' type, and
 /// no mixture, snapshot or rounded mixture beside it. A lone token does not wait for u and g when
 /// they are used: they come with its rows.
 template <bool kHasNorm, bool kHasUpdate>
 struct UsualRead {
-  static constexpr bool kUsual = true, kWhole = false, kEarly = true;
+  using Params = ReadRowsParams;
+  static constexpr bool kUsual = true, kWhole = false, kEarly = true, kStored = false;
   static constexpr bool kNorm = kHasNorm;      // with a weight
   static constexpr bool kUpdate = kHasUpdate;  // one update is added to the last term
 };
@@ -62,6 +66,13 @@ struct UsualRead {
 template <bool kHasNorm, bool kHasUpdate>
 struct UsualReadOfMany : UsualRead<kHasNorm, kHasUpdate> {
   static constexpr bool kWhole = true, kEarly = false;
+};
+
+/// Each of them over a stored bank: all terms but the last are float8 with scales.
+template <class Read>
+struct StoredRead : Read {
+  using Params = StoredReadParams;
+  static constexpr bool kStored = true;
 };
 
 /// kTerms, kChunks: rows, and chunks of each, that a thread has room for. kLeastTerms: fewest terms
@@ -78,20 +89,24 @@ struct ReadToken {
   // of rows is in the order of the slots.
   static constexpr int kLast = kTerms - 1;
   static constexpr int kAlways = kLeastTerms - 1;
+  static constexpr bool kStored = Read::kStored;
+  using Stored = __nv_fp8_e4m3;
 
-  const ReadRowsParams& p;
+  const typename Read::Params& p;
   const int lane;
   const unsigned chunks, segments;  // of a row
   const unsigned step;              // chunks from one of this thread's to the next
   unsigned chunk[kChunks];          // of this thread; its segment is chunk / 32
   const int K, first_key;
 
-  Packed<T> slots[kTerms][kChunks];
+  // In float8 where those before the last are stored so.
+  Packed<std::conditional_t<kStored, Stored, T>> slots[kTerms - (kStored ? 1 : 0)][kChunks];
+  Packed<T> last_slot[kStored ? kChunks : 1];
   Chunk early_query[kEarly ? kChunks : 1];
   Chunk early_weight[kEarly ? kChunks : 1];
 
   /// The thread's first chunk, and how far it is to its next.
-  __device__ __forceinline__ ReadToken(const ReadRowsParams& params, unsigned first,
+  __device__ __forceinline__ ReadToken(const typename Read::Params& params, unsigned first,
                                        unsigned step_of_chunks)
       : p(params),
         lane(static_cast<int>(threadIdx.x % kLanes)),
@@ -166,9 +181,26 @@ struct ReadToken {
   __device__ __forceinline__ DType dtype_of(int s) const {
     return s == kLast && has_update() ? p.partial_out.dtype : dtype_in(s);
   }
-  /// From this thread's first chunk of a row on.
-  __device__ __forceinline__ RowRef own_chunks(RowRef row) const {
-    row.data += chunk[0] * row_chunk_bytes<T>(row);
+  /// The place of a row of type T.
+  __device__ __forceinline__ Packed<T>& typed(int s, int c) {
+    if constexpr (kStored) {
+      return last_slot[c];
+    } else {
+      return slots[s][c];
+    }
+  }
+  /// The values of a slot, of float8 without their scale.
+  __device__ __forceinline__ Chunk values(int s, int c) const {
+    if constexpr (kStored) {
+      return s == kLast ? unpack_row_chunk<T>(last_slot[c], dtype_of(s)) : unpack(slots[s][c]);
+    } else {
+      return unpack_row_chunk<T>(slots[s][c], dtype_of(s));
+    }
+  }
+
+  /// From this thread's first chunk of row `s` on; rows behind the slots are updates.
+  __device__ __forceinline__ RowRef own_chunks(int s, RowRef row) const {
+    row.data += chunk[0] * (kStored && s < kLast ? kChunk : row_chunk_bytes<T>(row));
     return row;
   }
 
@@ -206,26 +238,28 @@ struct ReadToken {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (in_row(c)) {
-        Chunk sum = unpack_row_chunk<T>(slots[kLast][c], dtype_in(kLast));
+        Chunk sum = unpack_row_chunk<T>(typed(kLast, c), dtype_in(kLast));
 #pragma unroll
         for (int e = 0; e < kMaxUpdates; ++e) {
           if (e < num_updates()) {
             add(sum, unpack_row_chunk<T>(update(e, c), dtype_in(kTerms + e)));
           }
         }
-        slots[kLast][c] = pack_row_chunk<T>(sum, p.partial_out.dtype);
-        store_row_chunk<T>(p.partial_out.row(t), chunk[c], slots[kLast][c]);
+        Packed<T>& stored = typed(kLast, c);
+        stored = pack_row_chunk<T>(sum, p.partial_out.dtype);
+        store_row_chunk<T>(p.partial_out.row(t), chunk[c], stored);
         if (has_snapshot()) {
-          store_row_chunk<T>(p.snapshot.row(t), chunk[c], slots[kLast][c]);
+          store_row_chunk<T>(p.snapshot.row(t), chunk[c], stored);
         }
       }
     }
   }
 
   // |k_j|^2 and <u, k_j> of each of this warp's segments: of up to eight terms of a segment at
-  // once, and of so many segments that they are eight pairs.
-  template <int kFirst, bool kWholeKey, class Share>
-  __device__ __forceinline__ void sum_terms(float* term_sums, Share&& share) const {
+  // once, and of so many segments that they are eight pairs. A chunk lies in one group of columns
+  // that share a scale, and powers of two change no bit of a sum.
+  template <int kFirst, bool kWholeKey, class Share, class Scale>
+  __device__ __forceinline__ void sum_terms(float* term_sums, Share&& share, Scale&& scale) const {
     constexpr int kTermPairs = PairSums<(kTerms - kFirst < 8 ? kTerms - kFirst : 8)>::kPairs;
     constexpr int kTogether = kChunks * kTermPairs < 8 ? kChunks : 8 / kTermPairs;
     using Sums = PairSums<2 * kTermPairs * kTogether>;
@@ -247,12 +281,19 @@ struct ReadToken {
           for (int k = 0; k < 2; ++k) {
             const int s = kFirst + 2 * i + k;
             if (s < kTerms && in_use(s) && (s > 0 || first_key == 0)) {
-              Chunk key = unpack_row_chunk<T>(slots[s][c], dtype_of(s));
+              Chunk key = values(s, c);
               if (!kWholeKey) {
                 keep_from(key, static_cast<int>(chunk[c]) * kChunk, p.key_begin);
               }
               pair[2 * k] = dot_add(key, key, 0.0f);
               pair[2 * k + 1] = dot_add(u, key, 0.0f);
+              if constexpr (kStored) {
+                if (s < kLast) {
+                  const float factor = scale(s, c);
+                  pair[2 * k] = pair[2 * k] * factor * factor;
+                  pair[2 * k + 1] *= factor;
+                }
+              }
             }
           }
           sums.set(d * kTermPairs + i, pair, lane);
@@ -281,7 +322,7 @@ struct ReadToken {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const Chunk u = kEarly ? early_query[kEarly ? c : 0] : load_query<kWholeKey>(c);
-      Chunk key = unpack_row_chunk<T>(slots[kLast][c], dtype_of(kLast));
+      Chunk key = values(kLast, c);
       if (!kWholeKey) {
         keep_from(key, static_cast<int>(chunk[c]) * kChunk, p.key_begin);
       }
@@ -298,26 +339,26 @@ struct ReadToken {
     }
   }
 
-  template <bool kWholeKey, class Share, int... kGroup>
-  __device__ __forceinline__ void sum_groups(float* term_sums, Share&& share,
+  template <bool kWholeKey, class Share, class Scale, int... kGroup>
+  __device__ __forceinline__ void sum_groups(float* term_sums, Share&& share, Scale&& scale,
                                              std::integer_sequence<int, kGroup...>) const {
-    (sum_terms<8 * kGroup, kWholeKey>(term_sums, share), ...);
+    (sum_terms<8 * kGroup, kWholeKey>(term_sums, share, scale), ...);
   }
 
   /// From the rows in the slots, partial' among them, to x. `sums` is this token's shared memory.
   /// share(place, sum, meeting, copy, copies) makes a sum known to all of the token's threads,
   /// which `copies` lanes have, this one as number `copy`; meet(meeting) waits until all are known.
-  /// is_first(): this block stores what a token has once.
-  template <class First, class Share, class Meet>
+  /// is_first(): this block stores what a token has once. scale(s, c): of chunk c of a stored slot.
+  template <class First, class Share, class Meet, class Scale>
   __device__ __forceinline__ void finish(uint32_t t, float* term_sums, First&& is_first,
-                                         Share&& share, Meet&& meet) {
+                                         Share&& share, Meet&& meet, Scale&& scale) {
     float* const norm_sums = term_sums + layout().norm_sums();
     using Groups = std::make_integer_sequence<int, (kTerms + 7) / 8>;
     if constexpr (kMerge) {
       whole_key() ? sum_partial<true>(term_sums, share) : sum_partial<false>(term_sums, share);
     } else {
-      whole_key() ? sum_groups<true>(term_sums, share, Groups{})
-                  : sum_groups<false>(term_sums, share, Groups{});
+      whole_key() ? sum_groups<true>(term_sums, share, scale, Groups{})
+                  : sum_groups<false>(term_sums, share, scale, Groups{});
     }
 
     // On their way during the barrier.
@@ -360,8 +401,13 @@ struct ReadToken {
 #pragma unroll
       for (int s = 0; s < kTerms; ++s) {
         if (in_use(s)) {
-          add_scaled(h[c], kChunks > 1 ? probs[s] : prob_of(s),
-                     unpack_row_chunk<T>(slots[s][c], dtype_of(s)));
+          float factor = kChunks > 1 ? probs[s] : prob_of(s);
+          if constexpr (kStored) {
+            if (s < kLast) {
+              factor *= scale(s, c);
+            }
+          }
+          add_scaled(h[c], factor, values(s, c));
         }
       }
       if (in_row(c)) {

@@ -16,6 +16,7 @@
 #include "cuda/launch/launch.h"
 #include "cuda/launch/read_ahead.h"
 #include "cuda/launch/read_forward_params.h"
+#include "cuda/launch/read_stored.h"
 
 namespace flash_attn_res::cuda {
 namespace {
@@ -190,7 +191,8 @@ Status read(const ReadArgs& given, const Context& context) {
     return call.status();
   }
   const UniformType storage = storage_of_rows(args);
-  if (run_read_ahead(call, args, storage) || run_rows(call, args, storage)) {
+  if (run_read_stored(call, args) || run_read_ahead(call, args, storage) ||
+      run_rows(call, args, storage)) {
     return call.status();
   }
   if (quantized) {

@@ -14,7 +14,7 @@
 namespace flash_attn_res::cuda {
 namespace {
 
-using AheadKernel = void (*)(ReadAheadParams);
+using AheadKernel = void (*)(ReadAheadParams<ReadRowsParams>);
 
 /// The kernel of a policy. More than two terms with an update, as inference has them at a site
 /// without a phase 1, are faster a token a block.
@@ -46,40 +46,31 @@ AheadKernel find_kernel(const ReadAheadPolicy& policy, const ReadVariant& varian
 }  // namespace
 
 bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage, FloatView lse) {
-  // With fewer tokens for each multiprocessor a token a block is as fast, or spread over several.
-  constexpr int64_t kLeastTokens = 3;
   const int64_t T = args.x.rows;
   const int64_t D = args.x.cols;
   const DeviceLimits& limits = call.limits();
   storage.add(value_view(args.x));
   const ReadVariant variant = variant_of(args, storage);
-  if (limits.major < 8 || T < kLeastTokens * limits.multiprocessors || T != grid_blocks(T) ||
-      !variant.usual) {
+  if (!is_many(T, limits) || T != grid_blocks(T) || !variant.usual) {
     return false;
   }
-  ReadAheadParams params = {};
-  params.read = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
-  params.read.lse = lse;
+  ReadRowsParams params = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  params.lse = lse;
   const auto sums = [&](int terms) {
     return int64_t{ReadSumsLayout{static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
                                   static_cast<unsigned>(terms), false}
                        .floats()};
   };
   const ReadAheadPolicy policy =
-      choose_read_ahead(params.read.num_terms, variant.update ? 1 : 0, D, limits, sums);
+      choose_read_ahead(params.num_terms, variant.update ? 1 : 0, D, limits, sums);
   const AheadKernel kernel = storage.get() == DType::kBFloat16
                                  ? find_kernel<__nv_bfloat16>(policy, variant)
                                  : find_kernel<__half>(policy, variant);
   if (kernel == nullptr) {
     return false;
   }
-  place_in_slots(params.read, policy.terms);
-  const unsigned resident = call.resident_blocks(kernel, policy.threads, policy.shared_bytes, T);
-  const ReadAheadBands bands = read_ahead_bands(T, resident, limits.multiprocessors);
-  params.stride = bands.stride;
-  params.count = bands.count;
-  call.launch_with({.overlap = true}, kernel, dim3(bands.stride * bands.bands),
-                   dim3(static_cast<unsigned>(policy.threads)), policy.shared_bytes, params);
+  place_in_slots(params, policy.terms);
+  launch_ahead(call, kernel, policy, T, params);
   return true;
 }
 

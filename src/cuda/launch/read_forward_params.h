@@ -118,6 +118,25 @@ inline ReadVariant variant_of(const ReadArgs& args, const UniformType& storage) 
           .update = update};
 }
 
+/// Whether there are so many tokens that rows are copied ahead. With fewer for each multiprocessor
+/// a token a block is as fast, or spread over several.
+inline bool is_many(int64_t tokens, const DeviceLimits& limits) {
+  constexpr int64_t kLeastTokens = 3;
+  return limits.major >= 8 && tokens >= kLeastTokens * limits.multiprocessors;
+}
+
+/// Launches a kernel of read_ahead.cuh; Ahead is its ReadAheadParams.
+template <class Ahead, class Params>
+void launch_ahead(Call& call, void (*kernel)(Ahead), const ReadAheadPolicy& policy, int64_t tokens,
+                  const Params& params) {
+  const unsigned resident =
+      call.resident_blocks(kernel, policy.threads, policy.shared_bytes, tokens);
+  const ReadAheadBands bands = read_ahead_bands(tokens, resident, call.limits().multiprocessors);
+  const Ahead ahead = {params, bands.stride, bands.count};
+  call.launch_with({.overlap = true}, kernel, dim3(bands.stride * bands.bands),
+                   dim3(static_cast<unsigned>(policy.threads)), policy.shared_bytes, ahead);
+}
+
 /// Puts the last term into the last of `slots`, and the further updates behind it.
 inline void place_in_slots(ReadRowsParams& params, int slots) {
   const int shift = slots - params.num_terms;

@@ -1,9 +1,10 @@
-"""Phase 1 over blocks in float8 and float16 with scales, beside bfloat16 ones.
+"""Phase 1 and reading sites over blocks in float8 and float16 with scales, beside bfloat16 ones.
 
 Each storage has its own bytes: a source takes D, 2 D or 2 D bytes a token and its scales (one for
-128 columns in float8, one in float16); mixtures, their gradients and the sums that the backward
-adds to are bfloat16. Percent of copy is of those bytes. `speedup` is the time of bfloat16, in the
-same rounds, over that of the storage.
+128 columns in float8, one in float16); mixtures, their gradients, the sums that the backward adds
+to and the rows of a site beside its blocks (partial sum, update, new partial sum, x) are bfloat16.
+Percent of copy is of those bytes. `speedup` is the time of bfloat16, in the same rounds, over that
+of the storage.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from flash_attn_res.storage import quantize
 PACKAGES = [OURS]
 BASELINE = "bfloat16"
 STORAGES = (BASELINE, "float8", "float16")
-DIRECTIONS = ("fwd", "bwd")
-OPS = [f"phase1_{direction}" for direction in DIRECTIONS]
+OPS = ["phase1_fwd", "phase1_bwd", "site_fwd"]
 SHAPES = {
     **{
         f"D{D}-S{S}": {"N": 8, "S": S, "T": 16384, "D": D}
@@ -58,22 +58,38 @@ class Case:
         self.dqueries = torch.empty_like(queries)
         self.dlse, self.gate = torch.randn_like(self.lse), torch.rand_like(self.lse)
         self.dout = torch.randn_like(self.out)
+        self.rows = torch.randn(2, T, D, device=device).bfloat16()  # partial sum and update
+        self.x, self.new_partial = torch.empty_like(self.rows[0]), torch.empty_like(self.rows[0])
+        self.terms = torch.empty(2, T, N + 1, device=device)  # logits and 1 / rms
+        self.mix_inv_rms, self.weight = torch.empty(T, device=device), torch.rand_like(queries[0])
         bank = sum(t.numel() * t.element_size() for t in (*self.values, *self.scales))
         row = T * D * self.out.element_size()
-        self.bytes = {"fwd": bank + S * row, "bwd": bank + (S + 2 * N) * row}
+        self.bytes = {
+            "phase1_fwd": bank + S * row,
+            "phase1_bwd": bank + (S + 2 * N) * row,
+            "site_fwd": bank + 4 * row,
+        }
 
-    def fwd(self) -> None:
-        """The forward."""
+    def phase1_fwd(self) -> None:
+        """The forward of phase 1."""
         torch.ops.flash_attn_res.attend_into(
             *(self.values, self.queries, 1.0, EPS, self.out, self.lse, self.logits, self.inv_rms),
             self.scales,
         )
 
-    def bwd(self) -> None:
-        """The backward, gated and accumulating, as the stream runs it."""
+    def phase1_bwd(self) -> None:
+        """Its backward, gated and accumulating, as the stream runs it."""
         torch.ops.flash_attn_res.attend_backward_into(
             *(self.dout, self.dlse, self.gate, self.values, self.queries, self.lse, self.logits),
             *(self.inv_rms, 1.0, self.dsources, True, self.dqueries, False, self.scales),
+        )
+
+    def site_fwd(self) -> None:
+        """A read over the blocks and the partial sum, which takes up an update, with its norm."""
+        torch.ops.flash_attn_res.read_into(
+            *(None, None, self.values, self.rows[0], self.rows[1], self.queries[0], self.weight),
+            *(1.0, EPS, True, EPS, self.x, self.new_partial, self.terms[0], self.terms[1]),
+            *(self.mix_inv_rms, self.scales),
         )
 
 
@@ -97,13 +113,14 @@ def run(request: Request) -> list[Row]:
         queries = torch.randn(shape["S"], shape["D"], device=request.device) / shape["D"] ** 0.5
         cases = {storage: Case(storage, raw, queries) for storage in STORAGES}
         for case in cases.values():
-            case.fwd()  # the backward reads what it leaves
-        for direction in DIRECTIONS:
-            if request.ops and f"phase1_{direction}" not in request.ops:
+            case.phase1_fwd()  # the backward reads what it leaves
+        for op in OPS:
+            # S says nothing to a read.
+            if (request.ops and op not in request.ops) or (op == "site_fwd" and shape["S"] > 1):
                 continue
-            key = {"op": f"phase1_{direction}", "case": name, "shape": shape}
+            key = {"op": op, "case": name, "shape": shape}
             runs: dict[str, Run | harness.Staged] = {"copy": copy[0]}
-            runs |= {storage: getattr(case, direction) for storage, case in cases.items()}
+            runs |= {storage: getattr(case, op) for storage, case in cases.items()}
             times, failures = timer.interleaved(runs, rounds)
             copied = copy[1] / statistics.median(times["copy"])
             for storage, case in cases.items():
@@ -116,8 +133,8 @@ def run(request: Request) -> list[Row]:
                     "package": OURS,
                     **of_storage,
                     **harness.spread("us", times[storage]),
-                    "bytes": case.bytes[direction],
-                    "percent_of_copy": round(100 * case.bytes[direction] / median / copied, 1),
+                    "bytes": case.bytes[op],
+                    "percent_of_copy": round(100 * case.bytes[op] / median / copied, 1),
                 }
                 if BASELINE in times:
                     row["speedup"] = round(statistics.median(times[BASELINE]) / median, 3)

@@ -154,6 +154,11 @@ KERNEL_OPS = {
 }
 
 
+STORAGE_OPS = {
+    **KERNEL_OPS,
+    "site_fwd": "read over the blocks and a partial sum, with update and output norm",
+}
+
 MAIN_SHAPES = ("A", "B", "C")
 
 
@@ -263,14 +268,14 @@ def decode(document: Document) -> str:
 
 
 def storage(document: Document) -> str:
-    """Phase 1 over stored blocks: percent of a copy of its own bytes, and against bfloat16."""
+    """Phase 1 and sites over stored blocks: percent of a copy, and against bfloat16."""
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in measured(document):
         key = (row["op"], tuple(row["shape"].items()))
         cases.setdefault(key, {})[row["dtype"]] = row
     lines = []
     for (op, shape), rows in cases.items():
-        line = [KERNEL_OPS[op], *(str(size) for _, size in shape)]
+        line = [STORAGE_OPS[op], *(str(size) for _, size in shape)]
         for dtype in ("bfloat16", "float16", "float8"):
             found = rows.get(dtype)
             line.append(

@@ -1,0 +1,137 @@
+// `read` over a stored bank: a token a block or cluster, or of many tokens the next one's rows
+// copied ahead, with the same bits.
+
+#include "cuda/launch/read_stored.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
+#include "common/validate.h"
+#include "cuda/kernels/read_ahead.cuh"
+#include "cuda/kernels/read_rows.cuh"
+#include "cuda/launch/dispatch.cuh"
+#include "cuda/launch/read_forward_params.h"
+
+namespace flash_attn_res::cuda {
+namespace {
+
+using T = __nv_bfloat16;  // of all but the bank
+
+/// The kernel of a form, of those in `kForms` with room for one source and more.
+template <const auto& kForms, class Kernel, template <bool, bool> class Read, class Choose>
+Kernel find_kernel(int terms, int chunks, const ReadVariant& variant, Choose&& kernel_of) {
+  Kernel found = nullptr;
+  const auto look_at = [&]<int kTerms, int kChunks>() {
+    if constexpr (kTerms <= kMaxStored + 1) {
+      if (kTerms == terms && kChunks == chunks) {
+        const auto of = [&](auto read) {
+          found = kernel_of(std::integral_constant<int, kTerms>(),
+                            std::integral_constant<int, kChunks>(), read);
+        };
+        if (!variant.norm) {
+          of(StoredRead<Read<false, false>>());
+        } else if (!variant.update) {
+          of(StoredRead<Read<true, false>>());
+        } else {
+          of(StoredRead<Read<true, true>>());
+        }
+      }
+    }
+  };
+  const auto look = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    (look_at.template operator()<kForms[kIndex].terms, kForms[kIndex].chunks>(), ...);
+  };
+  look(std::make_index_sequence<std::size(kForms)>());
+  return found;
+}
+
+/// Whether rows of float8 can be read in pieces of eight.
+bool is_aligned(const ConstMatrix& matrix) {
+  return reinterpret_cast<uintptr_t>(matrix.data) % kChunk == 0 &&
+         (matrix.rows <= 1 || matrix.stride % kChunk == 0);
+}
+
+StoredReadParams make_params(const ReadArgs& args) {
+  StoredReadParams params = {};
+  static_cast<ReadRowsParams&>(params) =
+      make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
+  ScaledTable<kMaxStored> table = {};
+  for (size_t n = 0; n < args.source_scales.size(); ++n) {
+    table.set_scale(static_cast<int>(n), args.source_scales[n]);
+    params.scales[n] = table.scale[n];
+  }
+  params.scale_stride = table.scale_stride;
+  params.scale_shift = table.scale_shift;
+  return params;
+}
+
+}  // namespace
+
+bool run_read_stored(Call& call, const ReadArgs& args) {
+  const int64_t N = static_cast<int64_t>(args.sources.size());
+  const int64_t tokens = args.x.rows;
+  const int64_t D = args.x.cols;
+  if (args.source_scales.empty() || N > kMaxStored || args.phase1_out.present() ||
+      args.sources[0].dtype != DType::kFloat8E4M3 ||
+      !std::ranges::all_of(args.sources, is_aligned)) {
+    return false;
+  }
+  // All but the bank, as if it were the whole call.
+  ReadArgs others = args;
+  others.sources = {};
+  others.source_scales = {};
+  UniformType storage = storage_of_rows(others);
+  storage.add(value_view(args.x));
+  const ReadVariant variant = variant_of(others, storage);
+  const bool has_partial = args.partial.present() || !args.updates.empty();
+  if (!has_partial || !variant.usual || storage.get() != DType::kBFloat16 ||
+      tokens != grid_blocks(tokens)) {
+    return false;
+  }
+  StoredReadParams params = make_params(args);
+  const auto sums = [&](int terms) {
+    return int64_t{ReadSumsLayout{static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
+                                  static_cast<unsigned>(terms), false}
+                       .floats()};
+  };
+  const DeviceLimits& limits = call.limits();
+  if (is_many(tokens, limits)) {
+    // The bytes are those of rows of 16 bits: fewer do.
+    const ReadAheadPolicy policy =
+        choose_read_ahead(N + 1, variant.update ? 1 : 0, D, limits, sums);
+    using Kernel = void (*)(ReadAheadParams<StoredReadParams>);
+    const Kernel kernel = find_kernel<kReadAhead, Kernel, UsualReadOfMany>(
+        policy.terms, policy.chunks, variant, [](auto terms, auto chunks, auto read) -> Kernel {
+          return read_ahead_kernel<T, terms.value, chunks.value, false, decltype(read)>;
+        });
+    if (kernel != nullptr) {
+      place_in_slots(params, policy.terms);
+      launch_ahead(call, kernel, policy, tokens, params);
+      return true;
+    }
+  }
+  const ReadRowsPolicy policy =
+      choose_read_rows(/*half=*/true, N + 1, D, limits.major >= 9, tokens);
+  using Kernel = void (*)(StoredReadParams);
+  const Kernel kernel = find_kernel<kReadRowsHalf, Kernel, UsualRead>(
+      policy.terms, policy.chunks, variant, [](auto terms, auto chunks, auto read) -> Kernel {
+        return read_rows_kernel<T, terms.value, chunks.value, false, false, decltype(read)>;
+      });
+  const int64_t blocks =
+      kernel == nullptr ? 0 : ceil_div(tokens, policy.tokens) * int64_t{policy.cluster};
+  if (blocks == 0 || blocks != grid_blocks(blocks) ||
+      (policy.cluster > 1 && !call.compiled_for(9, kernel))) {
+    return false;
+  }
+  place_in_slots(params, policy.terms);
+  call.launch_with(
+      {.cluster = policy.cluster, .overlap = true}, kernel, dim3(grid_blocks(blocks)),
+      dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
+      int64_t{policy.tokens} * sums(policy.terms) * 4, params);
+  return true;
+}
+
+}  // namespace flash_attn_res::cuda
