@@ -13,6 +13,7 @@ import itertools
 
 import native
 import pytest
+import seen
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Site:
             not (self.mix or self.round_mix or self.key_dim)
             and self.updates <= int(self.norm and terms == 2)
             and terms <= 10
-            and 3 * multiprocessors <= self.T
+            and (16 if self.updates else 3) * multiprocessors <= self.T
             and any(self.D % width == 0 for width in (512, 768))
         )
 
@@ -181,12 +182,10 @@ def test_many_tokens_have_the_bits_of_few(site: Site) -> None:
         )
 
     many, few, again = results(), results(), results()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        read(0, T, many)
-        torch.cuda.synchronize()
     # By name: to fall back would show in the time alone.
-    ahead = any("read_ahead_kernel" in event.name for event in profile.events())
-    assert ahead == site.ahead, "kernel"
+    kernels = seen.kernels_of(lambda: read(0, T, many))
+    if kernels is not None:
+        assert any("read_ahead_kernel" in name for name in kernels) == site.ahead, kernels
     first = 0
     for size in itertools.cycle(FEW):
         if first >= T:
@@ -238,12 +237,12 @@ def test_attend_with_one_query_is_a_read(
     native.call("read", **given, query=query, **read)
     out = [attend["x"]]
     statistics = {name: value for name, value in attend.items() if name != "x"}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        native.call("attend", **given, queries=query, out=out, lse=lse, **statistics)
-        torch.cuda.synchronize()
-    kernels = {e.name for e in profile.events() if "flash_attn_res::cuda" in e.name}
-    assert len(kernels) == 1, kernels
-    assert any(name in next(iter(kernels)) for name in ("read_ahead", "read_rows")), kernels
+    kernels = seen.kernels_of(
+        lambda: native.call("attend", **given, queries=query, out=out, lse=lse, **statistics)
+    )
+    if kernels is not None:
+        assert len(kernels) == 1, kernels
+        assert any(name in next(iter(kernels)) for name in ("read_ahead", "read_rows")), kernels
     for name, value in read.items():
         assert torch.isfinite(value).all(), name
         assert torch.equal(value, attend[name]), name

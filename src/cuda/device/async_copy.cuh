@@ -21,32 +21,34 @@ struct SharedAddress {
   explicit __device__ __forceinline__ SharedAddress(const void* shared)
       : bytes(static_cast<uint32_t>(__cvta_generic_to_shared(shared))) {}
 
-  /// Copies 16 bytes to this address + offset.
+  /// Copies 16 bytes to this address + offset, past L1; or 8, which only go through it.
+  template <int kBytes>
   __device__ __forceinline__ void copy_async(uint32_t offset, const void* global) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(bytes + offset), "l"(global)
-                 : "memory");
+    if constexpr (kBytes == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(bytes + offset), "l"(global)
+                   : "memory");
+    } else {
+      static_assert(kBytes == 8);
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(bytes + offset), "l"(global)
+                   : "memory");
+    }
   }
-  /// Copies 8 bytes there, through L1: past it go 16 alone.
-  __device__ __forceinline__ void copy_eight_async(uint32_t offset, const void* global) const {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(bytes + offset), "l"(global)
-                 : "memory");
-  }
-  /// The 8 bytes at this address + offset.
-  __device__ __forceinline__ uint2 load_eight(uint32_t offset) const {
-    uint2 bits;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(bits.x), "=r"(bits.y)
-                 : "r"(bytes + offset)
-                 : "memory");
-    return bits;
-  }
-  /// The 16 bytes at this address + offset.
-  __device__ __forceinline__ uint4 load(uint32_t offset) const {
-    uint4 bits;
+  /// What lies at this address + offset.
+  __device__ __forceinline__ void load(uint32_t offset, uint4& bits) const {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
                  : "r"(bytes + offset)
                  : "memory");
+  }
+  __device__ __forceinline__ void load(uint32_t offset, uint2& bits) const {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(bits.x), "=r"(bits.y)
+                 : "r"(bytes + offset)
+                 : "memory");
+  }
+  __device__ __forceinline__ uint4 load(uint32_t offset) const {
+    uint4 bits;
+    load(offset, bits);
     return bits;
   }
 };

@@ -54,14 +54,14 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
   constexpr int kStored = Token::kStored ? kTerms - 1 : 0;            // slots of float8
   constexpr int kTyped = kTerms + (Read::kUpdate ? 1 : 0) - kStored;  // the other slots, the update
   constexpr unsigned kStep = kWarp * 16;                              // bytes of a warp's chunks
-  constexpr unsigned kStoredStep = kWarp * 8;
+  constexpr unsigned kStoredStep = kWarp * Token::kStoredBytes;
   const typename Read::Params& p = params.read;
   const unsigned warp = threadIdx.x / kWarp;
   const unsigned lane = threadIdx.x % kWarp;
   unsigned first_chunk = warp * (kChunks * kWarp) + lane;
 
-  // [warps, rows, kChunks, 32 lanes] of 16 bytes, or of 8, which come first; then the sums of two
-  // tokens in turn.
+  // [warps, rows, kChunks, 32 lanes] of 16 bytes, those of a stored bank (of 8, in float8) first;
+  // then the sums of two tokens in turn.
   extern __shared__ float4 shared[];
   constexpr unsigned kStoredBytes = kStored * kChunks * kStoredStep;
   constexpr unsigned kOfWarp = (kStoredBytes + kTyped * kChunks * kStep) / 16;
@@ -70,9 +70,9 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
   const auto place = [](int row, int c) {
     return kStoredBytes + ((row - kStored) * kChunks + c) * kStep;
   };
-  // Lanes are 8 bytes apart, `own` counts 16.
+  // Lanes are 16 bytes apart in `own`.
   const auto stored_place = [&](int s, int c) {
-    return (s * kChunks + c) * kStoredStep - lane * 8;
+    return (s * kChunks + c) * kStoredStep - lane * (16 - Token::kStoredBytes);
   };
 
   const auto copy_row = [&](int row, unsigned t) {
@@ -80,9 +80,10 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (row < kStored) {
-        own.copy_eight_async(stored_place(row, c), row_data + first_chunk * 8 + c * kStoredStep);
+        own.copy_async<Token::kStoredBytes>(
+            stored_place(row, c), row_data + first_chunk * Token::kStoredBytes + c * kStoredStep);
       } else {
-        own.copy_async(place(row, c), row_data + first_chunk * 16 + c * kStep);
+        own.copy_async<16>(place(row, c), row_data + first_chunk * 16 + c * kStep);
       }
     }
   };
@@ -102,8 +103,8 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
   // Scales: a slot has kScalesOfSlot lanes, two for a chunk of 256 columns.
   constexpr int kScalesOfSlot = 2 * Token::kPadded;
   constexpr int kScaleWords = (kStored * kScalesOfSlot + kWarp - 1) / kWarp;
-  float scales[kScaleWords > 0 ? kScaleWords : 1];
-  uint8_t next_scales[kScaleWords > 0 ? kScaleWords : 1];
+  float scales[kScaleWords > 0 ? kScaleWords : 1] = {};
+  uint8_t next_scales[kScaleWords > 0 ? kScaleWords : 1] = {};
   const auto load_scales = [&](unsigned t) {
     if constexpr (Token::kStored) {
 #pragma unroll
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
           if (s < kStored) {
             token.slots[s][c] = {};
             if (token.in_use(s)) {
-              token.slots[s][c].bits = own.load_eight(stored_place(s, c));
+              own.load(stored_place(s, c), token.slots[s][c].bits);
             }
             continue;
           }

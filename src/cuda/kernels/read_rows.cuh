@@ -42,6 +42,21 @@ template <class T, int kTerms, int kChunks>
 inline constexpr ReadRowsForm kReadRowsForm =
     read_rows_form(/*half=*/sizeof(Packed<T>) == 16, kTerms, kChunks);
 
+/// Scales two to a register, as bfloat16 has them exactly.
+template <int kCount>
+struct ScalePairs {
+  uint32_t pairs[(kCount + 1) / 2] = {};
+
+  /// Of float8_e8m0 bits.
+  __device__ __forceinline__ void set(int i, uint32_t bits) {
+    const uint32_t half = __float_as_uint(scale_from_bits(bits)) >> 16;
+    pairs[i / 2] |= i % 2 == 0 ? half : half << 16;
+  }
+  __device__ __forceinline__ float get(int i) const {
+    return __uint_as_float(i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xffff0000u);
+  }
+};
+
 /// kMerge: two terms, of which the first is a phase-1 result. Read: AnyRead, or UsualRead where the
 /// launcher finds the call to be one.
 template <class T, int kTerms, int kChunks, bool kMerge, bool kQuantized, class Read>
@@ -148,7 +163,6 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
 
   // The new partial sum's rows, then terms in the order of their sums, which begin while the last
   // rows are on their way.
-  float scales[Token::kStored ? kTerms - 1 : 1][kChunks];
   const auto load_slot = [&](int s) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -156,12 +170,9 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
       if constexpr (Token::kStored) {
         if (s < kLast) {
           token.slots[s][c] = {};
-          scales[s][c] = 0.0f;
           if (here) {
             token.slots[s][c] =
                 load_row_chunk<typename Token::Stored>(slot_rows[s], c * blockDim.x);
-            const unsigned group = token.chunk[c] * kChunk >> p.scale_shift;
-            scales[s][c] = scale_from_bits(p.scales_of(s, t)[group]);
           }
           continue;
         }
@@ -191,6 +202,18 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   for (int s = 0; s < kLast; ++s) {
     load_slot(s);
   }
+  ScalePairs<Token::kStored ? (kTerms - 1) * kChunks : 1> scales;
+  if constexpr (Token::kStored) {
+#pragma unroll
+    for (int s = 0; s < kLast; ++s) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        if (token.in_use(s) && token.in_row(c)) {
+          scales.set(s * kChunks + c, p.scales_of(s, t)[token.chunk[c] * kChunk >> p.scale_shift]);
+        }
+      }
+    }
+  }
   token.load_early_query();
   if (new_partial) {
     token.add_updates(t, [&](int e, int c) { return updates[e][c]; });
@@ -200,7 +223,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   }
   token.finish(
       t, sums, [] { return cluster_rank() == 0; }, share, meet,
-      [&](int s, int c) { return scales[s][c]; });
+      [&](int s, int c) { return scales.get(s * kChunks + c); });
 }
 
 }  // namespace flash_attn_res::cuda

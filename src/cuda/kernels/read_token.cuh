@@ -4,7 +4,7 @@
 //   partial' = round(partial + updates)                 stored, and used below as rounded
 //   r_j = rsqrt(mean(k_j^2) + eps)    logit_j = scale r_j <u, k_j>, or the phase-1 lse
 //   p = softmax(logit)                h = sum_j p_j z_j
-//   k_j[d] = scale_j[d / W] q_j[d]    of sources in float8, W = 128 or D
+//   k_j[d] = scale_j[d / W] q_j[d]    of a stored bank, W = 128 or D
 //   x = h, or h rsqrt(mean(h^2) + norm_eps) g; stored as it is, or quantised (device/quantize.cuh)
 //
 // sums  float32, over D in the order of read_sums.cuh: a token has the same bits however it is
@@ -48,6 +48,7 @@ enum class Meeting { kTerms, kNorm, kLargest };
 /// What is known of a call when a kernel is compiled: nothing ..
 struct AnyRead {
   using Params = ReadRowsParams;
+  using Stored = void;
   static constexpr bool kUsual = false, kWhole = false, kEarly = true, kStored = false;
 };
 /// .. or that it is one of training or of inference: keys as long as rows, x in the rows' type, and
@@ -56,6 +57,7 @@ struct AnyRead {
 template <bool kHasNorm, bool kHasUpdate>
 struct UsualRead {
   using Params = ReadRowsParams;
+  using Stored = void;
   static constexpr bool kUsual = true, kWhole = false, kEarly = true, kStored = false;
   static constexpr bool kNorm = kHasNorm;      // with a weight
   static constexpr bool kUpdate = kHasUpdate;  // one update is added to the last term
@@ -68,10 +70,12 @@ struct UsualReadOfMany : UsualRead<kHasNorm, kHasUpdate> {
   static constexpr bool kWhole = true, kEarly = false;
 };
 
-/// Each of them over a stored bank: all terms but the last are float8 with scales.
-template <class Read>
+/// Each of them over a stored bank: all terms but the last are of this type, float8 or float16,
+/// with scales.
+template <class Read, class Type>
 struct StoredRead : Read {
   using Params = StoredReadParams;
+  using Stored = Type;
   static constexpr bool kStored = true;
 };
 
@@ -90,7 +94,8 @@ struct ReadToken {
   static constexpr int kLast = kTerms - 1;
   static constexpr int kAlways = kLeastTerms - 1;
   static constexpr bool kStored = Read::kStored;
-  using Stored = __nv_fp8_e4m3;
+  using Stored = std::conditional_t<kStored, typename Read::Stored, T>;
+  static constexpr unsigned kStoredBytes = sizeof(Packed<Stored>);  // of a chunk
 
   const typename Read::Params& p;
   const int lane;
@@ -99,8 +104,8 @@ struct ReadToken {
   unsigned chunk[kChunks];          // of this thread; its segment is chunk / 32
   const int K, first_key;
 
-  // In float8 where those before the last are stored so.
-  Packed<std::conditional_t<kStored, Stored, T>> slots[kTerms - (kStored ? 1 : 0)][kChunks];
+  // The last has a place of its own where those before it are of another type.
+  Packed<Stored> slots[kTerms - (kStored ? 1 : 0)][kChunks];
   Packed<T> last_slot[kStored ? kChunks : 1];
   Chunk early_query[kEarly ? kChunks : 1];
   Chunk early_weight[kEarly ? kChunks : 1];
@@ -189,7 +194,7 @@ struct ReadToken {
       return slots[s][c];
     }
   }
-  /// The values of a slot, of float8 without their scale.
+  /// The values of a slot, without their scale.
   __device__ __forceinline__ Chunk values(int s, int c) const {
     if constexpr (kStored) {
       return s == kLast ? unpack_row_chunk<T>(last_slot[c], dtype_of(s)) : unpack(slots[s][c]);
@@ -200,7 +205,7 @@ struct ReadToken {
 
   /// From this thread's first chunk of row `s` on; rows behind the slots are updates.
   __device__ __forceinline__ RowRef own_chunks(int s, RowRef row) const {
-    row.data += chunk[0] * (kStored && s < kLast ? kChunk : row_chunk_bytes<T>(row));
+    row.data += chunk[0] * (kStored && s < kLast ? kStoredBytes : row_chunk_bytes<T>(row));
     return row;
   }
 

@@ -51,7 +51,7 @@ bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage, Float
   const DeviceLimits& limits = call.limits();
   storage.add(value_view(args.x));
   const ReadVariant variant = variant_of(args, storage);
-  if (!is_many(T, limits) || T != grid_blocks(T) || !variant.usual) {
+  if (!is_many(T, variant.update, limits) || T != grid_blocks(T) || !variant.usual) {
     return false;
   }
   ReadRowsParams params = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);

@@ -20,23 +20,25 @@ namespace {
 
 using T = __nv_bfloat16;  // of all but the bank
 
-/// The kernel of a form, of those in `kForms` with room for one source and more.
-template <const auto& kForms, class Kernel, template <bool, bool> class Read, class Choose>
+/// The kernel of a form, of those in `kForms` with no more terms than there are and up to
+/// `kMostChunks` chunks a thread.
+template <const auto& kForms, int kMostChunks, class Kernel, class Stored,
+          template <bool, bool> class Read, class Choose>
 Kernel find_kernel(int terms, int chunks, const ReadVariant& variant, Choose&& kernel_of) {
   Kernel found = nullptr;
   const auto look_at = [&]<int kTerms, int kChunks>() {
-    if constexpr (kTerms <= kMaxStored + 1) {
+    if constexpr (kTerms <= kMaxStored + 1 && kChunks <= kMostChunks) {
       if (kTerms == terms && kChunks == chunks) {
         const auto of = [&](auto read) {
           found = kernel_of(std::integral_constant<int, kTerms>(),
                             std::integral_constant<int, kChunks>(), read);
         };
         if (!variant.norm) {
-          of(StoredRead<Read<false, false>>());
+          of(StoredRead<Read<false, false>, Stored>());
         } else if (!variant.update) {
-          of(StoredRead<Read<true, false>>());
+          of(StoredRead<Read<true, false>, Stored>());
         } else {
-          of(StoredRead<Read<true, true>>());
+          of(StoredRead<Read<true, true>, Stored>());
         }
       }
     }
@@ -48,9 +50,9 @@ Kernel find_kernel(int terms, int chunks, const ReadVariant& variant, Choose&& k
   return found;
 }
 
-/// Whether rows of float8 can be read in pieces of eight.
+/// Whether rows can be read in whole chunks.
 bool is_aligned(const ConstMatrix& matrix) {
-  return reinterpret_cast<uintptr_t>(matrix.data) % kChunk == 0 &&
+  return reinterpret_cast<uintptr_t>(matrix.data) % (kChunk * size_of(matrix.dtype)) == 0 &&
          (matrix.rows <= 1 || matrix.stride % kChunk == 0);
 }
 
@@ -68,29 +70,12 @@ StoredReadParams make_params(const ReadArgs& args) {
   return params;
 }
 
-}  // namespace
-
-bool run_read_stored(Call& call, const ReadArgs& args) {
+/// Runs a call that is a usual one of this variant.
+template <class Stored>
+bool run(Call& call, const ReadArgs& args, const ReadVariant& variant) {
   const int64_t N = static_cast<int64_t>(args.sources.size());
   const int64_t tokens = args.x.rows;
   const int64_t D = args.x.cols;
-  if (args.source_scales.empty() || N > kMaxStored || args.phase1_out.present() ||
-      args.sources[0].dtype != DType::kFloat8E4M3 ||
-      !std::ranges::all_of(args.sources, is_aligned)) {
-    return false;
-  }
-  // All but the bank, as if it were the whole call.
-  ReadArgs others = args;
-  others.sources = {};
-  others.source_scales = {};
-  UniformType storage = storage_of_rows(others);
-  storage.add(value_view(args.x));
-  const ReadVariant variant = variant_of(others, storage);
-  const bool has_partial = args.partial.present() || !args.updates.empty();
-  if (!has_partial || !variant.usual || storage.get() != DType::kBFloat16 ||
-      tokens != grid_blocks(tokens)) {
-    return false;
-  }
   StoredReadParams params = make_params(args);
   const auto sums = [&](int terms) {
     return int64_t{ReadSumsLayout{static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
@@ -98,12 +83,12 @@ bool run_read_stored(Call& call, const ReadArgs& args) {
                        .floats()};
   };
   const DeviceLimits& limits = call.limits();
-  if (is_many(tokens, limits)) {
+  if (is_many(tokens, variant.update, limits)) {
     // The bytes are those of rows of 16 bits: fewer do.
     const ReadAheadPolicy policy =
         choose_read_ahead(N + 1, variant.update ? 1 : 0, D, limits, sums);
     using Kernel = void (*)(ReadAheadParams<StoredReadParams>);
-    const Kernel kernel = find_kernel<kReadAhead, Kernel, UsualReadOfMany>(
+    const Kernel kernel = find_kernel<kReadAhead, 4, Kernel, Stored, UsualReadOfMany>(
         policy.terms, policy.chunks, variant, [](auto terms, auto chunks, auto read) -> Kernel {
           return read_ahead_kernel<T, terms.value, chunks.value, false, decltype(read)>;
         });
@@ -113,10 +98,12 @@ bool run_read_stored(Call& call, const ReadArgs& args) {
       return true;
     }
   }
-  const ReadRowsPolicy policy =
-      choose_read_rows(/*half=*/true, N + 1, D, limits.major >= 9, tokens);
+  // One chunk a thread, as few tokens have it: with two, scales and float16 rows of nine sources do
+  // not fit the registers.
+  const ReadRowsPolicy policy = choose_read_rows(/*half=*/true, N + 1, D, limits.major >= 9,
+                                                 std::min(tokens, kReadFewTokens));
   using Kernel = void (*)(StoredReadParams);
-  const Kernel kernel = find_kernel<kReadRowsHalf, Kernel, UsualRead>(
+  const Kernel kernel = find_kernel<kReadRowsHalf, 1, Kernel, Stored, UsualRead>(
       policy.terms, policy.chunks, variant, [](auto terms, auto chunks, auto read) -> Kernel {
         return read_rows_kernel<T, terms.value, chunks.value, false, false, decltype(read)>;
       });
@@ -132,6 +119,35 @@ bool run_read_stored(Call& call, const ReadArgs& args) {
       dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
       int64_t{policy.tokens} * sums(policy.terms) * 4, params);
   return true;
+}
+
+}  // namespace
+
+bool run_read_stored(Call& call, const ReadArgs& args) {
+  if (args.source_scales.empty() || args.sources.size() > kMaxStored || args.phase1_out.present() ||
+      !std::ranges::all_of(args.sources, is_aligned)) {
+    return false;
+  }
+  // All but the bank, as if it were the whole call.
+  ReadArgs others = args;
+  others.sources = {};
+  others.source_scales = {};
+  UniformType storage = storage_of_rows(others);
+  storage.add(value_view(args.x));
+  const ReadVariant variant = variant_of(others, storage);
+  const bool has_partial = args.partial.present() || !args.updates.empty();
+  if (!has_partial || !variant.usual || storage.get() != DType::kBFloat16 ||
+      args.x.rows != grid_blocks(args.x.rows)) {
+    return false;
+  }
+  switch (args.sources[0].dtype) {
+    case DType::kFloat8E4M3:
+      return run<__nv_fp8_e4m3>(call, args, variant);
+    case DType::kFloat16:
+      return run<__half>(call, args, variant);
+    default:
+      return false;
+  }
 }
 
 }  // namespace flash_attn_res::cuda
