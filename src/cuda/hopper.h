@@ -33,10 +33,9 @@ bool serves(const AttendBackwardArgs& args, int major, int minor);
 int64_t attend_workspace_bytes(const AttendArgs& args);
 int64_t attend_backward_workspace_bytes(const AttendBackwardArgs& args);
 
-/// Whether few queries over few float8 sources (kFewQueries, kFewSources) have a kernel of their
-/// own here, of the calls that are served; and runs it.
-bool serves_few(const AttendArgs& args, const DeviceLimits& limits);
-Status attend_few(const AttendArgs& args, const Context& context);
+/// Runs a call that is served with the kernel for few queries over few float8 sources (kFewQueries,
+/// kFewSources), if it is one of those that have it. This is a question of a token's shape.
+bool run_attend_few(Call& call, const AttendArgs& args);
 
 /// Launch choices of a call; `clusters` is still to be set from the device.
 Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, SourceLayout layout = {});

@@ -165,7 +165,7 @@ TEST(ReadAhead, BandsCoverEveryTokenOnce) {
   EXPECT_EQ(read_ahead_bands(8192, 132, 132), (ReadAheadBands{132, 63, 1}));
 }
 
-/// Shared memory of a block, as the kernel needs it.
+/// Shared memory of a block with eight sources, about as the kernel needs it.
 constexpr auto kFewBytes = [](const AttendFewForm& form, int64_t teams, int64_t warps) {
   const int64_t columns = warps * form.chunks * 256;
   return columns * 4 * form.queries + teams * (columns * 8 + 1024 * warps);

@@ -81,7 +81,7 @@ struct ValueTable {
 };
 
 /// The same with a scale for each token or group of columns, or for none of the tensors. Only
-/// kernels of AnyType look at scales.
+/// kernels of AnyType look at them.
 template <int kCapacity>
 struct ScaledTable : ValueTable<kCapacity> {
   const uint8_t* scale[kCapacity];  // null: the numbers are the values

@@ -27,7 +27,7 @@
 // u / 2^a, a power of two for each query and warp, is a float16 and the float16 of its remainder:
 // 22 bits count. p scale / 2^b is too where out is float16; a bfloat16 has 8 bits, to which 11 add
 // an eighth of its rounding. NaN among q or the scales makes the token's logits NaN, and with them
-// its results. The order of sums depends on D alone.
+// its results. The order of sums depends on D and on the room for queries, never on T.
 
 #ifndef FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_FEW_CUH_
 #define FLASH_ATTN_RES_CUDA_KERNELS_HOPPER_ATTEND_FEW_CUH_
@@ -126,6 +126,7 @@ struct AttendFewWarp {
   static constexpr int kParts = kFewQueries / kQueries;  // lanes that share a sum over warps
   static constexpr int kScalesOfLane = (kGroups + 3) / 4;
   static constexpr unsigned kAll = 0xffffffffu;
+  static constexpr float kTop = 16384.0f;  // what the largest is scaled to, or twice that
 
   const AttendFewParams& p;
   const unsigned team, warp, lane;  // of the block; of the team; of the warp
@@ -184,7 +185,6 @@ struct AttendFewWarp {
 
   /// Splits the queries of this warp's columns; the teams share the work.
   __device__ __forceinline__ void split_queries(unsigned teams) {
-    constexpr float kTop = 16384.0f;  // what the largest is scaled to, or twice that
     const int n = static_cast<int>(lane / 4);
     const int s = n % kQueries;
     const bool exists = s < p.num_queries;
@@ -341,7 +341,6 @@ struct AttendFewWarp {
 
   /// The weights of this warp's mixtures. Lane (part, s, n) has query s and source n.
   __device__ __forceinline__ void softmax(unsigned t, unsigned turn) {
-    constexpr float kTop = 16384.0f;
     const int n = static_cast<int>(lane % kFewSources);
     const int s = static_cast<int>(lane / kFewSources % kQueries);
     const unsigned part = lane / (kFewSources * kQueries);

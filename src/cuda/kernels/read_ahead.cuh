@@ -3,20 +3,22 @@
 //
 // The formulas are those of read_token.cuh.
 //
-// in    K terms, and an update for the last of them, [T, D] of one 16-bit type; u [D], lse [T]
-//       float32; g [D]
-// out   x, partial' [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T]
-// bytes every row of a token is read once; K + 1 units of T * D elements, and partial' written
+// in    K terms, and an update for the last of them, [T, D] of one 16-bit type; or K - 1 terms of a
+//       stored bank, in float8 or float16 with scales [T, D / W], before a last one in bfloat16;
+//       u [D], lse [T] float32; g [D]
+// out   x, partial' [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T], lse of one query [T]
+// bytes every row of a token is read once; K + 1 units of T * D elements (those of a float8 bank of
+//       one byte), and partial' written
 //
 //   wait for this thread's copies -> its chunks of all rows from shared memory to registers
 //   -> copies of the next token's chunks begin, into the same places
 //   -> partial', sums, barrier, softmax, mixture, barrier, norm, x
 //
-// A thread copies what it uses itself, 16 bytes an instruction, so that nobody waits for anybody
-// between memory and registers, and from then on a token's rows have all the time that the one
-// before it takes. Instructions are as scarce as bandwidth on an H200: a thread has up to four
-// chunks of each row, 512 bytes apart, so that one address serves them all, and nothing is asked
-// that is known when the kernel is compiled (UsualReadOfMany).
+// A thread copies what it uses itself, 16 bytes an instruction (8 of float8), so that nobody waits
+// for anybody between memory and registers, and from then on a token's rows have all the time that
+// the one before it takes. Instructions are as scarce as bandwidth on an H200: a thread has up to
+// four chunks of each row, 512 bytes apart, so that one address serves them all, and nothing is
+// asked that is known when the kernel is compiled (UsualReadOfMany).
 //
 // Blocks that stay for all of the launch drift apart, and memory that is read in many places at
 // once is slower: where a multiprocessor holds several blocks, they take a few tokens each, and
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
     read_ahead_kernel(const __grid_constant__ ReadAheadParams<typename Read::Params> params) {
   using Token = ReadToken<T, kTerms, kChunks, kReadAheadForm<kTerms, kChunks>.least_terms, kMerge,
                           /*kQuantized=*/false, Read>;
-  constexpr int kStored = Token::kStored ? kTerms - 1 : 0;            // slots of float8
+  constexpr int kStored = Token::kStored ? kTerms - 1 : 0;            // slots of the bank
   constexpr int kTyped = kTerms + (Read::kUpdate ? 1 : 0) - kStored;  // the other slots, the update
   constexpr unsigned kStep = kWarp * 16;                              // bytes of a warp's chunks
   constexpr unsigned kStoredStep = kWarp * Token::kStoredBytes;

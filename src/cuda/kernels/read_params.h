@@ -19,7 +19,7 @@ inline constexpr int kMaxStagedRows = 64;
 /// Most softmax terms of the staged kernel: two a lane.
 inline constexpr int kMaxStagedTerms = 64;
 
-/// The table of the kernels that take rows one after the other: they alone look at scales.
+/// The table of the kernels that take rows one after the other: it alone has scales in it.
 template <int kRows>
 using ReadTable = std::conditional_t<kRows == kMaxReadRows, ScaledTable<kRows>, ValueTable<kRows>>;
 

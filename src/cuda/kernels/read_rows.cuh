@@ -3,9 +3,11 @@
 //
 // The formulas are those of read_token.cuh.
 //
-// in    K terms and up to two further updates [T, D] storage; u [R], lse [T] float32; g [D]
+// in    K terms and up to two further updates [T, D] storage; or K - 1 terms of a stored bank, in
+//       float8 or float16 with scales [T, 1 or ceil(D / 128)], before a last one in bfloat16;
+//       u [R], lse [T] float32; g [D]
 // out   x, partial' (and a copy of it), h [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T];
-//       x_scale [T, 1 or ceil(D / 128)]
+//       lse of one query [T]; x_scale [T, 1 or ceil(D / 128)]
 // bytes every row of a token is read once; K + 1 units of T * D elements, and partial' written
 //
 // A thread loads its chunks of all rows at once and keeps them as stored until the mixture. Nothing
@@ -58,7 +60,7 @@ struct ScalePairs {
 };
 
 /// kMerge: two terms, of which the first is a phase-1 result. Read: AnyRead, or UsualRead where the
-/// launcher finds the call to be one.
+/// launcher finds the call to be one, or that over a stored bank.
 template <class T, int kTerms, int kChunks, bool kMerge, bool kQuantized, class Read>
 __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads())
     read_rows_kernel(const __grid_constant__ typename Read::Params p) {

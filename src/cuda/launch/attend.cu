@@ -1,4 +1,5 @@
-// attend: scores of every row, softmax, mixtures. Three kernels; 2N + S units of traffic.
+// attend: a read where there is one query, on Hopper its kernels, else scores of every row,
+// softmax, mixtures: three kernels, 2N + S units of traffic.
 
 #include <algorithm>
 #include <cstdint>
@@ -65,8 +66,7 @@ Status attend(const AttendArgs& args, const Context& context) {
     return call.status();
   }
   if (hopper_serves) {
-    return hopper::serves_few(args, call.limits()) ? hopper::attend_few(args, context)
-                                                   : hopper::attend(args, context);
+    return hopper::run_attend_few(call, args) ? call.status() : hopper::attend(args, context);
   }
   const ScoresPolicy scores = choose_scores(S, D, R);
   Workspace workspace(context.workspace);

@@ -43,23 +43,18 @@ AttendFewPolicy choose(int64_t num_sources, int64_t num_queries, int64_t dim, in
 
 }  // namespace
 
-bool serves_few(const AttendArgs& args, const DeviceLimits& limits) {
-  const int64_t N = static_cast<int64_t>(args.sources.size());
-  const int64_t S = args.queries.rows;
-  const int64_t T = args.sources[0].rows;
-  return N <= kFewSources && S <= kFewQueries && T == grid_blocks(T) &&
-         args.sources[0].dtype == DType::kFloat8E4M3 && serves(args, limits.major, limits.minor) &&
-         choose(N, S, args.sources[0].cols, T, limits).queries > 0;
-}
-
-Status attend_few(const AttendArgs& args, const Context& context) {
+bool run_attend_few(Call& call, const AttendArgs& args) {
   const int64_t N = static_cast<int64_t>(args.sources.size());
   const int64_t S = args.queries.rows;
   const int64_t T = args.sources[0].rows;
   const int64_t D = args.sources[0].cols;
-  Call call("attend", shape_text({{"S", S}, {"N", N}, {"T", T}, {"D", D}}), context);
-  if (!call.ok()) {
-    return call.status();
+  if (N > kFewSources || S > kFewQueries || T != grid_blocks(T) ||
+      args.sources[0].dtype != DType::kFloat8E4M3) {
+    return false;
+  }
+  const AttendFewPolicy policy = choose(N, S, D, T, call.limits());
+  if (policy.queries == 0) {
+    return false;
   }
   AttendFewParams params = {};
   for (int64_t n = 0; n < N; ++n) {
@@ -87,7 +82,6 @@ Status attend_few(const AttendArgs& args, const Context& context) {
   params.inv_dim = 1.0f / static_cast<float>(D);
   params.half_out = args.out[0].dtype == DType::kFloat16;
 
-  const AttendFewPolicy policy = choose(N, S, D, T, call.limits());
   FewKernel kernel = nullptr;
   with_form(policy.queries, policy.chunks,
             [&]<int kQueries, int kChunks>() { kernel = attend_few_kernel<kQueries, kChunks>; });
@@ -97,7 +91,7 @@ Status attend_few(const AttendArgs& args, const Context& context) {
       call.resident_blocks(kernel, threads, policy.shared_bytes, ceil_div(T, policy.teams));
   call.launch_with({.overlap = true}, kernel, dim3(blocks), dim3(static_cast<unsigned>(threads)),
                    policy.shared_bytes, params);
-  return call.status();
+  return true;
 }
 
 }  // namespace flash_attn_res::cuda::hopper

@@ -16,7 +16,7 @@ Status unavailable(const char* op) {
 }  // namespace
 
 bool serves(const AttendArgs&, int, int) { return false; }
-bool serves_few(const AttendArgs&, const DeviceLimits&) { return false; }
+bool run_attend_few(Call&, const AttendArgs&) { return false; }
 bool serves(const AttendBackwardArgs&, int, int) { return false; }
 bool serves(const ReadBackwardArgs&, const DeviceLimits&) { return false; }
 
@@ -24,8 +24,6 @@ int64_t attend_workspace_bytes(const AttendArgs&) { return 0; }
 int64_t attend_backward_workspace_bytes(const AttendBackwardArgs&) { return 0; }
 
 Status attend(const AttendArgs&, const Context&, const Plan*) { return unavailable("attend"); }
-
-Status attend_few(const AttendArgs&, const Context&) { return unavailable("attend"); }
 
 Status attend_backward(const AttendBackwardArgs&, const Context&, const Plan*) {
   return unavailable("attend_backward");

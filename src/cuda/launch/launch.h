@@ -146,7 +146,7 @@ class UniformType {
       dtype_ = view.dtype;
     }
   }
-  /// Values with a scale: AnyType alone knows them.
+  /// Values with a scale: of the types that this chooses among, AnyType alone knows them.
   void add_scaled() { uniform_ = vectorized_ = false; }
   DType get() const { return uniform_ ? dtype_ : DType::kNone; }
   bool vectorized() const { return vectorized_; }

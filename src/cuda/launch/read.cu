@@ -110,9 +110,8 @@ bool run_rows(Call& call, const ReadArgs& args, UniformType storage, FloatView l
     return false;
   }
   place_in_slots(params, policy.terms);
-  const ReadSumsLayout layout = {static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
-                                 static_cast<unsigned>(policy.terms), quantized};
-  const int64_t shared_bytes = int64_t{policy.tokens} * layout.floats() * 4;
+  const int64_t shared_bytes =
+      int64_t{policy.tokens} * floats_of_sums(D, policy.terms, quantized) * 4;
   call.launch_with(
       {.cluster = policy.cluster, .overlap = true}, kernel, dim3(grid_blocks(blocks)),
       dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),

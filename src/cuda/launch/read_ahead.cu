@@ -56,11 +56,7 @@ bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage, Float
   }
   ReadRowsParams params = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
   params.lse = lse;
-  const auto sums = [&](int terms) {
-    return int64_t{ReadSumsLayout{static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
-                                  static_cast<unsigned>(terms), false}
-                       .floats()};
-  };
+  const auto sums = [&](int terms) { return floats_of_sums(D, terms, /*quantized=*/false); };
   const ReadAheadPolicy policy =
       choose_read_ahead(params.num_terms, variant.update ? 1 : 0, D, limits, sums);
   const AheadKernel kernel = storage.get() == DType::kBFloat16

@@ -7,6 +7,7 @@
 
 #include "common/validate.h"
 #include "cuda/kernels/read_params.h"
+#include "cuda/kernels/read_token.cuh"
 #include "cuda/launch/launch.h"
 #include "flash_attn_res/read.h"
 
@@ -118,24 +119,11 @@ inline ReadVariant variant_of(const ReadArgs& args, const UniformType& storage) 
           .update = update};
 }
 
-/// Whether there are so many tokens that rows are copied ahead. With fewer for each multiprocessor
-/// a token a block is as fast, or spread over several: its grids overlap, and one advance after the
-/// other in a graph (D = 7168, T = 2048) takes 41 us instead of 45.
-inline bool is_many(int64_t tokens, bool update, const DeviceLimits& limits) {
-  const int64_t least = update ? 16 : 3;
-  return limits.major >= 8 && tokens >= least * limits.multiprocessors;
-}
-
-/// Launches a kernel of read_ahead.cuh; Ahead is its ReadAheadParams.
-template <class Ahead, class Params>
-void launch_ahead(Call& call, void (*kernel)(Ahead), const ReadAheadPolicy& policy, int64_t tokens,
-                  const Params& params) {
-  const unsigned resident =
-      call.resident_blocks(kernel, policy.threads, policy.shared_bytes, tokens);
-  const ReadAheadBands bands = read_ahead_bands(tokens, resident, call.limits().multiprocessors);
-  const Ahead ahead = {params, bands.stride, bands.count};
-  call.launch_with({.overlap = true}, kernel, dim3(bands.stride * bands.bands),
-                   dim3(static_cast<unsigned>(policy.threads)), policy.shared_bytes, ahead);
+/// Floats of a token's sums in shared memory, by a kernel with room for so many terms.
+inline int64_t floats_of_sums(int64_t dim, int terms, bool quantized) {
+  const ReadSumsLayout layout = {static_cast<unsigned>(ceil_div(dim, kWarp * kChunk)),
+                                 static_cast<unsigned>(terms), quantized};
+  return layout.floats();
 }
 
 /// Puts the last term into the last of `slots`, and the further updates behind it.

@@ -13,6 +13,7 @@
 #include "cuda/kernels/read_ahead.cuh"
 #include "cuda/kernels/read_rows.cuh"
 #include "cuda/launch/dispatch.cuh"
+#include "cuda/launch/read_ahead.h"
 #include "cuda/launch/read_forward_params.h"
 
 namespace flash_attn_res::cuda {
@@ -20,8 +21,8 @@ namespace {
 
 using T = __nv_bfloat16;  // of all but the bank
 
-/// The kernel of a form, of those in `kForms` with no more terms than there are and up to
-/// `kMostChunks` chunks a thread.
+/// The kernel of the form in `kForms` with these terms and chunks, if it has room for no more than
+/// a whole bank and a partial sum, and no more than `kMostChunks` chunks a thread.
 template <const auto& kForms, int kMostChunks, class Kernel, class Stored,
           template <bool, bool> class Read, class Choose>
 Kernel find_kernel(int terms, int chunks, const ReadVariant& variant, Choose&& kernel_of) {
@@ -77,11 +78,7 @@ bool run(Call& call, const ReadArgs& args, const ReadVariant& variant) {
   const int64_t tokens = args.x.rows;
   const int64_t D = args.x.cols;
   StoredReadParams params = make_params(args);
-  const auto sums = [&](int terms) {
-    return int64_t{ReadSumsLayout{static_cast<unsigned>(ceil_div(D, kWarp * kChunk)),
-                                  static_cast<unsigned>(terms), false}
-                       .floats()};
-  };
+  const auto sums = [&](int terms) { return floats_of_sums(D, terms, /*quantized=*/false); };
   const DeviceLimits& limits = call.limits();
   if (is_many(tokens, variant.update, limits)) {
     // The bytes are those of rows of 16 bits: fewer do.
@@ -100,7 +97,7 @@ bool run(Call& call, const ReadArgs& args, const ReadVariant& variant) {
   }
   // One chunk a thread, as few tokens have it: with two, scales and float16 rows of nine sources do
   // not fit the registers.
-  const ReadRowsPolicy policy = choose_read_rows(/*half=*/true, N + 1, D, limits.major >= 9,
+  const ReadRowsPolicy policy = choose_read_rows(/*half=*/true, N + 1, D, /*clusters=*/true,
                                                  std::min(tokens, kReadFewTokens));
   using Kernel = void (*)(StoredReadParams);
   const Kernel kernel = find_kernel<kReadRowsHalf, 1, Kernel, Stored, UsualRead>(
@@ -124,8 +121,10 @@ bool run(Call& call, const ReadArgs& args, const ReadVariant& variant) {
 }  // namespace
 
 bool run_read_stored(Call& call, const ReadArgs& args) {
-  if (args.source_scales.empty() || args.sources.size() > kMaxStored || args.phase1_out.present() ||
-      !std::ranges::all_of(args.sources, is_aligned)) {
+  // With one chunk a thread only a cluster has room for every width: without clusters a token could
+  // be served among many and streamed among few, and have other bits.
+  if (call.limits().major < 9 || args.source_scales.empty() || args.sources.size() > kMaxStored ||
+      args.phase1_out.present() || !std::ranges::all_of(args.sources, is_aligned)) {
     return false;
   }
   // All but the bank, as if it were the whole call.

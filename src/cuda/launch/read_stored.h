@@ -10,8 +10,8 @@ namespace flash_attn_res::cuda {
 
 /// Runs the whole call with the rows of a token in registers, if it has up to nine sources in
 /// float8 or float16 with scales, a partial sum behind them, x and all else in bfloat16, and is
-/// otherwise a usual one (UsualRead). Whether it does is a question of a token's shape, not of how
-/// many there are.
+/// otherwise a usual one (UsualRead), from sm_90 on. Whether it does is a question of a token's
+/// shape, not of how many there are.
 bool run_read_stored(Call& call, const ReadArgs& args);
 
 }  // namespace flash_attn_res::cuda
