@@ -4,7 +4,8 @@
 // The formulas are those of read_token.cuh.
 //
 // in    K terms, and an update for the last of them, [T, D] of one 16-bit type; or K - 1 terms of a
-//       stored bank, in float8 or float16 with scales [T, D / W], before a last one in bfloat16;
+//       stored bank, in float8 or float16 with scales [T, D / W], before a last one in bfloat16; or
+//       K of such a bank in float16;
 //       u [D], lse [T] float32; g [D]
 // out   x, partial' [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T], lse of one query [T]
 // bytes every row of a token is read once; K + 1 units of T * D elements (those of a float8 bank of
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
     read_ahead_kernel(const __grid_constant__ ReadAheadParams<typename Read::Params> params) {
   using Token = ReadToken<T, kTerms, kChunks, kReadAheadForm<kTerms, kChunks>.least_terms, kMerge,
                           /*kQuantized=*/false, Read>;
-  constexpr int kStored = Token::kStored ? kTerms - 1 : 0;            // slots of the bank
+  constexpr int kStored = Token::kBank;                               // slots of the bank
   constexpr int kTyped = kTerms + (Read::kUpdate ? 1 : 0) - kStored;  // the other slots, the update
   constexpr unsigned kStep = kWarp * 16;                              // bytes of a warp's chunks
   constexpr unsigned kStoredStep = kWarp * Token::kStoredBytes;
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kReadAheadForm<kTerms, kChunks>.max_threads())
 #pragma unroll
       for (int w = 0; w < kScaleWords; ++w) {
         const int index = w * kWarp + static_cast<int>(lane);
-        const int s = min(index / kScalesOfSlot, p.num_terms - 2);
+        const int s = Token::bank_slot(index / kScalesOfSlot, p.num_terms);
         const int c = min(index % kScalesOfSlot / 2, kChunks - 1);
         const unsigned col = ((warp * kChunks + c) * kWarp + index % 2 * (kWarp / 2)) *
                              static_cast<unsigned>(kChunk);

@@ -60,14 +60,14 @@ struct ReadParams {
 /// Those of the kernels that have room for 32 terms.
 using ReadRowsParams = ReadParams<kReadRowsMaxTerms + kReadRowsMaxUpdates>;
 
-/// Sources of a stored bank, which come before the partial sum.
-inline constexpr int kMaxStored = 9;
+/// Terms of a read over a stored bank: its sources, and the partial sum where there is one.
+inline constexpr int kMaxStoredTerms = 10;
 
-/// The same over a stored bank: scales of the terms but the last.
+/// The same over a stored bank: scales of its sources, by slot.
 struct StoredReadParams : ReadRowsParams {
-  const uint8_t* scales[kMaxStored];  // [T, D / W] float8_e8m0
-  int64_t scale_stride;               // elements, the same for all
-  int scale_shift;                    // 2^scale_shift columns share a scale
+  const uint8_t* scales[kMaxStoredTerms];  // [T, D / W] float8_e8m0
+  int64_t scale_stride;                    // elements, the same for all
+  int scale_shift;                         // 2^scale_shift columns share a scale
 
   /// Where token t's scales of slot s begin.
   FLASH_ATTN_RES_HOST_DEVICE const uint8_t* scales_of(int s, int64_t t) const {

@@ -4,8 +4,8 @@
 // The formulas are those of read_token.cuh.
 //
 // in    K terms and up to two further updates [T, D] storage; or K - 1 terms of a stored bank, in
-//       float8 or float16 with scales [T, 1 or ceil(D / 128)], before a last one in bfloat16;
-//       u [R], lse [T] float32; g [D]
+//       float8 or float16 with scales [T, 1 or ceil(D / 128)], before a last one in bfloat16; or K
+//       of such a bank in float16; u [R], lse [T] float32; g [D]
 // out   x, partial' (and a copy of it), h [T, D]; logits, inv_rms, probs [T, K], mix_inv_rms [T];
 //       lse of one query [T]; x_scale [T, 1 or ceil(D / 128)]
 // bytes every row of a token is read once; K + 1 units of T * D elements, and partial' written
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
         for (int s = 0; s < kTerms; ++s) {
           if (token.in_use(s)) {
             if constexpr (Token::kStored) {
-              if (s < kLast) {
+              if (s < Token::kBank) {
                 prefetch_row_chunk<typename Token::Stored>(slot_rows[s], c * blockDim.x);
                 continue;
               }
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
     for (int c = 0; c < kChunks; ++c) {
       const bool here = token.in_use(s) && token.in_row(c);
       if constexpr (Token::kStored) {
-        if (s < kLast) {
+        if (s < Token::kBank) {
           token.slots[s][c] = {};
           if (here) {
             token.slots[s][c] =
@@ -204,10 +204,10 @@ __global__ void __launch_bounds__(kReadRowsForm<T, kTerms, kChunks>.max_threads(
   for (int s = 0; s < kLast; ++s) {
     load_slot(s);
   }
-  ScalePairs<Token::kStored ? (kTerms - 1) * kChunks : 1> scales;
+  ScalePairs<Token::kStored ? Token::kBank * kChunks : 1> scales;
   if constexpr (Token::kStored) {
 #pragma unroll
-    for (int s = 0; s < kLast; ++s) {
+    for (int s = 0; s < Token::kBank; ++s) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         if (token.in_use(s) && token.in_row(c)) {

@@ -49,7 +49,8 @@ enum class Meeting { kTerms, kNorm, kLargest };
 struct AnyRead {
   using Params = ReadRowsParams;
   using Stored = void;
-  static constexpr bool kUsual = false, kWhole = false, kEarly = true, kStored = false;
+  static constexpr bool kUsual = false, kWhole = false, kEarly = true;
+  static constexpr bool kStored = false, kAllStored = false;
 };
 /// .. or that it is one of training or of inference: keys as long as rows, x in the rows' type, and
 /// no mixture, snapshot or rounded mixture beside it. A lone token does not wait for u and g when
@@ -58,7 +59,8 @@ template <bool kHasNorm, bool kHasUpdate>
 struct UsualRead {
   using Params = ReadRowsParams;
   using Stored = void;
-  static constexpr bool kUsual = true, kWhole = false, kEarly = true, kStored = false;
+  static constexpr bool kUsual = true, kWhole = false, kEarly = true;
+  static constexpr bool kStored = false, kAllStored = false;
   static constexpr bool kNorm = kHasNorm;      // with a weight
   static constexpr bool kUpdate = kHasUpdate;  // one update is added to the last term
 };
@@ -79,6 +81,13 @@ struct StoredRead : Read {
   static constexpr bool kStored = true;
 };
 
+/// Over a stored bank alone: the last term is one of its sources, too.
+template <class Read, class Type>
+struct AllStoredRead : StoredRead<Read, Type> {
+  static_assert(!Read::kUpdate);  // it would be added to a term in bfloat16
+  static constexpr bool kAllStored = true;
+};
+
 /// kTerms, kChunks: rows, and chunks of each, that a thread has room for. kLeastTerms: fewest terms
 /// it is used with. kMerge: two terms, of which the first is a phase-1 result. Read: one of the
 /// above.
@@ -94,6 +103,8 @@ struct ReadToken {
   static constexpr int kLast = kTerms - 1;
   static constexpr int kAlways = kLeastTerms - 1;
   static constexpr bool kStored = Read::kStored;
+  // The first slots are those of a stored bank: all of them, or all but the last.
+  static constexpr int kBank = !kStored ? 0 : Read::kAllStored ? kTerms : kLast;
   using Stored = std::conditional_t<kStored, typename Read::Stored, T>;
   static constexpr unsigned kStoredBytes = sizeof(Packed<Stored>);  // of a chunk
 
@@ -105,7 +116,7 @@ struct ReadToken {
   const int K, first_key;
 
   // The last has a place of its own where those before it are of another type.
-  Packed<Stored> slots[kTerms - (kStored ? 1 : 0)][kChunks];
+  Packed<Stored> slots[kStored ? kBank : kTerms][kChunks];
   Packed<T> last_slot[kStored ? kChunks : 1];
   Chunk early_query[kEarly ? kChunks : 1];
   Chunk early_weight[kEarly ? kChunks : 1];
@@ -180,6 +191,13 @@ struct ReadToken {
   }
   __device__ __forceinline__ bool in_use(int s) const { return is_in_use(s, K); }
   __device__ __forceinline__ int term_of(int s) const { return s == kLast ? K - 1 : s; }
+  /// A slot of the bank that holds a term of `num_terms`: s, if it does.
+  __device__ __forceinline__ static int bank_slot(int s, int num_terms) {
+    if (Read::kAllStored) {
+      return s < num_terms - 1 ? s : kLast;
+    }
+    return min(s, num_terms - 2);
+  }
   __device__ __forceinline__ DType dtype_in(int row) const {
     return static_cast<DType>(p.rows.dtype[row]);
   }
@@ -197,7 +215,7 @@ struct ReadToken {
   /// The values of a slot, without their scale.
   __device__ __forceinline__ Chunk values(int s, int c) const {
     if constexpr (kStored) {
-      return s == kLast ? unpack_row_chunk<T>(last_slot[c], dtype_of(s)) : unpack(slots[s][c]);
+      return s >= kBank ? unpack_row_chunk<T>(last_slot[c], dtype_of(s)) : unpack(slots[s][c]);
     } else {
       return unpack_row_chunk<T>(slots[s][c], dtype_of(s));
     }
@@ -205,7 +223,7 @@ struct ReadToken {
 
   /// From this thread's first chunk of row `s` on; rows behind the slots are updates.
   __device__ __forceinline__ RowRef own_chunks(int s, RowRef row) const {
-    row.data += chunk[0] * (kStored && s < kLast ? kStoredBytes : row_chunk_bytes<T>(row));
+    row.data += chunk[0] * (s < kBank ? kStoredBytes : row_chunk_bytes<T>(row));
     return row;
   }
 
@@ -293,7 +311,7 @@ struct ReadToken {
               pair[2 * k] = dot_add(key, key, 0.0f);
               pair[2 * k + 1] = dot_add(u, key, 0.0f);
               if constexpr (kStored) {
-                if (s < kLast) {
+                if (s < kBank) {
                   const float factor = scale(s, c);
                   pair[2 * k] = pair[2 * k] * factor * factor;
                   pair[2 * k + 1] *= factor;
@@ -408,7 +426,7 @@ struct ReadToken {
         if (in_use(s)) {
           float factor = kChunks > 1 ? probs[s] : prob_of(s);
           if constexpr (kStored) {
-            if (s < kLast) {
+            if (s < kBank) {
               factor *= scale(s, c);
             }
           }

@@ -9,7 +9,8 @@
 namespace flash_attn_res::cuda {
 
 /// Runs the whole call with a kernel of `read` that keeps a token's rows in registers, if it has
-/// one query, no scales, and such a kernel serves it: the bits are then those of the read.
+/// one query and such a kernel serves it: the bits are then those of the read. Of sources with
+/// scales run_read_stored (read_stored.h) serves some.
 bool run_attend_as_read(Call& call, const AttendArgs& args);
 
 }  // namespace flash_attn_res::cuda

@@ -145,11 +145,12 @@ float* scratch_rows(Workspace& workspace, const ReadArgs& args) {
 }  // namespace
 
 bool run_attend_as_read(Call& call, const AttendArgs& args) {
-  if (args.queries.rows != 1 || !args.source_scales.empty()) {
+  if (args.queries.rows != 1) {
     return false;
   }
   ReadArgs read = {};
   read.sources = args.sources;
+  read.source_scales = args.source_scales;
   read.query = args.queries;
   read.scale = args.scale;
   read.eps = args.eps;
@@ -159,7 +160,8 @@ bool run_attend_as_read(Call& call, const AttendArgs& args) {
   read.probs = args.probs;
   const UniformType storage = storage_of_rows(read);
   const FloatView lse = float_view(args.lse);
-  return run_read_ahead(call, read, storage, lse) || run_rows(call, read, storage, lse);
+  return run_read_stored(call, read, lse) || run_read_ahead(call, read, storage, lse) ||
+         run_rows(call, read, storage, lse);
 }
 
 int64_t read_workspace_bytes(const ReadArgs& args) {

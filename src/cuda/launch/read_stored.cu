@@ -22,19 +22,25 @@ namespace {
 using T = __nv_bfloat16;  // of all but the bank
 
 /// The kernel of the form in `kForms` with these terms and chunks, if it has room for no more than
-/// a whole bank and a partial sum, and no more than `kMostChunks` chunks a thread.
+/// `kMaxStoredTerms`, and no more than `kMostChunks` chunks a thread.
 template <const auto& kForms, int kMostChunks, class Kernel, class Stored,
           template <bool, bool> class Read, class Choose>
-Kernel find_kernel(int terms, int chunks, const ReadVariant& variant, Choose&& kernel_of) {
+Kernel find_kernel(int terms, int chunks, const ReadVariant& variant, bool has_partial,
+                   Choose&& kernel_of) {
   Kernel found = nullptr;
   const auto look_at = [&]<int kTerms, int kChunks>() {
-    if constexpr (kTerms <= kMaxStored + 1 && kChunks <= kMostChunks) {
+    if constexpr (kTerms <= kMaxStoredTerms && kChunks <= kMostChunks) {
       if (kTerms == terms && kChunks == chunks) {
         const auto of = [&](auto read) {
           found = kernel_of(std::integral_constant<int, kTerms>(),
                             std::integral_constant<int, kChunks>(), read);
         };
-        if (!variant.norm) {
+        if (!has_partial) {
+          // Phase 1 with one query over float8 has a faster kernel (hopper_attend_few.cuh).
+          if constexpr (std::is_same_v<Stored, __half>) {
+            of(AllStoredRead<Read<false, false>, Stored>());
+          }
+        } else if (!variant.norm) {
           of(StoredRead<Read<false, false>, Stored>());
         } else if (!variant.update) {
           of(StoredRead<Read<true, false>, Stored>());
@@ -61,7 +67,7 @@ StoredReadParams make_params(const ReadArgs& args) {
   StoredReadParams params = {};
   static_cast<ReadRowsParams&>(params) =
       make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);
-  ScaledTable<kMaxStored> table = {};
+  ScaledTable<kMaxStoredTerms> table = {};
   for (size_t n = 0; n < args.source_scales.size(); ++n) {
     table.set_scale(static_cast<int>(n), args.source_scales[n]);
     params.scales[n] = table.scale[n];
@@ -71,37 +77,45 @@ StoredReadParams make_params(const ReadArgs& args) {
   return params;
 }
 
+/// Puts the last term into the last of `slots`, with its scales if it has any.
+void place_with_scales(StoredReadParams& params, int slots) {
+  place_in_slots(params, slots);
+  params.scales[slots - 1] = params.scales[params.num_terms - 1];
+}
+
 /// Runs a call that is a usual one of this variant.
 template <class Stored>
-bool run(Call& call, const ReadArgs& args, const ReadVariant& variant) {
-  const int64_t N = static_cast<int64_t>(args.sources.size());
+bool run(Call& call, const ReadArgs& args, const ReadVariant& variant, FloatView lse) {
+  const int64_t K = read_terms(args);
   const int64_t tokens = args.x.rows;
   const int64_t D = args.x.cols;
   StoredReadParams params = make_params(args);
+  params.lse = lse;
   const auto sums = [&](int terms) { return floats_of_sums(D, terms, /*quantized=*/false); };
   const DeviceLimits& limits = call.limits();
   if (is_many(tokens, variant.update, limits)) {
     // The bytes are those of rows of 16 bits: fewer do.
-    const ReadAheadPolicy policy =
-        choose_read_ahead(N + 1, variant.update ? 1 : 0, D, limits, sums);
+    const ReadAheadPolicy policy = choose_read_ahead(K, variant.update ? 1 : 0, D, limits, sums);
     using Kernel = void (*)(ReadAheadParams<StoredReadParams>);
     const Kernel kernel = find_kernel<kReadAhead, 4, Kernel, Stored, UsualReadOfMany>(
-        policy.terms, policy.chunks, variant, [](auto terms, auto chunks, auto read) -> Kernel {
+        policy.terms, policy.chunks, variant, params.has_partial,
+        [](auto terms, auto chunks, auto read) -> Kernel {
           return read_ahead_kernel<T, terms.value, chunks.value, false, decltype(read)>;
         });
     if (kernel != nullptr) {
-      place_in_slots(params, policy.terms);
+      place_with_scales(params, policy.terms);
       launch_ahead(call, kernel, policy, tokens, params);
       return true;
     }
   }
   // One chunk a thread, as few tokens have it: with two, scales and float16 rows of nine sources do
   // not fit the registers.
-  const ReadRowsPolicy policy = choose_read_rows(/*half=*/true, N + 1, D, /*clusters=*/true,
-                                                 std::min(tokens, kReadFewTokens));
+  const ReadRowsPolicy policy =
+      choose_read_rows(/*half=*/true, K, D, /*clusters=*/true, std::min(tokens, kReadFewTokens));
   using Kernel = void (*)(StoredReadParams);
   const Kernel kernel = find_kernel<kReadRowsHalf, 1, Kernel, Stored, UsualRead>(
-      policy.terms, policy.chunks, variant, [](auto terms, auto chunks, auto read) -> Kernel {
+      policy.terms, policy.chunks, variant, params.has_partial,
+      [](auto terms, auto chunks, auto read) -> Kernel {
         return read_rows_kernel<T, terms.value, chunks.value, false, false, decltype(read)>;
       });
   const int64_t blocks =
@@ -110,7 +124,7 @@ bool run(Call& call, const ReadArgs& args, const ReadVariant& variant) {
       (policy.cluster > 1 && !call.compiled_for(9, kernel))) {
     return false;
   }
-  place_in_slots(params, policy.terms);
+  place_with_scales(params, policy.terms);
   call.launch_with(
       {.cluster = policy.cluster, .overlap = true}, kernel, dim3(grid_blocks(blocks)),
       dim3(static_cast<unsigned>(policy.threads), static_cast<unsigned>(policy.tokens)),
@@ -120,10 +134,10 @@ bool run(Call& call, const ReadArgs& args, const ReadVariant& variant) {
 
 }  // namespace
 
-bool run_read_stored(Call& call, const ReadArgs& args) {
+bool run_read_stored(Call& call, const ReadArgs& args, FloatView lse) {
   // With one chunk a thread only a cluster has room for every width: without clusters a token could
   // be served among many and streamed among few, and have other bits.
-  if (call.limits().major < 9 || args.source_scales.empty() || args.sources.size() > kMaxStored ||
+  if (call.limits().major < 9 || args.source_scales.empty() || read_terms(args) > kMaxStoredTerms ||
       args.phase1_out.present() || !std::ranges::all_of(args.sources, is_aligned)) {
     return false;
   }
@@ -135,15 +149,15 @@ bool run_read_stored(Call& call, const ReadArgs& args) {
   storage.add(value_view(args.x));
   const ReadVariant variant = variant_of(others, storage);
   const bool has_partial = args.partial.present() || !args.updates.empty();
-  if (!has_partial || !variant.usual || storage.get() != DType::kBFloat16 ||
+  if (!variant.usual || (!has_partial && variant.norm) || storage.get() != DType::kBFloat16 ||
       args.x.rows != grid_blocks(args.x.rows)) {
     return false;
   }
   switch (args.sources[0].dtype) {
     case DType::kFloat8E4M3:
-      return run<__nv_fp8_e4m3>(call, args, variant);
+      return run<__nv_fp8_e4m3>(call, args, variant, lse);
     case DType::kFloat16:
-      return run<__half>(call, args, variant);
+      return run<__half>(call, args, variant, lse);
     default:
       return false;
   }
