@@ -504,8 +504,8 @@ def phase_1(S: int = 24) -> tuple[Shapes, Run]:
     return {"out": ((S, -1, D_K3), BF16), "lse": ((S, -1), torch.float32)}, run
 
 
-def stored_bank(layout: str) -> BlockBank:
-    bank = BlockBank(8, MANY, D_K3, layout=layout, device="cuda", storage="float8")
+def stored_bank(layout: str, storage: str = "float8") -> BlockBank:
+    bank = BlockBank(8, MANY, D_K3, layout=layout, device="cuda", storage=storage)
     for row in range(8):
         bank.write(row, values(MANY, D_K3))
     return bank
@@ -522,8 +522,8 @@ def stored_site() -> tuple[Shapes, Run]:
     return {"x": ((-1, D_K3), BF16)}, run
 
 
-def stored_phase_1(S: int = 24) -> tuple[Shapes, Run]:
-    stored = stored_bank("ntd").stored(8)
+def stored_phase_1(S: int = 24, layout: str = "ntd", storage: str = "float8") -> tuple[Shapes, Run]:
+    stored = stored_bank(layout, storage).stored(8)
     queries = normal(S, D_K3, factor=D_K3**-0.5)
 
     def run(rows: slice, out: dict[str, Tensor]) -> None:
@@ -545,6 +545,9 @@ BATCHES: dict[str, Callable[[], tuple[Shapes, Run]]] = {
     "phase 1 over a float8 bank": stored_phase_1,
     "phase 1 with one query over a float8 bank": functools.partial(stored_phase_1, 1),
     "phase 1 with two queries over a float8 bank": functools.partial(stored_phase_1, 2),
+    "phase 1 with one query over a float16 bank": functools.partial(
+        stored_phase_1, 1, "tnd", "float16"
+    ),
 }
 
 

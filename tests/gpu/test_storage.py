@@ -48,6 +48,11 @@ SHAPES = [
     (5, 4, 290, 5120),
     (4, 1, 4100, 512),
     (8, 4, 131, 48),
+    # One query, of float16 a read: few tokens and many, rows that are copied ahead and others.
+    (1, 1, 401, 2048),
+    (9, 1, 7, 1000),
+    (10, 1, 450, 1280),
+    (10, 1, 400, 7168),
 ]
 
 
@@ -361,3 +366,93 @@ def test_read_over_a_stored_bank_has_the_bits_of_its_values(
         for stored, plain in zip(*results, strict=True):
             assert torch.isfinite(stored).all()
             assert torch.equal(stored, plain), T
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same numbers in rows that lie apart, still at aligned addresses."""
+    tokens, dim = tensor.shape
+    return torch.cat([tensor, tensor.new_zeros(tokens, 16)], dim=1)[:, :dim]
+
+
+def uneven(tokens: int, dim: int) -> Tensor:
+    """Values whose groups of 128 columns have different scales."""
+    factors = torch.exp2(torch.randint(-9, 10, (tokens, -(-dim // 128)), device="cuda"))
+    return torch.randn(tokens, dim, device="cuda") * factors.repeat_interleave(128, 1)[:, :dim]
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+@pytest.mark.parametrize("D", [136, 1000, 1280, 2048, 2304, 7168])
+@pytest.mark.parametrize("N", range(1, 11))
+def test_attend_with_one_query_over_float16_sources_is_a_read(
+    N: int, D: int, by_group: bool
+) -> None:
+    """Powers of two change no bit of a sum: it has those of the read over the values in float32.
+
+    A token has them alone and among many, and wherever its rows lie.
+    """
+    query = torch.randn(1, D, device="cuda") / D**0.5
+
+    def run(sources: list[QuantizedSource]) -> tuple[Tensor, ...]:
+        return forward(sources, query, torch.bfloat16)
+
+    def one_shot(sources: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.full(sources[0].shape, float("nan"), device="cuda").bfloat16()
+        logits, inv_rms = (torch.full((len(x), N), float("nan"), device="cuda") for _ in "ab")
+        given = (None, None, sources, None, None, query[0], None, 0.9, EPS, False, EPS)
+        OPS.read_into(*given, x, None, logits, inv_rms, None, scales)
+        return x, logits, inv_rms
+
+    for T in (1, 7, 128, 900):
+        bank = [quantize(uneven(T, D), "float16", by_group=by_group) for _ in range(N)]
+        values, scales = [s.values for s in bank], [s.scale for s in bank]
+        for call in (functools.partial(run, bank), functools.partial(one_shot, values, scales)):
+            if (kernels := seen.kernels_of(call)) is not None:
+                ahead = T == 900 and any(D % width == 0 for width in (512, 768))
+                name = "read_ahead_kernel" if ahead else "read_rows_kernel"
+                assert len(kernels) == 1, kernels
+                assert all(part in next(iter(kernels)) for part in (name, "AllStored")), kernels
+        results = run(bank)
+        out, lse, logits, inv_rms = results
+        assert all(torch.isfinite(result).all() for result in results)
+        plain = one_shot([s.dequantize(torch.float32) for s in bank], [])
+        for found in ((out[0], logits[:, 0], inv_rms), one_shot(values, scales)):
+            for ours, theirs in zip(found, plain, strict=True):
+                assert torch.equal(ours, theirs), T
+        exact = logits[:, 0].double().logsumexp(1)
+        torch.testing.assert_close(lse[0].double(), exact, rtol=1e-6, atol=1e-6)
+
+        apart = run([QuantizedSource(spread(s.values), spread(s.scale)) for s in bank])
+        for ours, theirs in zip(apart, results, strict=True):
+            assert torch.equal(ours, theirs), T
+        for size in (1, 7, 128):
+            rows = slice(T - size, T)
+            if size < T:
+                few = run([QuantizedSource(s.values[rows], s.scale[rows]) for s in bank])
+                whole = (out[:, rows], lse[:, rows], logits[rows], inv_rms[rows])
+                for ours, theirs in zip(few, whole, strict=True):
+                    assert torch.equal(ours, theirs), (T, size)
+
+
+@pytest.mark.parametrize("T", [5, 500])
+@pytest.mark.parametrize(
+    ("N", "R", "dtype", "aligned", "storage"),
+    [
+        (11, 2048, torch.bfloat16, True, "float16"),
+        (4, 2000, torch.bfloat16, True, "float16"),
+        (4, 2048, torch.float16, True, "float16"),
+        (4, 2048, torch.float32, True, "float16"),
+        (4, 2048, torch.bfloat16, False, "float16"),
+        (4, 2048, torch.bfloat16, True, "float8"),
+    ],
+)
+def test_one_query_that_is_no_read_over_a_stored_bank(
+    N: int, R: int, dtype: torch.dtype, aligned: bool, storage: str, T: int
+) -> None:
+    D = 2048
+    bank = [quantize(uneven(T, D), storage) for _ in range(N)]
+    given = bank if aligned else [QuantizedSource(misaligned(s.values), s.scale) for s in bank]
+    query = torch.randn(1, R, device="cuda") / R**0.5
+    kernels = seen.kernels_of(lambda: forward(given, query, dtype))
+    if kernels is not None:
+        assert kernels
+        assert not any("read_" in name for name in kernels), kernels
