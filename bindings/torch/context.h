@@ -9,6 +9,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
+#include <utility>
 
 #include "bindings/torch/convert.h"
 #include "flash_attn_res/types.h"
@@ -28,13 +30,18 @@ inline Device device_of(const Tensor& tensor) {
 class CallContext {
  public:
   CallContext(const Tensor& like, int64_t workspace_bytes)
-      : CallContext(like, empty(like, {workspace_bytes}, ScalarType::Byte)) {}
+      : CallContext(like, workspace_bytes > 0
+                              ? std::optional(empty(like, {workspace_bytes}, ScalarType::Byte))
+                              : std::nullopt) {}
 
-  /// With scratch memory of the caller's: nothing is allocated.
-  CallContext(const Tensor& like, const Tensor& workspace) : workspace_(workspace) {
+  /// With scratch memory of the caller's, or none: nothing is allocated.
+  CallContext(const Tensor& like, std::optional<Tensor> workspace)
+      : workspace_(std::move(workspace)) {
     context_.device = device_of(like);
-    context_.workspace = workspace_.mutable_data_ptr();
-    context_.workspace_bytes = workspace_.numel();
+    if (workspace_.has_value()) {
+      context_.workspace = workspace_->mutable_data_ptr();
+      context_.workspace_bytes = workspace_->numel();
+    }
     context_.executor = &kTorchThreads;
     if (context_.device.type == DeviceType::kCuda) {
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
@@ -62,7 +69,7 @@ class CallContext {
 
   static constexpr Executor kTorchThreads = {&run_on_torch_threads, nullptr};
 
-  Tensor workspace_;
+  std::optional<Tensor> workspace_;
   Context context_;
 };
 

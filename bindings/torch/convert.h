@@ -20,6 +20,7 @@
 
 namespace flash_attn_res::torch_binding {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -273,9 +274,37 @@ inline std::vector<Matrix> write_slots(const Tensor& tensor) {
   return views;
 }
 
+/// [T, D] of value `slot` of a stack [S, ..., D].
+inline Matrix slot_view(const char* name, const Tensor& stack, int64_t slot) {
+  STD_TORCH_CHECK(stack.dim() >= 2 && stack.is_contiguous(), "flash_attn_res: ", name,
+                  " is not contiguous, expected contiguous [S, ..., D]");
+  STD_TORCH_CHECK(slot >= 0 && slot < stack.size(0), "flash_attn_res: ", name, " has ",
+                  stack.size(0), " values, which have no number ", slot);
+  const int64_t cols = stack.size(stack.dim() - 1);
+  const int64_t rows = count_rows(stack, cols) / stack.size(0);
+  const DType dtype = dtype_of(stack.scalar_type());
+  auto* const base = static_cast<char*>(stack.mutable_data_ptr());
+  return {base + slot * rows * cols * size_of(dtype), rows, cols, cols, dtype};
+}
+
+/// Row `row` of a matrix, as [1, cols].
+inline Matrix row_view(const char* name, const Tensor& matrix, int64_t row) {
+  STD_TORCH_CHECK(matrix.dim() == 2, "flash_attn_res: ", name, " has ", matrix.dim(),
+                  " dimensions, expected 2");
+  STD_TORCH_CHECK(row >= 0 && row < matrix.size(0), "flash_attn_res: ", name, " has ",
+                  matrix.size(0), " rows, which have no number ", row);
+  Matrix view = strided_view(name, matrix);
+  view.data = static_cast<char*>(view.data) + row * view.stride * size_of(view.dtype);
+  view.rows = 1;
+  return view;
+}
+
 /// A fresh contiguous tensor on the device of `like`.
+inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
+  return empty(like, IntHeaderOnlyArrayRef(sizes), type);
 }
 
 /// What an output that was not asked for is in a functional schema.

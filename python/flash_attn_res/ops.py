@@ -2,9 +2,10 @@
 
 The operators themselves are compiled (``bindings/torch/ops.cpp`` has their schemas). ``attend``,
 ``read`` and their backwards are functional. The same four as ``..._into`` write, or add, to tensors
-that are given, have no autograd, and take values of any leading shape [..., D]; they are what
-:mod:`flash_attn_res.tape` is made of. Shapes, with T tokens, D width, N sources, S queries, R key
-width, K terms:
+that are given, have no autograd, and take values of any leading shape [..., D].
+:mod:`flash_attn_res.tape` is made of those of ``attend``, and of ``read_site`` and its backward,
+which are ``read`` for one site of a stream. Shapes, with T tokens, D width, N sources, S queries,
+R key width, K terms:
 
 =====================  ============================================================
 ``attend``             sources [T, D] or packed [n, T, D], queries [S, R] ->
@@ -180,6 +181,67 @@ def _(
 @torch.library.register_fake("flash_attn_res::quantize_into")
 def _into(*_arguments: Any) -> None:
     """Results go into what is given: there is nothing to make."""
+
+
+@torch.library.register_fake("flash_attn_res::read_site")
+def _(
+    phase1_out: Tensor | None,
+    phase1_lse: Tensor | None,
+    slot: int,
+    sources: list[Tensor],
+    source_scales: list[Tensor],
+    partial: Tensor | None,
+    update: Tensor | None,
+    queries: Tensor,
+    site: int,
+    norm_weight: Tensor | None,
+    scale: float,
+    eps: float,
+    norm_eps: float,
+    dtype: torch.dtype,
+    sum_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    like = _leading_value(phase1_out, partial, *sources)
+    shape = like.shape if phase1_out is None else like.shape[1:]
+    x = like.new_empty(shape, dtype=dtype)
+    terms = int(phase1_out is not None) + len(sources) + int(partial is not None)
+    size = x.numel() // shape[-1] * (2 * terms + int(norm_weight is not None))
+    return (
+        x,
+        None if update is None else like.new_empty(shape, dtype=sum_dtype),
+        like.new_empty((size,), dtype=queries.dtype) if keep else None,
+    )
+
+
+@torch.library.register_fake("flash_attn_res::read_site_backward")
+def _(
+    dx: Tensor | None,
+    dtotal: Tensor | None,
+    phase1_out: Tensor | None,
+    gate: Tensor | None,
+    dphase1_lse: Tensor | None,
+    slot: int,
+    sources: list[Tensor],
+    source_scales: list[Tensor],
+    total: Tensor | None,
+    queries: Tensor,
+    site: int,
+    norm_weight: Tensor | None,
+    statistics: Tensor,
+    scale: float,
+    dsources: list[Tensor],
+    accumulate_dsources: bool,
+    need_total: bool,
+    dqueries: Tensor | None,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    def gradient_of(value: Tensor | None, needed: bool) -> Tensor:
+        if value is None or not needed:
+            return statistics.new_empty((0,))
+        return value.new_empty(value.shape)
+
+    return gradient_of(total, need_total), gradient_of(norm_weight, need_weight)
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -109,8 +109,7 @@ class Stream:
         norm = self._norm("read", norm_weight, norm_eps)
         x = self._undone(lambda: self._read(self._plan.sites[self._sublayer], *norm))
         self._state = "write"
-        if self._number is not None:
-            _origins[x] = self._number
+        self._remember(x)
         return x
 
     def write(self, output: Tensor) -> None:
@@ -205,9 +204,16 @@ class Stream:
             weight = _check.weight(op, "norm_weight", weight, "the embedding", self._like)
         return weight, self._eps if eps is None else _check.positive(op, "norm_eps", eps)
 
+    def _remember(self, x: Tensor) -> None:
+        """So that :meth:`_is_foreign` of another stream knows x."""
+        if self._number is not None:
+            _origins[x] = self._number
+
     def _is_foreign(self, output: Tensor) -> bool:
         """Whether an output is the very tensor that another stream's read gave."""
-        return self._number is not None and _origins.get(output, self._number) != self._number
+        if self._number is None or len(_origins) == 0:
+            return False
+        return bool(_origins.get(output, self._number) != self._number)
 
     def _undone(self, call: Callable[[], _T]) -> _T:
         """What ``call`` returns; where it raises, the stream is as it was before."""

@@ -101,6 +101,19 @@ def test_opcheck_operators_that_write_into_what_is_given(storage: str | None) ->
             *(lse, logits, inv_rms, 1.0, dsources, True, torch.randn(4, 8), True, scales),
         ),
     )
+    site = (out, lse, 1, sources, scales, torch.randn(2, 3, 8), torch.randn(2, 3, 8), queries, 2)
+    knobs = (torch.randn(8), 1.0, 1e-6, 1e-6, torch.float32, torch.float32)
+    for keep in (False, True):
+        opcheck(OPS.read_site, (*site, *knobs, keep))
+    x, total, statistics = OPS.read_site(*site, *knobs, True)
+    opcheck(
+        OPS.read_site_backward,
+        (
+            *(torch.randn(2, 3, 8), torch.randn(2, 3, 8), out, lse.clone(), lse.clone(), 1),
+            *(sources, scales, total, queries, 2, knobs[0], statistics, 1.0, dsources, True, True),
+            *(torch.randn(4, 8), True),
+        ),
+    )
     value, query, weight = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
     x, total = torch.empty(2, 3, 8), torch.empty(2, 3, 8)
     saved = torch.empty(6, 4), torch.empty(6, 4), torch.empty(6)

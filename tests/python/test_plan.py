@@ -68,26 +68,37 @@ def count_bytes(
     T, D = 64, 128
     total = [0]
 
-    def counted(real, written: tuple[int, ...]):
+    def bytes_of(given: object) -> int:
+        """Statistics, queries and weights do not count."""
+        if isinstance(given, (list, tuple)):
+            return sum(bytes_of(item) for item in given)
+        return given.nbytes if isinstance(given, Tensor) and given.numel() >= T * D else 0
+
+    def counted(real, stack: int | None, written: int | None):
         def call(*arguments):
-            for index, argument in enumerate(arguments):
-                for tensor in argument if isinstance(argument, (list, tuple)) else [argument]:
-                    # Statistics, queries and weights are not counted.
-                    if isinstance(tensor, Tensor) and tensor.numel() >= T * D:
-                        again = index in written and arguments[index + 1] is True
-                        total[0] += tensor.numel() * tensor.element_size() * (2 if again else 1)
-            return real(*arguments)
+            results = real(*arguments)
+            total[0] += bytes_of(arguments) + bytes_of(results)
+            if stack is not None and arguments[stack] is not None:
+                whole = bytes_of(arguments[stack])
+                row = whole // len(arguments[stack])
+                # A backward that is told where the gate goes writes over the row.
+                again = written is not None and arguments[stack + 1] is not None
+                total[0] -= whole - (2 * row if again else row)
+            if written is not None and arguments[written + 1] is True:
+                total[0] += bytes_of(arguments[written])
+            return results
 
         return call
 
-    # Arguments that are added to when the next one is true: read as well as written.
-    for name, written in {
-        "attend": (),
-        "read": (),
-        "attend_backward": (9,),
-        "read_backward": (15,),
+    # The stack of which a site has one row, and the arguments that are added to when the next one
+    # is true: read as well as written.
+    for name, (stack, written) in {
+        "attend": (None, None),
+        "read": (0, None),
+        "attend_backward": (None, 9),
+        "read_backward": (2, 14),
     }.items():
-        monkeypatch.setattr(operators, name, counted(getattr(operators, name), written))
+        monkeypatch.setattr(operators, name, counted(getattr(operators, name), stack, written))
     module = BlockAttnRes(plan.num_sublayers, D, plan.block_size, sum_dtype=sum_dtype)
     module._training_plans[torch.bfloat16] = module._inference_plan = plan
     weight = torch.ones(D, dtype=torch.bfloat16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from flash_attn_res import finite
 from flash_attn_res.plan import Site
 from flash_attn_res.stream import as_it_stands
 from flash_attn_res.tape import operators
-from flash_attn_res.tape.state import Phase1, Sources, Statistics, Tape, named_sources
+from flash_attn_res.tape.state import Opened, Phase1, Sources, Tape, named_sources
 
 
 class Start(Function):
@@ -143,9 +143,9 @@ class Open(Function):
         tape: Tape = ctx.tape
         phase1: Phase1 = ctx.phase1
         tape.enter()
-        sources = Sources.of(ctx.saved_tensors, phase1.group.num_sources)
         if phase1.begun:  # else no site of the group has a gradient
             group = phase1.group
+            sources = phase1.saved or Sources.of(ctx.saved_tensors, group.num_sources)
             sites = slice(group.first, group.first + group.size)
             dsources: list[Tensor] = []
             accumulate = False
@@ -171,7 +171,7 @@ class Open(Function):
                 sources.scales,
             )
             if tape.rounds_gradients:
-                tape.add_parts(0, dsources, len(tape.query_rows) + group.first)
+                tape.add_parts(0, dsources, tape.queries.shape[0] + group.first)
             if finite.enabled():
                 finite.check(
                     f"backward of {phase1.name}",
@@ -186,34 +186,44 @@ class Open(Function):
         return None, None, None
 
 
+class Reading(NamedTuple):
+    """What a site reads with, beside tensors that autograd is to see."""
+
+    tape: Tape
+    site: Site
+    opened: Opened | None
+    norm_eps: float
+
+    def direct(self) -> Sources:
+        """The sources that the site reads itself, while the stream runs forward."""
+        return self.tape.given(self.site.first_direct, self.site.num_sources, direct=True)
+
+
 class Read(Function):
     """One site: x, and the new sum where later sublayers of the block add to it."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        tape: Tape,
-        site: Site,
-        phase1: Phase1 | None,
-        norm_eps: float,
+        reading: Reading,
         norm_weight: Tensor | None,
         partial: Tensor | None,
         update: Tensor | None,
         token: Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
-        sources = tape.given(site.first_direct, site.num_sources, direct=True)
-        x, total, statistics = run_site(
-            tape, site, phase1, norm_weight, norm_eps, partial, update, sources
-        )
-        frozen = Sources(()) if phase1 is None else tape.given(0, phase1.group.num_sources)
-        ctx.save_for_backward(norm_weight, total, *statistics, *frozen.flat(), *sources.flat())
-        ctx.tape, ctx.site, ctx.phase1, ctx.frozen = tape, site, phase1, len(frozen.flat())
+        tape, site, opened, _ = reading
+        sources = reading.direct()
+        x, total, statistics = run_site(reading, norm_weight, partial, update, sources)
+        frozen = Sources(()) if opened is None else opened.keeps(tape)
+        direct = sources.flat()
+        ctx.save_for_backward(norm_weight, total, statistics, *direct, *frozen.flat())
+        ctx.reading, ctx.direct = reading, len(direct)
         ctx.partial_dtype = None if partial is None else partial.dtype
         ctx.update_dtype = None if update is None else update.dtype
-        total = keep_results(
-            tape, site, total, statistics, ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
-        )
+        if site.promotes or site.output:
+            _, _, need_partial, need_update, _ = ctx.needs_input_grad
+            total = keep_total(tape, site, total, need_partial or need_update)
         if site.promotes:
             return x, token.new_empty(0)
         # A block's first output is its sum as it stands: returned, so that its gradient comes from
@@ -222,33 +232,29 @@ class Read(Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, dtotal: Tensor | None = None) -> tuple[Any, ...]:
-        tape: Tape = ctx.tape
-        site: Site = ctx.site
-        phase1: Phase1 | None = ctx.phase1
+        tape, site, opened, _ = ctx.reading
         tape.enter()
-        norm_weight, total, logits, inv_rms, mix_inv_rms, *rest = ctx.saved_tensors
-        direct = site.num_sources - site.first_direct
-        frozen = Sources.of(rest[: ctx.frozen], 0 if phase1 is None else phase1.group.num_sources)
-        sources = Sources.of(rest[ctx.frozen :], direct)
+        norm_weight, total, statistics, *kept = ctx.saved_tensors
+        sources = Sources.of(kept[: ctx.direct], site.num_sources - site.first_direct)
         if site.promotes:  # the sum is a source: what its readers have added up
             dtotal = tape.dsources.pop(site.num_sources, None)
         if dx is None and dtotal is None:
-            return (None,) * 8
-        _, _, _, _, need_weight, need_partial, need_update, need_token = ctx.needs_input_grad
+            return (None,) * 5
+        _, need_weight, need_partial, need_update, need_token = ctx.needs_input_grad
 
-        phase1_out = dh = gate = dlse = None
-        if phase1 is not None:
-            phase1.begin(tape, frozen)
+        phase1_out = gate = dlse = None
+        if opened is not None:
+            phase1: Phase1 = opened.phase1
+            phase1.begin(tape, lambda: opened.sources(kept[ctx.direct :]))
             if site.slot in phase1.replaced:  # by the read that a failed call has left behind
                 raise RuntimeError(
                     f"flash_attn_res: site {site.index} was read twice, for a call of its sublayer "
                     "failed, and both inputs have a gradient; drop losses that a failed call made"
                 )
-            phase1_out = phase1.rows[site.slot]
-            if need_token:
-                dh = phase1_out
+            phase1_out = phase1.out
+            if need_token:  # dh takes the place of the site's row
                 phase1.replaced.add(site.slot)
-                gate, dlse = phase1.gate_rows[site.slot], phase1.dlse_rows[site.slot]
+                gate, dlse = phase1.gate, phase1.dlse
         dsources: list[Tensor] = []
         accumulate = False
         if tape.needs_grad(site.first_direct, site.num_sources):
@@ -256,38 +262,34 @@ class Read(Function):
                 dsources = tape.parts(site.first_direct, site.num_sources)
             else:
                 dsources, accumulate = tape.buffers(site.first_direct, site.num_sources)
-        dpartial = total.new_empty(total.shape) if need_partial or need_update else None
-        has_query = logits.shape[1] > 1
-        dquery = tape.query_gradients()[site.index] if has_query and tape.query_grad else None
-        norm = mix_inv_rms is not None
-        dweight = torch.empty_like(norm_weight) if need_weight else None
-        operators.read_backward(
+        need_total = need_partial or need_update
+        dsum, dweight = operators.read_backward(
             dx,
             dtotal,
             phase1_out,
-            sources.values,
-            total,
-            tape.query_rows[site.index] if has_query else None,
-            norm_weight,
-            logits,
-            inv_rms,
-            mix_inv_rms,
-            tape.scale,
-            norm,
-            dh,
             gate,
             dlse,
+            site.slot,
+            sources.values,
+            sources.scales,
+            total,
+            tape.queries,
+            site.index,
+            norm_weight,
+            statistics,
+            tape.scale,
             dsources,
             accumulate,
-            dpartial,
-            dquery,
-            True,
-            dweight,
-            sources.scales,
+            need_total,
+            tape.query_gradients() if tape.query_grad else None,
+            need_weight,
         )
+        dpartial = dsum if need_total else None
         if tape.rounds_gradients:
             tape.add_parts(site.first_direct, dsources, site.index)
         if finite.enabled():
+            dh = None if phase1_out is None or gate is None else phase1_out[site.slot]
+            dquery = None if tape.dqueries is None else tape.dqueries[site.index]
             finite.check(
                 f"backward of site {site.index}",
                 [
@@ -295,21 +297,18 @@ class Read(Function):
                     *finite.numbered("the gradients of sources", dsources),
                     ("the gradient of the partial sum", dpartial),
                     ("the gradient of the query", dquery),
-                    ("the gradient of norm_weight", dweight),
+                    ("the gradient of norm_weight", dweight if need_weight else None),
                 ],
                 [("the gradient of x", dx), ("the gradient of later sites", dtotal)],
             )
         addends = to_addends(
             dpartial, ctx.partial_dtype, ctx.update_dtype, (need_partial, need_update)
         )
-        return None, None, None, None, dweight, *addends, None
+        return None, dweight if need_weight else None, *addends, None
 
 
 def read_without_graph(
-    tape: Tape,
-    site: Site,
-    phase1: Phase1 | None,
-    norm_eps: float,
+    reading: Reading,
     norm_weight: Tensor | None,
     partial: Tensor | None,
     update: Tensor | None,
@@ -318,23 +317,13 @@ def read_without_graph(
 
     A node costs the host as much as the rest of a read.
     """
-    sources = tape.given(site.first_direct, site.num_sources, direct=True)
-    x, total, statistics = run_site(
-        tape, site, phase1, norm_weight, norm_eps, partial, update, sources, keep=False
-    )
-    return x, keep_results(tape, site, total, statistics, False)
+    keep = reading.tape.record
+    x, total, _ = run_site(reading, norm_weight, partial, update, reading.direct(), keep)
+    return x, keep_total(reading.tape, reading.site, total, False)
 
 
-def keep_results(
-    tape: Tape,
-    site: Site,
-    total: Tensor | None,
-    statistics: Statistics,
-    needs_grad: bool,
-) -> Tensor | None:
-    """Puts what others will read where they find it; returns a sum that is still to be added to."""
-    if tape.record:
-        tape.logits = statistics[0]
+def keep_total(tape: Tape, site: Site, total: Tensor | None, needs_grad: bool) -> Tensor | None:
+    """Makes a source of a sum that is complete; returns one that is still to be added to."""
     if site.promotes:
         assert total is not None
         tape.completed = total.detach()
@@ -359,49 +348,46 @@ def to_addends(
 
 
 def run_site(
-    tape: Tape,
-    site: Site,
-    phase1: Phase1 | None,
+    reading: Reading,
     norm_weight: Tensor | None,
-    norm_eps: float,
     partial: Tensor | None,
     update: Tensor | None,
     sources: Sources,
     keep: bool = True,
-) -> tuple[Tensor, Tensor | None, Statistics]:
-    """One read: x [..., D], the new sum [..., D] if there is one, and the statistics.
-
-    Without ``keep`` the statistics hold until the next read alone.
-    """
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One read: x [..., D], the new sum [..., D] if there is one, and the statistics if kept."""
+    tape, site, opened, norm_eps = reading
     before, output = partial, update
     if partial is None and update is not None:
         partial, update = as_it_stands(update, tape.dtype, tape.sum_dtype), None
     elif tape.seed is not None and partial is not None and update is not None:
         partial, update = tape.total(partial, update, site.index), None
-    total = partial if update is None else tape.sum_values()
-    x = tape.values()
-    terms = int(phase1 is not None) + len(sources.values) + int(total is not None)
-    norm = norm_weight is not None
-    logits, inv_rms, mix_inv_rms = tape.statistics(terms, norm, keep)
-    operators.read(
-        None if phase1 is None else phase1.rows[site.slot],
-        None if phase1 is None else phase1.lse_rows[site.slot],
+    phase1_out = lse = None
+    if opened is not None:
+        phase1_out, lse = opened.phase1.out, opened.phase1.lse
+    x, total, statistics = operators.read(
+        phase1_out,
+        lse,
+        site.slot,
         sources.values,
+        sources.scales,
         partial,
         update,
-        tape.query_rows[site.index] if terms > 1 else None,
+        tape.queries,
+        site.index,
         norm_weight,
         tape.scale,
         tape.eps,
-        norm,
         norm_eps,
-        x,
-        None if update is None else total,
-        logits,
-        inv_rms,
-        mix_inv_rms,
-        sources.scales,
+        tape.dtype,
+        tape.sum_dtype,
+        keep,
     )
+    if total is None:
+        total = partial
+    if tape.record and keep:
+        terms = int(opened is not None) + len(sources.values) + int(total is not None)
+        tape.logits = statistics[: tape.tokens * terms].view(tape.tokens, terms)
     if finite.enabled():
         finite.check(
             f"read of site {site.index}",
@@ -409,9 +395,9 @@ def run_site(
             [
                 ("the sum before it", before),
                 ("the sublayer's output", output),
-                ("the phase-1 mixture", None if phase1 is None else phase1.rows[site.slot]),
+                ("the phase-1 mixture", None if phase1_out is None else phase1_out[site.slot]),
                 *named_sources(sources),
                 ("norm_weight", norm_weight),
             ],
         )
-    return x, total, (logits, inv_rms, mix_inv_rms)
+    return x, total, statistics

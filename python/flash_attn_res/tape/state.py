@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from flash_attn_res._check import MAX_SOURCES
 from flash_attn_res.plan import Group
 from flash_attn_res.storage import QuantizedSource, empty
 from flash_attn_res.tape import operators
-
-if TYPE_CHECKING:
-    pass
 
 backward_pass = torch._C._current_graph_task_id  # -1 outside of a backward
 
@@ -51,10 +48,6 @@ class Given:
     grads: dict[int, Tensor]
 
 
-Statistics = tuple[Tensor, Tensor, "Tensor | None"]
-"""logits and 1 / rms [T, K] of the terms of a read, and 1 / rms [T] of its mixture under a norm."""
-
-
 class Sources(NamedTuple):
     """Completed sources [..., D], quantised ones with their scales."""
 
@@ -77,17 +70,14 @@ class Phase1:
     def __init__(self, group: Group) -> None:
         self.group = group
         self.out: Tensor | None = None  # [S, ..., D]
-        self.rows: Sequence[Tensor] = ()  # S x [..., D]
         self.lse: Tensor  # [S, T]
         self.logits: Tensor  # [T, S, n]
         self.inv_rms: Tensor  # [T, n]
-        self.lse_rows: Sequence[Tensor] = ()  # S x [T]
         self.begun = False  # by the backward pass that runs
-        self.replaced: set[int] = set()  # rows that hold dh by now
+        self.saved: Sources | None = None  # what the node of the group held, in this pass
+        self.replaced: set[int] = set()  # rows of out that hold dh by now
         self.gate: Tensor  # [S, T]
         self.dlse: Tensor  # [S, T]
-        self.gate_rows: Sequence[Tensor] = ()  # S x [T]
-        self.dlse_rows: Sequence[Tensor] = ()  # S x [T]
 
     def compute(self, tape: Tape, sources: Sources) -> None:
         """Results and statistics of the group's queries over its sources [..., D]."""
@@ -108,7 +98,6 @@ class Phase1:
             self.inv_rms,
             sources.scales,
         )
-        self.rows, self.lse_rows = self.out.unbind(0), self.lse.unbind(0)
         if finite.enabled():
             finite.check(
                 self.name,
@@ -121,30 +110,55 @@ class Phase1:
         """For messages."""
         return f"phase 1 of sites {self.group.first} to {self.group.first + self.group.size - 1}"
 
-    def begin(self, tape: Tape, sources: Sources) -> None:
+    def begin(self, tape: Tape, sources: Callable[[], Sources]) -> None:
         """First thing of a group in a backward pass: the results are there, and no dh yet."""
         if self.begun:
             return
         if self.out is None:
-            self.compute(tape, sources)
+            self.compute(tape, sources())
         # A site whose backward does not run counts with gate 0; its row stays finite.
         gradients = torch.zeros(
             (2, self.group.size, tape.tokens), dtype=tape.queries.dtype, device=tape.device
         )
         self.gate, self.dlse = gradients.unbind(0)
-        self.gate_rows, self.dlse_rows = self.gate.unbind(0), self.dlse.unbind(0)
         self.begun = True
         tape.begun.append(self)
 
     def drop(self) -> None:
         """Frees the results."""
-        self.out, self.rows, self.lse_rows = None, (), ()
-        self.gate_rows = self.dlse_rows = ()
+        self.out = self.saved = None
         self.begun = False
         self.replaced.clear()
         # What has no default: an access after this is a mistake that shows.
         for name in ("lse", "logits", "inv_rms", "gate", "dlse"):
             self.__dict__.pop(name, None)
+
+
+class Opened(NamedTuple):
+    """A phase 1 that the sites of its group read, and the node that ran it.
+
+    Attributes:
+        node: holds the sources for all of them. None where neither sources nor queries need a
+            gradient, so that there is no node: who needs the sources keeps them himself.
+    """
+
+    phase1: Phase1
+    node: Any | None
+
+    def keeps(self, tape: Tape) -> Sources:
+        """The sources of the group that a site has to keep for its backward."""
+        if self.node is not None:
+            return Sources(())
+        return tape.given(0, self.phase1.group.num_sources)
+
+    def sources(self, kept: Sequence[Tensor]) -> Sources:
+        """The sources of the group in a backward; ``kept``: what :meth:`keeps` gave, flat."""
+        phase1 = self.phase1
+        if self.node is None:
+            return Sources.of(kept, phase1.group.num_sources)
+        if phase1.saved is None:  # checkpointing lets saved tensors be taken out once
+            phase1.saved = Sources.of(self.node.saved_tensors, phase1.group.num_sources)
+        return phase1.saved
 
 
 class Tape:
@@ -162,7 +176,6 @@ class Tape:
         storage: str | None,
     ) -> None:
         self.queries = queries.detach()  # [L + 1, R] folded
-        self.query_rows = self.queries.unbind(0)
         self.query_grad = queries.requires_grad
         self.scale, self.eps, self.grad_dtype = scale, eps, grad_dtype
         self.seed = seed  # of stochastic rounding
@@ -179,10 +192,8 @@ class Tape:
             self.store([self.sources[0]])
         self.source_grads = [embedding.requires_grad]  # whether a source needs a gradient
         self.phase1: Phase1 | None = None  # that of the group that runs forward
-        self.logits: Tensor | None = None  # [T, K] of the site that was read last, if recorded
-        # (K, norm) -> of sites whose statistics nobody wants.
-        self.scratch: dict[tuple[int, bool], Statistics] = {}
-        self.record = False
+        self.record = False  # whether to keep logits
+        self.logits: Tensor | None = None  # [T, K] of the site that was read last
         self.freed = False  # a backward pass has run
         self.shared = False  # the gradients in dsources are shared with other tapes
         # Of the backward pass that runs:
@@ -192,6 +203,7 @@ class Tape:
         self.dqueries: Tensor | None = None  # [L + 1, R]
         self.begun: list[Phase1] = []
         self.cuda_stream: torch.cuda.Stream | None = None
+        self.cuda_stream_id = -1  # as PyTorch numbers them
 
     def store(self, terms: Sequence[Tensor]) -> QuantizedSource:
         """A sum [..., D] in the storage mode, appended to ``stored``."""
@@ -244,24 +256,9 @@ class Tape:
         """A fresh value [..., D] of the stream, or a stack of them."""
         return torch.empty((*lead, *self.shape), dtype=self.dtype, device=self.device)
 
-    def sum_values(self) -> Tensor:
-        """A fresh running sum [..., D]."""
-        return torch.empty(self.shape, dtype=self.sum_dtype, device=self.device)
-
     def floats(self, *shape: int) -> Tensor:
         """Fresh statistics."""
         return torch.empty(shape, dtype=self.queries.dtype, device=self.device)
-
-    def statistics(self, terms: int, norm: bool, keep: bool) -> Statistics:
-        """Room for what a read knows of its K terms; without ``keep`` the next read has it too."""
-        key, shared = (terms, norm), not keep and not self.record
-        if shared and key in self.scratch:
-            return self.scratch[key]
-        logits, inv_rms = (self.floats(self.tokens, terms) for _ in range(2))
-        made = logits, inv_rms, self.floats(self.tokens) if norm else None
-        if shared:
-            self.scratch[key] = made
-        return made
 
     # ------------------------------------------------------------------------- backward passes
 
@@ -288,6 +285,7 @@ class Tape:
             self.replaced.add(self.task)
         self.reset()
         self.task, self.freed, self.cuda_stream = task, True, None
+        self.cuda_stream_id = -1
 
         def end() -> None:
             if self.task == task:
@@ -307,16 +305,16 @@ class Tape:
 
     def follow_stream(self) -> None:
         """Side-channel memory is used on the stream of whichever node runs: they take turns."""
+        current_id = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if current_id == self.cuda_stream_id:
+            return
         current = torch.cuda.current_stream(self.device)
         before = self.cuda_stream
-        if before is None:
-            self.cuda_stream = current
-        elif before != current:
+        self.cuda_stream, self.cuda_stream_id = current, current_id
+        if before is not None:
             current.wait_stream(before)
             held = [*self.dsources.values(), *self.sources]
             held += [tensor for item in self.stored for tensor in (item.values, item.scale)]
-            for logits, inv_rms, of_mix in self.scratch.values():
-                held += [logits, inv_rms] if of_mix is None else [logits, inv_rms, of_mix]
             held += [] if self.dqueries is None else [self.dqueries]
             for phase1 in self.begun:
                 held += [phase1.gate, phase1.dlse]
@@ -325,7 +323,6 @@ class Tape:
                 held += [] if phase1.out is None else [phase1.out]
             for tensor in held:
                 tensor.record_stream(current)
-            self.cuda_stream = current
 
     # ------------------------------------------------------------------------------- gradients
 

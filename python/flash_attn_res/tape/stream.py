@@ -16,11 +16,12 @@ from flash_attn_res.tape.nodes import (
     Export,
     Open,
     Read,
+    Reading,
     Start,
     read_without_graph,
     run_site,
 )
-from flash_attn_res.tape.state import Given, Phase1, Sources, Tape, backward_pass
+from flash_attn_res.tape.state import Given, Opened, Phase1, Sources, Tape, backward_pass
 
 if TYPE_CHECKING:
     from flash_attn_res.modules import BlockAttnRes
@@ -58,7 +59,7 @@ class TapeStream(Stream):
         self._tape.record = return_probs
         self._keep = module.keep_phase1
         self._last_group = last_group(plan)
-        self._phase1: Phase1 | None = None
+        self._opened: Opened | None = None
         received: Sequence[Tensor] = [embedding]
         if given is not None:
             self._tape.sources = [source.detach() for source in given.sources]
@@ -88,22 +89,27 @@ class TapeStream(Stream):
                 "inside of it"
             )
 
+    def _remember(self, x: Tensor) -> None:
+        if x.grad_fn is None:  # else its node tells
+            super()._remember(x)
+
     def _is_foreign(self, output: Tensor) -> bool:
         node: Any = output.grad_fn
         is_read = isinstance(node, Read._backward_cls)
         # What another stream's finish gave is the output of a network, which may be a layer.
-        if is_read and not node.site.output and node.tape is not self._tape:
-            return True
+        if is_read:
+            reading: Reading = node.reading
+            return not reading.site.output and reading.tape is not self._tape
         return super()._is_foreign(output)
 
     def _mark(self) -> tuple[Any, ...]:
-        return self._token, self._phase1, self._tape.mark(), super()._mark()
+        return self._token, self._opened, self._tape.mark(), super()._mark()
 
     def _undo(self, mark: tuple[Any, ...]) -> None:
-        self._token, phase1, tape, rest = mark
+        self._token, opened, tape, rest = mark
         # Results are freed where the next group begins: the call to come does so again.
-        freed = phase1 is not None and phase1.out is None
-        self._phase1 = self._tape.phase1 = None if freed else phase1
+        freed = opened is not None and opened.phase1.out is None
+        self._hold(None if freed else opened)
         self._tape.undo(tape)
         super()._undo(rest)
 
@@ -111,17 +117,16 @@ class TapeStream(Stream):
         tape = self._tape
         if tape.device.type == "cuda":
             tape.follow_stream()
-        phase1 = self._phase1_of(site)
+        opened = self._opened_for(site)
         tape.completed = None
-        weight = norm_weight
-        if weight is not None and tape.dtype == torch.float64:
-            weight = weight.to(torch.float64)
-        given = tape, site, phase1, norm_eps, weight, self._partial, self._update
+        if norm_weight is not None and tape.dtype == torch.float64:
+            norm_weight = norm_weight.to(torch.float64)
+        reading = Reading(tape, site, opened, norm_eps)
         if torch.is_grad_enabled():
             # Of a single term, a query changes nothing.
             single = site.num_sources == 1 and self._partial is None and self._update is None
             token = self._token.detach() if single and not tape.source_grads[0] else self._token
-            results = Read.apply(*given, token)
+            results = Read.apply(reading, norm_weight, self._partial, self._update, token)
             self._partial = self._update = None
             if isinstance(results, Tensor):
                 x = results
@@ -130,35 +135,43 @@ class TapeStream(Stream):
             else:
                 x, self._partial = results
         else:
-            x, total = read_without_graph(*given)
+            x, total = read_without_graph(reading, norm_weight, self._partial, self._update)
             self._partial, self._update = total, None
         if self._return_probs:
-            self._record(site, phase1)
+            self._record(site, opened)
         return x
 
-    def _phase1_of(self, site: Site) -> Phase1 | None:
+    def _opened_for(self, site: Site) -> Opened | None:
         """The phase 1 that a site reads, run if the site is the first to."""
-        if site.opens and self._phase1 is not None and self._phase1.group is site.group:
-            return self._phase1  # prefetched
-        if site.opens:
-            if site.closes:
-                self._token = Close.apply(
-                    self._tape, site.index, self._partial, self._update, self._token
-                )
-                self._partial = self._update = None
-            self._release_phase1()
-            self._phase1 = self._tape.phase1 = Phase1(site.group)
-            self._token = Open.apply(self._tape, self._phase1, self._token)
-        elif site.slot < 0:
-            self._release_phase1()
-        return self._phase1
+        opened = self._opened
+        if not site.opens:
+            if site.slot < 0 and opened is not None:
+                self._release_phase1()
+            return self._opened
+        if opened is not None and opened.phase1.group is site.group:
+            return opened  # prefetched
+        if site.closes:
+            self._token = Close.apply(
+                self._tape, site.index, self._partial, self._update, self._token
+            )
+            self._partial = self._update = None
+        self._release_phase1()
+        phase1 = self._tape.phase1 = Phase1(site.group)
+        self._token = Open.apply(self._tape, phase1, self._token)
+        self._hold(Opened(phase1, self._token.grad_fn))
+        return self._opened
+
+    def _hold(self, opened: Opened | None) -> None:
+        self._opened = opened
+        self._tape.phase1 = None if opened is None else opened.phase1
 
     def _release_phase1(self) -> None:
-        phase1, self._phase1, self._tape.phase1 = self._phase1, None, None
-        if phase1 is None or self._keep == "all":
+        opened = self._opened
+        self._hold(None)
+        if opened is None or self._keep == "all":
             return
-        if self._keep == "none" or phase1.group.index != self._last_group:
-            phase1.drop()
+        if self._keep == "none" or opened.phase1.group.index != self._last_group:
+            opened.phase1.drop()
 
     def use_plan(self, change: Callable[[Plan], Plan]) -> None:
         """Runs by another plan of the same network; before the first read.
@@ -187,7 +200,7 @@ class TapeStream(Stream):
         with torch.cuda.stream(side):
             if side is not None:
                 self._tape.follow_stream()
-            self._undone(lambda: self._phase1_of(site[0]))
+            self._undone(lambda: self._opened_for(site[0]))
 
     def export(self, first: int, boundary: bool) -> tuple[list[Tensor], Tensor | None]:
         """Ends a part of a network: the sources from ``first`` on, and the running sum.
@@ -231,13 +244,13 @@ class TapeStream(Stream):
         """Whether each of them needs a gradient."""
         return list(self._tape.source_grads)
 
-    def _record(self, site: Site, phase1: Phase1 | None) -> None:
+    def _record(self, site: Site, opened: Opened | None) -> None:
         lead = self._tape.shape[:-1]
         assert self._tape.logits is not None
         probs, inner = self._tape.logits.softmax(-1), None
-        if phase1 is not None:
-            logits, lse = phase1.logits[:, site.slot], phase1.lse_rows[site.slot]
-            inner = (logits - lse[:, None]).exp()
+        if opened is not None:
+            phase1 = opened.phase1
+            inner = (phase1.logits[:, site.slot] - phase1.lse[site.slot, :, None]).exp()
         probs = spread(probs, inner)
         self.probabilities.append(probs.reshape(*lead, probs.shape[-1]))
 
@@ -251,7 +264,7 @@ class TapeStream(Stream):
     ) -> Tensor:
         tape = self._tape
         first = [self._read(site, norm_weight, norm_eps)]
-        phase1 = self._phase1
+        reading = Reading(tape, site, self._opened, norm_eps)
         need_grad = first[0].requires_grad
         total = self._partial
         if site.promotes:
@@ -259,25 +272,18 @@ class TapeStream(Stream):
         elif total is not None:
             total = total.detach()
 
-        frozen = Sources(()) if phase1 is None else tape.given(0, phase1.group.num_sources)
-        direct = tape.given(site.first_direct, site.num_sources, direct=True)
+        frozen = Sources(()) if reading.opened is None else reading.opened.keeps(tape)
+        sources = reading.direct()
+        direct = sources.flat()
+        split, count = len(direct), len(sources.values)  # no tensors: those are what is saved
 
         def run(weight: Tensor | None, total: Tensor | None, *saved: Tensor) -> Tensor:
             if first:
                 x = first.pop()
             else:
                 with torch.no_grad():
-                    split = len(frozen.flat())
-                    x = read_again(
-                        tape,
-                        site,
-                        phase1,
-                        weight,
-                        norm_eps,
-                        total,
-                        Sources.of(saved[:split], len(frozen.values)),
-                        Sources.of(saved[split:], len(direct.values)),
-                    )
+                    again = Sources.of(saved[:split], count)
+                    x = read_again(reading, weight, total, again, saved[split:])
                 x.requires_grad_(need_grad)
             return layer(x)
 
@@ -285,8 +291,8 @@ class TapeStream(Stream):
             run,
             norm_weight,
             total,
+            *direct,
             *frozen.flat(),
-            *direct.flat(),
             use_reentrant=False,
             preserve_rng_state=preserve_rng_state,
         )
@@ -303,27 +309,26 @@ def last_group(plan: Plan | PartialPlan) -> int:
 
 
 def read_again(
-    tape: Tape,
-    site: Site,
-    phase1: Phase1 | None,
+    reading: Reading,
     norm_weight: Tensor | None,
-    norm_eps: float,
     total: Tensor | None,
-    frozen: Sources,
     direct: Sources,
+    kept: Sequence[Tensor],
 ) -> Tensor:
     """The input of a sublayer, from the saved sum and the sources, in the middle of a backward."""
-    if phase1 is not None:
+    tape, site, opened, _ = reading
+    if opened is not None:
         in_backward = backward_pass() != -1
         if in_backward:
             tape.enter()
-        if in_backward and site.slot not in phase1.replaced:
-            phase1.begin(tape, frozen)
+        if in_backward and site.slot not in opened.phase1.replaced:
+            opened.phase1.begin(tape, lambda: opened.sources(kept))
         else:
             # The layer does not lead back to its input, so that the site's backward came first; or
             # somebody looks at saved tensors.
-            phase1 = Phase1(phase1.group)
-            phase1.compute(tape, frozen)
+            phase1 = Phase1(opened.phase1.group)
+            phase1.compute(tape, opened.sources(kept))
+            reading = reading._replace(opened=Opened(phase1, opened.node))
     if norm_weight is not None and tape.dtype == torch.float64:
         norm_weight = norm_weight.to(torch.float64)
-    return run_site(tape, site, phase1, norm_weight, norm_eps, total, None, direct)[0]
+    return run_site(reading, norm_weight, total, None, direct, keep=False)[0]

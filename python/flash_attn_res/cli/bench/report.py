@@ -1,8 +1,9 @@
 """`flash-attn-res report`: tables and plots from result files alone.
 
 In a page of README or docs a table stands between "<!-- generated: NAME -->" and
-"<!-- end of generated: NAME -->"; NAME is one of :data:`tables.TABLES`, or `demo`, `torch_versions`
-or `plots`. It is that of the GPU that was measured last; "NAME all" has the tables of all GPUs.
+"<!-- end of generated: NAME -->"; NAME is one of :data:`tables.TABLES`, or `demo`, `demo gpu`,
+`torch_versions` or `plots`. It is that of the GPU that was measured last; "NAME all" has the tables
+of all GPUs.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ def default_folder() -> Path:
     return root / "benchmarks" / "results"
 
 
+DEMOS = {"demo": "demo.json", "demo gpu": "demo-gpu.json"}
+"""Runs of `train`, on a CPU and on a GPU."""
+
+
 class Results:
     """The result files of a folder: of a GPU rather than of a CPU, the newest first."""
 
@@ -79,9 +84,9 @@ class Results:
         """The first that has what the plot shows."""
         return next((d for d in self.of(plot.suite) if made(d, "plot", plot.select, d)), None)
 
-    def demo(self) -> dict[str, Any] | None:
+    def demo(self, name: str = "demo") -> dict[str, Any] | None:
         """What the demo has left: the summary.json of a run of `train`."""
-        return self._other("demo.json")
+        return self._other(DEMOS[name])
 
     def tested(self) -> dict[str, Any] | None:
         """The outcome of the Python tests by PyTorch: what tools/test_with_torch has left."""
@@ -141,8 +146,8 @@ def block(name: str, results: Results) -> str:
     """What stands in the place called ``name``."""
     if name == "plots":
         return plots_block(results)
-    if name == "demo":
-        summary = results.demo()
+    if name in DEMOS:
+        summary = results.demo(name)
         return made(summary, "table", demo, summary) if summary else "Run `make demo`."
     if name == "torch_versions":
         tested = results.tested()

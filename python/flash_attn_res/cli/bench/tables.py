@@ -8,6 +8,7 @@ from typing import Any
 
 from flash_attn_res.cli.bench.harness import COMPILED, OURS, STORAGE_GRADIENTS, Row, commit_of
 from flash_attn_res.cli.figures import LABELS
+from flash_attn_res.cli.options import DEFAULTS
 
 Document = Mapping[str, Any]
 
@@ -109,15 +110,21 @@ def demo(document: Document) -> str:
             [
                 LABELS[variant],
                 f"{entry['validation_loss']:.4f}",
-                f"{entry['timing']['step_ms']:.0f}",
+                f"{entry['timing']['step_ms']:.{0 if entry['timing']['step_ms'] >= 100 else 1}f}",
                 "" if ratio is None else f"{100 * (ratio - 1):+.1f} %",
                 f"{(memory['peak_bytes'] - memory['baseline_bytes']) / 2**20:.0f}",
             ]
         )
     header = ["residual", "validation loss, nats/byte", "ms/step", "over plain", "peak MiB"]
     options = document["options"]
+    changed = [
+        f"--{name.replace('_', '-')} {options[name]}"
+        for name, usual in DEFAULTS.items()
+        if name not in ("name", "out", "text", "variants") and options[name] != usual
+    ]
+    command = " ".join(["flash-attn-res train", *changed]) if changed else "make demo"
     caption = (
-        f"`make demo`: {options['layers']} Transformer layers, width {options['dim']}, "
+        f"`{command}`: {options['layers']} Transformer layers, width {options['dim']}, "
         f"{options['steps']} steps on the Python standard library's sources, one seed, on "
         f"{document['machine']['device']}."
     )
