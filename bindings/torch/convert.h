@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -299,9 +300,28 @@ inline Matrix row_view(const char* name, const Tensor& matrix, int64_t row) {
   return view;
 }
 
-/// A fresh contiguous tensor on the device of `like`.
+/// A fresh contiguous tensor on the device of `like`. The shortest way there is: one through the
+/// dispatcher takes as long as a small operator.
 inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  constexpr int64_t kMaxDims = 64;  // of a PyTorch tensor
+  const auto dims = static_cast<int64_t>(sizes.size());
+  std::array<int64_t, kMaxDims> strides = {};
+  int64_t elements = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = elements;
+    elements *= std::max<int64_t>(sizes[i], 1);
+  }
+  int32_t device_type = 0;
+  AtenTensorHandle made = nullptr;
+  const bool done =
+      aoti_torch_get_device_type(like.get(), &device_type) == 0 &&
+      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), static_cast<int32_t>(type),
+                               device_type, like.get_device_index(), &made) == 0;
+  // Python makes torch.OutOfMemoryError of it: the stable ABI hands no exception on.
+  STD_TORCH_CHECK(done, "flash_attn_res: out of memory on ", like.is_cuda() ? "CUDA" : "the CPU",
+                  ": PyTorch could not allocate ", elements, " elements of ",
+                  torch::headeronly::toString(type));
+  return Tensor(made);
 }
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return empty(like, IntHeaderOnlyArrayRef(sizes), type);

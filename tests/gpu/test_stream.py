@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_attn_res import BlockAttnRes
 from stream_networks import Network, assert_equal, assert_gradients, gradients, make, tensors_of
 from stream_suite import *  # noqa: F403
 from stream_suite import check_compiled_layers, check_compiled_network, exact_and_plain
@@ -232,3 +233,20 @@ def test_peak_memory_is_that_of_plain(checkpointed: bool) -> None:
             del y
         peaks[name] = torch.cuda.max_memory_allocated()
     assert peaks["ours"] <= (1.3 if checkpointed else 1.08) * peaks["plain"], peaks
+
+
+def test_a_read_without_memory() -> None:
+    """It says so in PyTorch's type, and may be tried again."""
+    module = BlockAttnRes(2, 2048, block_size=2).cuda()
+    embedding = torch.randn(65536, 2048, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    stream = module.start(embedding)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    room = torch.cuda.memory_reserved() + embedding.nbytes // 4
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="PyTorch could not allocate"):
+            stream.read()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(stream.read(), embedding)

@@ -4,11 +4,33 @@ Those of a site, ``read`` and its backward, make their results themselves; the o
 memory that they are given.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-attend = torch.ops.flash_attn_res.attend_into.default
-attend_backward = torch.ops.flash_attn_res.attend_backward_into.default
-read = torch.ops.flash_attn_res.read_site.default
-read_backward = torch.ops.flash_attn_res.read_site_backward.default
-stochastic_add = torch.ops.flash_attn_res.stochastic_add_into.default
-quantize = torch.ops.flash_attn_res.quantize_into.default
+_OPS = torch.ops.flash_attn_res
+
+
+def _allocating(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that tells of exhausted memory as PyTorch does: the stable ABI loses the type."""
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            if "out of memory on CUDA" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+
+    return call
+
+
+attend = _allocating(_OPS.attend_into.default)
+attend_backward = _allocating(_OPS.attend_backward_into.default)
+read = _allocating(_OPS.read_site.default)
+read_backward = _allocating(_OPS.read_site_backward.default)
+stochastic_add = _OPS.stochastic_add_into.default
+quantize = _OPS.quantize_into.default

@@ -29,7 +29,9 @@ from flash_attn_res.cli.checkpoint import make_folder, write_atomically
 from flash_attn_res.cli.device import checkout
 from flash_attn_res.cli.errors import CliError, need
 
-BLOCK = re.compile(r"<!-- generated: (\w+(?: all)?) -->\n.*?<!-- end of generated: \1 -->", re.S)
+BLOCK = re.compile(
+    r"<!-- generated: (\w+(?: all| gpu)?) -->\n.*?<!-- end of generated: \1 -->", re.S
+)
 IMAGES = "docs/images"
 Made = TypeVar("Made")
 

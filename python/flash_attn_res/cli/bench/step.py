@@ -414,20 +414,22 @@ class Clock:
         self.host_ms = 0.0
 
     def __call__(self, run: Callable[[], object], repeats: int) -> float:
-        times = []
+        times, host = [], []
         for _ in range(repeats):
             begin = time.perf_counter()
             if self.cuda:
                 events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
                 events[0].record()
                 run()
-                self.host_ms = (time.perf_counter() - begin) * 1e3
+                host.append((time.perf_counter() - begin) * 1e3)
                 events[1].record()
                 events[1].synchronize()
                 times.append(events[0].elapsed_time(events[1]))
             else:
                 run()
-                times.append((time.perf_counter() - begin) * 1e3)
+                host.append((time.perf_counter() - begin) * 1e3)
+                times.append(host[-1])
+        self.host_ms = statistics.median(host)
         return statistics.median(times)
 
 
@@ -438,7 +440,7 @@ class Contender:
     step: Callable[[], object]
     fwd: list[float] = dataclasses.field(default_factory=list)
     both: list[float] = dataclasses.field(default_factory=list)
-    host_ms: float = 0.0
+    host: list[float] = dataclasses.field(default_factory=list)
     peak: int | None = None
 
 
@@ -584,7 +586,7 @@ def measure(
             contender.fwd.append(clock(contender.forward, 5))
             clock(contender.step, 1)
             contender.both.append(clock(contender.step, 3))
-            contender.host_ms = clock.host_ms
+            contender.host.append(clock.host_ms)
     base = next((c for c in contenders if c.package == "plain"), None)
     counted = residual_bytes(shape, dtype)
     rows = []
@@ -594,6 +596,7 @@ def measure(
             **where,
             **harness.spread("fwd_ms", contender.fwd, 3),
             **harness.spread("step_ms", contender.both, 3),
+            "host_ms": round(statistics.median(contender.host), 3),
             "peak_gib": None if contender.peak is None else round(contender.peak / 2**30, 3),
         }
         if contender.package != "plain":
@@ -619,7 +622,7 @@ def measure(
             f"fwd {row['fwd_ms']:8.2f} ms ({row.get('fwd_over_plain', 0):.3f}x)  "
             f"step {row['step_ms']:8.2f} ms ({row.get('step_over_plain', 0):.3f}x)  "
             f"{peak}"
-            f"host {contender.host_ms:7.2f} ms  {row.get('percent_of_copy', 0):4.1f} % of copy",
+            f"host {row['host_ms']:7.2f} ms  {row.get('percent_of_copy', 0):4.1f} % of copy",
             flush=True,
         )
     return rows + failures

@@ -548,13 +548,16 @@ def step(document: Document) -> str:
                 ("peak_gib", "peak_over_plain"),
             )
         ]
-        lines.append([shape, str(STEP_PACKAGES.get(row["package"], row["package"])), *cells])
+        host = f"{row['host_ms']:.0f}" if "host_ms" in row else ""
+        name = str(STEP_PACKAGES.get(row["package"], row["package"]))
+        lines.append([shape, name, *cells, host])
     caption = (
         f"{document['device']}, torch {document['versions']['torch']}, "
         f"{rows[0].get('dtype', 'bfloat16')}, eager; SwiGLU sublayers. Medians over "
-        "interleaved rounds, and of the rounds' ratios to plain. " + measured_at(document, rows)
+        "interleaved rounds, and of the rounds' ratios to plain; host: until a step has been "
+        "issued. " + measured_at(document, rows)
     )
-    header = ["network", "residual", "forward ms", "step ms", "peak GiB"]
+    header = ["network", "residual", "forward ms", "step ms", "peak GiB", "host ms"]
     return caption + "\n\n" + markdown(header, lines)
 
 
