@@ -27,7 +27,8 @@ node                  forward                                         backward
 ====================  ==============================================  ===========================
 
 Kept for the backward, per site: the running sum [T, D], where a plain network keeps the residual
-stream, and 2 K + 1 floats a token for K softmax terms.
+stream, and 2 K + 1 floats a token for K softmax terms. The sources that the sites of a group share
+are saved by its ``Open``: what autograd is handed at every site costs the host time.
 
 State of a backward pass belongs to that pass: a node that finds the state of another one (a pass
 over a part of the graph, or one that an exception ended) drops it. No node is reachable from the

@@ -328,6 +328,8 @@ def read_again(
             # somebody looks at saved tensors.
             phase1 = Phase1(opened.phase1.group)
             phase1.compute(tape, opened.sources(kept))
+            if not opened.phase1.begun:
+                opened.phase1.saved = None
             reading = reading._replace(opened=Opened(phase1, opened.node))
     if norm_weight is not None and tape.dtype == torch.float64:
         norm_weight = norm_weight.to(torch.float64)

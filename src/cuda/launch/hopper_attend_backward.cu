@@ -130,11 +130,14 @@ Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t di
   set_layout(sizes, layout);
   Extents extents = sizes.extents();
   extents.result_bytes = static_cast<int>(gradient_bytes);
+  // float8, N, S, D of 4, 4, 2048: two CTAs with eight tiles a warp take 729 us, one with sixteen
+  // 834 (H200); with eight queries 769 and 833.
+  const bool halved = layout.kind == SourceKind::kFloat8 && dim > kColumnsOfEightTiles;
   // One slot costs 5 to 20 %: the next step's gradients cannot come in while this one's go out.
   Plan plan =
       choose_plan(dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
                   extents, num_sources * (layout.bytes() + 4) + num_queries * 2,
-                  /*most_slots=*/2, {.stages = 3, .slots = 2});
+                  /*most_slots=*/2, {.stages = 3, .slots = 2}, halved ? 2 : 1);
   if (plan.cluster == 1 && plan.columns > 1024 && num_sources <= 3) {
     plan.window = 0;  // 2 to 3 % faster without at D = 2048, N = 2 and 3; N = 4 is 1 to 2 % slower
   }

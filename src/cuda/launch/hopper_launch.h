@@ -72,8 +72,12 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rin
   return false;
 }
 
+/// Columns of a CTA whose warps have eight tiles each.
+inline constexpr int64_t kColumnsOfEightTiles = kComputeWarps * 8 * 16;
+
 /// Chooses how a call is split. `tile_choices`: the kernels there are, by 16-column tiles of a
-/// warp; `column_bytes`: that a token moves a column; `wanted`: rings that run at full speed.
+/// warp; `column_bytes`: that a token moves a column; `wanted`: rings that run at full speed;
+/// `least_cluster`: CTAs of a cluster, at least.
 ///
 /// Fewer CTAs a cluster come first, as long as the wanted rings fit: a step is then longer, and
 /// with it the time in which the exchange between CTAs can hide (about 1 us). Steps that would
@@ -82,7 +86,7 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rin
 /// one more the loads are late (86 against 90 %, backward at N, S, D of 4, 16, 2048), and a slot
 /// less costs the forward with 24 queries 4 %.
 inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Extents& extents,
-                        int64_t column_bytes, int most_slots, Rings wanted) {
+                        int64_t column_bytes, int most_slots, Rings wanted, int least_cluster = 1) {
   // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us. A byte of
   // float8 sources is twice the work; two tokens of 2048 columns with eight queries go together.
   const int64_t step_bytes = (extents.narrow_rows > 0 ? 52 : 32) * 1024;
@@ -92,7 +96,7 @@ inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Ex
                                   : extents.narrow_rows > 0 ? 16
                                                             : 8;
   for (const Rings least : {wanted, Rings{2, 1}}) {
-    for (int cluster = 1; cluster <= kClusterMax; cluster *= 2) {
+    for (int cluster = least_cluster; cluster <= kClusterMax; cluster *= 2) {
       std::optional<Plan> best;
       for (const int tiles : tile_choices) {
         Plan plan;
