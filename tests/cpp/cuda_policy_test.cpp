@@ -263,7 +263,7 @@ TEST(HopperReadBackward, TheShapesOfTheBenchmarksHaveTheirPlans) {
                                         kH100);
   };
   const auto plan = [](int cluster, int columns, int chunks, int warps, int stages, int blocks,
-                       int lead) {
+                       int lead, int look) {
     return Plan{.cluster = cluster,
                 .columns = columns,
                 .chunks = chunks,
@@ -271,18 +271,20 @@ TEST(HopperReadBackward, TheShapesOfTheBenchmarksHaveTheirPlans) {
                 .stages = stages,
                 .blocks = blocks,
                 .lead = lead,
-                .look = 1};
+                .look = look};
   };
-  EXPECT_EQ(choose(2, 2048), plan(1, 2048, 2, 4, 5, 2, 192));
-  EXPECT_EQ(choose(2, 2304), plan(1, 2304, 1, 9, 4, 2, 170));
-  EXPECT_EQ(choose(2, 4096), plan(1, 4096, 2, 8, 5, 1, 96));
-  EXPECT_EQ(choose(2, 7168), plan(2, 3584, 2, 7, 3, 2, 54));
-  EXPECT_EQ(choose(4, 2048), plan(1, 2048, 1, 8, 4, 2, 153));
-  EXPECT_EQ(choose(8, 7168), plan(4, 1792, 1, 7, 3, 2, 24));
-  Plan in_turn = plan(1, 2304, 1, 9, 3, 1, 62);
+  EXPECT_EQ(choose(2, 2048), plan(1, 2048, 2, 4, 5, 2, 192, 2));
+  EXPECT_EQ(choose(2, 2304), plan(1, 2304, 1, 9, 4, 2, 170, 2));
+  EXPECT_EQ(choose(2, 4096), plan(1, 4096, 2, 8, 5, 1, 96, 1));
+  EXPECT_EQ(choose(2, 7168), plan(2, 3584, 2, 7, 3, 2, 54, 1));
+  EXPECT_EQ(choose(4, 2048), plan(1, 2048, 1, 8, 4, 2, 153, 2));
+  EXPECT_EQ(choose(8, 7168), plan(4, 1792, 1, 7, 3, 2, 24, 1));
+  Plan in_turn = plan(1, 2304, 1, 9, 3, 1, 62, 1);
   in_turn.groups = 2;
   EXPECT_EQ(choose(10, 2304), in_turn);
-  EXPECT_EQ(choose(2, 512).look, 4);
+  EXPECT_EQ(choose(2, 1024), plan(1, 1024, 2, 2, 5, 4, 384, 4));
+  EXPECT_EQ(choose(2, 512).look, 8);
+  EXPECT_EQ(choose(4, 512).look, 4);
 }
 
 TEST(HopperReadBackward, ALaneHasTwoChunksOfTwoTermsWhereNoneIsIdle) {

@@ -47,11 +47,12 @@ class Site:
         """Whether the next token's rows are copied ahead."""
         terms = self.sources + 2 * int(self.site)
         multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+        least = 1 if terms > 2 else 16 if self.updates else 3
         return (
             not (self.mix or self.round_mix or self.key_dim)
-            and self.updates <= int(self.norm and terms == 2)
+            and self.updates <= int(self.norm)
             and terms <= 10
-            and (16 if self.updates else 3) * multiprocessors <= self.T
+            and least * multiprocessors <= self.T
             and any(self.D % width == 0 for width in (512, 768))
         )
 
@@ -113,8 +114,22 @@ SITES = [
     *(Site(D=2304, sources=N, norm=norm) for N in (1, 6, 7, 9, 10) for norm in (False, True)),
     *(Site(D=D, sources=N, norm=True) for D in (3584, 5120, 8192) for N in (1, 6, 9, 10)),
     *(Site(D=D, site=True, updates=1, norm=True, T=2112) for D in (768, 1024, 1536, 5120, 8192)),
-    *(Site(D=D, sources=7, site=True, updates=1, norm=True) for D in (2304, 7168)),
-    Site(D=1536, sources=1, site=True, updates=1, norm=True),
+    *(
+        Site(D=D, sources=N, site=True, updates=1, norm=True)
+        for D in (1024, 1536, 2304, 4096, 7168, 8192)
+        for N in (1, 2, 3, 5, 7, 8)
+    ),
+    # A token or two for each multiprocessor.
+    *(
+        Site(D=D, sources=N, norm=norm, T=T)
+        for D, T in ((1024, 200), (7168, 150), (7168, 300))
+        for N in (3, 4, 6, 9)
+        for norm in (False, True)
+    ),
+    *(
+        Site(D=D, sources=6, site=True, updates=1, norm=True, T=T)
+        for D, T in ((7168, 150), (2304, 500))
+    ),
     Site(D=2048, sources=8, storage=torch.float16, norm=True, weight=torch.float16, gap=8),
     Site(D=2048, site=True, updates=1, norm=True, storage=torch.float16, T=8001),
     Site(D=2048, site=True, norm=True, weight=torch.bfloat16, T=20001),

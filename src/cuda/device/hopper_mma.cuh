@@ -56,7 +56,13 @@ __device__ __forceinline__ void load_strip(const void* shared, Strip& strip) {
   cute::SM75_U32x2_LDSM_N::copy(as_vector(shared), strip.left, strip.right);
 }
 
-/// The same with every block transposed.
+/// Two strips as the rows 0-7 and 8-15 of a left operand, in the registers that it takes; lanes 0-7
+/// and 16-23 point at the first, the others at the second, and lanes 0-15 at the left blocks.
+__device__ __forceinline__ void load_rows(const void* shared, Strip& top, Strip& bottom) {
+  cute::SM75_U32x4_LDSM_N::copy(as_vector(shared), top.left, bottom.left, top.right, bottom.right);
+}
+
+/// The same as load_strips and load_strip with every block transposed.
 __device__ __forceinline__ void load_strips_transposed(const void* shared, Strip& first,
                                                        Strip& second) {
   cute::SM75_U16x8_LDSM_T::copy(as_vector(shared), first.left, first.right, second.left,

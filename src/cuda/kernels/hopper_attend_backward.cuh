@@ -21,13 +21,13 @@
 //
 // Roles and schedule: hopper_pipeline.cuh. P1 of a token is, for a warp's columns d in tiles of 16,
 //
-//   dout (s,d) v^T (d,n)                                                         16 queries a time
+//   dout (s,d) v^T (d,n)                                  16 queries a time, or 8 of two tiles
 //
 // and P2, from the same rows read transposed, for every eight sources
 //
 //   u^T (d,s) w (s,n)                                    float16, then scaled and added to old dv
-//   [dout^T, dout^T, v^T, v^T] [p_hi; p_lo; c_hi; c_lo] (.,n)         c: diagonal, the weight of v
-//   du (d,s) += [v^T, v^T] [w_hi; w_lo] (n,s)                         stays in registers to the end
+//   [dout^T, v^T] [p_hi; c_hi] (.,n) + [dout^T, v^T] [p_lo; c_lo]     c: diagonal, the weight of v
+//   du (d,s) += v^T w_hi (n,s) + v^T w_lo (n,s)                       stays in registers to the end
 //
 // where v of float8 is widened to bfloat16, and v of float16 becomes a bfloat16 and the bfloat16 of
 // its remainder (device/hopper_narrow.cuh). The queries stay in registers, too. Rows that fill up
@@ -185,20 +185,25 @@ template <int kQueryGroups, int kTiles, int kSourceGroups, class Source, class G
 struct AttendBackwardWarp {
   using Operands = GradientOperands<kQueryGroups, kSourceGroups>;
   static constexpr int kRowPairs = (kQueryGroups + 1) / 2;
-  // Strips of a tile that ldmatrix loads; float8 sources are loaded apart.
   static constexpr bool kNarrow = kIsNarrow<Source>;
   static constexpr bool kSplit = std::is_same_v<Source, __half>;
-  static constexpr int kStrips = kQueryGroups + (kNarrow ? 0 : kSourceGroups);  // P1: dout, sources
-  static constexpr int kGradientStrips = kQueryGroups + (kNarrow ? 0 : 1);      // P2: dout, eight
+  // Strips of a tile of P2 that ldmatrix loads, dout, then eight sources; those of float8 are
+  // loaded apart.
+  static constexpr int kGradientStrips = kQueryGroups + (kNarrow ? 0 : 1);
   // Tiles of a batch (see for_batches). With three eights of queries there are no registers for a
   // batch ahead.
-  static constexpr int kProductsAtOnce = kStrips == 2 ? 2 : 1;
   static constexpr int kAtOnce = kQueryGroups == 3 ? 1 : 2;
   static constexpr bool kAhead = kQueryGroups == 1;
 
+  // P1 has two tiles a batch. What an ldmatrix loads is a left operand as it is, two eights of
+  // queries of a tile, or the last of an odd number of two tiles: each of the two products then has
+  // half of its rows for nothing. Operands put together from several loads took a third of the
+  // loop's instructions, copies of registers.
   struct ProductBatch {
-    Strip strips[kProductsAtOnce][kStrips];  // (s, d) of dout, then (n, d)
+    Strip query[2][kRowPairs][2];  // (s, d) of dout: top and bottom rows; see `is_alone`
+    Strip v[2][kSourceGroups];     // (n, d)
   };
+  static constexpr bool is_alone(int pair) { return 2 * pair + 1 == kQueryGroups; }
   struct GradientBatch {
     Strip strips[kAtOnce][kGradientStrips];  // (d, s) of dout, then (d, n)
     SplitStrip v[kAtOnce];                   // (d, n)
@@ -271,37 +276,80 @@ struct AttendBackwardWarp {
     }
   }
 
-  /// Where this lane points at in a token's inputs for a pair of strips: those of dout come first,
-  /// then those of the sources from `first_source` on.
-  __device__ __forceinline__ int strip_offset(int pair, int strips, int first_source) const {
-    const int strip = min(2 * pair + lane / 16, strips - 1);
+  /// Where row `row` of a token's inputs has the warp's columns from `column` on.
+  __device__ __forceinline__ int place(int row, int column) const {
+    return p.map.input_row(row, p.num_sources) + (warp * kTiles * 16 + column) * 2;
+  }
+
+  /// Where this lane points at in a token's inputs for a pair of strips of P2: those of dout come
+  /// first, then those of the sources from `first_source` on.
+  __device__ __forceinline__ int strip_offset(int pair, int first_source) const {
+    const int strip = min(2 * pair + lane / 16, kGradientStrips - 1);
     const int i = row_in_strip(lane);
     const int s = min(strip * 8 + i, p.num_queries - 1);
     const int n = first_source + (strip - kQueryGroups) * 8 + i;
     const int row = strip < kQueryGroups ? p.num_sources + s : n < p.num_sources ? n : 0;
-    return p.map.input_row(row, p.num_sources) + (warp * kTiles * 16 + column_in_strip(lane)) * 2;
+    return place(row, column_in_strip(lane));
   }
 
-  /// Tile j of a token's inputs, for the offsets of its pairs of strips.
-  template <bool kTransposed, int kPairs, int kCount>
+  /// The same for the left operand of P1 that has the eights of queries 2 pair and 2 pair + 1, or
+  /// an eight alone of two tiles.
+  __device__ __forceinline__ int query_offset(int pair) const {
+    const int bottom = lane / 8 % 2;
+    const int eight = 2 * pair + (is_alone(pair) ? 0 : bottom);
+    const int s = min(eight * 8 + row_in_strip(lane), p.num_queries - 1);
+    return place(p.num_sources + s, (is_alone(pair) ? bottom * 16 : 0) + lane / 16 * 8);
+  }
+
+  /// The same for the right operands of P1: both eights of sources, or one of two tiles.
+  __device__ __forceinline__ int source_offset() const {
+    const int n = (kSourceGroups == 2 ? lane / 16 * 8 : 0) + row_in_strip(lane);
+    return place(n < p.num_sources ? n : 0,
+                 (kSourceGroups == 2 ? 0 : lane / 16 * 16) + column_in_strip(lane));
+  }
+
+  /// Tiles `first` and the next for P1, from where this lane points at.
+  __device__ __forceinline__ void load_products(const char* const (&queries)[kRowPairs],
+                                                const char* sources, int first,
+                                                ProductBatch& batch) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (first + i < kTiles) {
+#pragma unroll
+        for (int m = 0; m < kRowPairs; ++m) {
+          if (i == 0 || !is_alone(m)) {
+            const char* const from = queries[m] + (first + i) * 32;
+            const bool last = is_alone(m) && first + 1 == kTiles;  // the same tile twice
+            load_rows(last ? from - lane / 8 % 2 * 32 : from, batch.query[i][m][0],
+                      batch.query[i][m][1]);
+          }
+        }
+        if constexpr (!kNarrow && kSourceGroups == 2) {
+          load_strips(sources + (first + i) * 32, batch.v[i][0], batch.v[i][1]);
+        }
+      }
+    }
+    if constexpr (!kNarrow && kSourceGroups == 1) {
+      if (first + 1 < kTiles) {
+        load_strips(sources + first * 32, batch.v[0][0], batch.v[1][0]);
+      } else {
+        load_strip(sources + first * 32, batch.v[0][0]);
+      }
+    }
+  }
+
+  /// Tile j of a token's inputs for P2, for the offsets of its pairs of strips.
+  template <int kPairs>
   __device__ __forceinline__ void load_tile(const char* token, const int (&offsets)[kPairs], int j,
-                                            Strip (&strips)[kCount]) const {
-    static_assert(kPairs == (kCount + 1) / 2);
+                                            Strip (&strips)[kGradientStrips]) const {
+    static_assert(kPairs == (kGradientStrips + 1) / 2);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const char* const place = token + offsets[pair] + j * 32;
-      if constexpr (kTransposed) {
-        if (2 * pair + 1 < kCount) {
-          load_strips_transposed(place, strips[2 * pair], strips[(2 * pair + 1) % kCount]);
-        } else {
-          load_strip_transposed(place, strips[2 * pair]);
-        }
+      const char* const from = token + offsets[pair] + j * 32;
+      if (2 * pair + 1 < kGradientStrips) {
+        load_strips_transposed(from, strips[2 * pair], strips[(2 * pair + 1) % kGradientStrips]);
       } else {
-        if (2 * pair + 1 < kCount) {
-          load_strips(place, strips[2 * pair], strips[(2 * pair + 1) % kCount]);
-        } else {
-          load_strip(place, strips[2 * pair]);
-        }
+        load_strip_transposed(from, strips[2 * pair]);
       }
     }
   }
@@ -342,19 +390,23 @@ struct AttendBackwardWarp {
 
   /// P1 of a step: the warp's share of <dout_s, v_n>.
   __device__ __forceinline__ void products(int step, int stage, const Share& share) const {
-    const char* token = base + p.map.inputs + stage * p.map.stage_bytes;
-    int offsets[(kStrips + 1) / 2];
+    const char* const inputs = base + p.map.inputs + stage * p.map.stage_bytes;
+    const char* queries[kRowPairs];
 #pragma unroll
-    for (int pair = 0; pair < (kStrips + 1) / 2; ++pair) {
-      offsets[pair] = strip_offset(pair, kStrips, 0);
+    for (int m = 0; m < kRowPairs; ++m) {
+      queries[m] = inputs + query_offset(m);
     }
+    const char* sources = inputs + source_offset();
     float* token_sums = sums.partial_row(step, warp, 0);
     for (int b = 0; b < p.plan.batch; ++b) {
       const auto narrow = narrow_strips<kSourceGroups>(stage, b, 0, share);
       const auto half_scales = scales_of_half<kSourceGroups>(stage, b, 0, share);
-      Accum acc[2][kRowPairs][kSourceGroups];  // two chains: consecutive tiles do not wait
+      // The two tiles of a batch, and where registers allow it remainders, have sums of their own:
+      // products do not wait for each other then.
+      constexpr int kSums = kSplit && kQueryGroups == 1 ? 4 : 2;
+      Accum acc[kSums][kRowPairs][kSourceGroups];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kSums; ++i) {
 #pragma unroll
         for (int m = 0; m < kRowPairs; ++m) {
 #pragma unroll
@@ -363,45 +415,32 @@ struct AttendBackwardWarp {
           }
         }
       }
-      for_batches<kTiles, kProductsAtOnce, ProductBatch>(
-          [&](int first, ProductBatch& batch) {
-#pragma unroll
-            for (int i = 0; i < kProductsAtOnce; ++i) {
-              if (first + i < kTiles) {
-                load_tile<false>(token, offsets, first + i, batch.strips[i]);
-              }
-            }
-          },
+      for_batches<kTiles, 2, ProductBatch, kQueryGroups != 3>(
+          [&](int first, ProductBatch& batch) { load_products(queries, sources, first, batch); },
           [&](int first, const ProductBatch& batch) {
 #pragma unroll
-            for (int i = 0; i < kProductsAtOnce; ++i) {
+            for (int i = 0; i < 2; ++i) {
               const int j = first + i;
               if (j >= kTiles) {
                 continue;
               }
-              const Strip(&strips)[kStrips] = batch.strips[i];
-              SplitStrip v[kSourceGroups];
 #pragma unroll
               for (int n = 0; n < kSourceGroups; ++n) {
+                SplitStrip v;
                 if constexpr (kNarrow) {
-                  v[n].high = narrow.load(n, j);
+                  v.high = narrow.load(n, j);
                 } else if constexpr (kSplit) {
                   const float scale = half_scales.of_row(n, j);
-                  v[n] = SplitStrip::of(strips[kQueryGroups + n], {scale, scale});
+                  v = SplitStrip::of(batch.v[i][n], {scale, scale});
                 } else {
-                  v[n].high = strips[kQueryGroups + n];
+                  v.high = batch.v[i][n];
                 }
-              }
 #pragma unroll
-              for (int m = 0; m < kRowPairs; ++m) {
-                const Strip none = {0, 0};
-                const int h = 2 * m + 1 < kQueryGroups ? 2 * m + 1 : 0;
-                const Strip bottom = 2 * m + 1 < kQueryGroups ? strips[h] : none;
-#pragma unroll
-                for (int n = 0; n < kSourceGroups; ++n) {
-                  mma_rows(acc[j % 2][m][n], strips[2 * m], bottom, v[n].high);
+                for (int m = 0; m < kRowPairs; ++m) {
+                  const Strip(&query)[2] = batch.query[is_alone(m) ? 0 : i][m];
+                  mma_rows(acc[i][m][n], query[0], query[1], v.high);
                   if constexpr (kSplit) {
-                    mma_rows(acc[(j + 1) % 2][m][n], strips[2 * m], bottom, v[n].low);
+                    mma_rows(acc[kSums - 2 + i][m][n], query[0], query[1], v.low);
                   }
                 }
               }
@@ -413,19 +452,31 @@ struct AttendBackwardWarp {
       for (int m = 0; m < kRowPairs; ++m) {
 #pragma unroll
         for (int n = 0; n < kSourceGroups; ++n) {
+          if constexpr (kSums == 4) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
+            for (int i = 0; i < 4; ++i) {
+              acc[0][m][n].c[i] += acc[2][m][n].c[i];
+              acc[1][m][n].c[i] += acc[3][m][n].c[i];
+            }
+          }
+#pragma unroll
+          for (int half = 0; half < (is_alone(m) ? 1 : 2); ++half) {
             const int s = 16 * m + 8 * half;  // and lane / 4
+            const int other = is_alone(m) ? 2 : 2 * half;
             if (s + lane / 4 < p.num_queries && n * 8 + col < sums.cols) {
               *reinterpret_cast<float2*>(place + s * sums.cols + n * 8) = {
-                  acc[0][m][n].c[2 * half] + acc[1][m][n].c[2 * half],
-                  acc[0][m][n].c[2 * half + 1] + acc[1][m][n].c[2 * half + 1]};
+                  acc[0][m][n].c[2 * half] + acc[1][m][n].c[other],
+                  acc[0][m][n].c[2 * half + 1] + acc[1][m][n].c[other + 1]};
             }
           }
         }
       }
       token_sums += p.num_queries * sums.cols;
-      token += p.map.token_bytes;
+#pragma unroll
+      for (int m = 0; m < kRowPairs; ++m) {
+        queries[m] += p.map.token_bytes;
+      }
+      sources += p.map.token_bytes;
     }
     __syncwarp();
     if (lane == 0) {
@@ -472,14 +523,14 @@ struct AttendBackwardWarp {
     int offsets[(kGradientStrips + 1) / 2];
 #pragma unroll
     for (int pair = 0; pair < (kGradientStrips + 1) / 2; ++pair) {
-      offsets[pair] = strip_offset(pair, kGradientStrips, first_source);
+      offsets[pair] = strip_offset(pair, first_source);
     }
     for_batches<kTiles, kAtOnce, GradientBatch, kAhead>(
         [&](int first, GradientBatch& batch) {
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
             if (first + i < kTiles) {
-              load_tile<true>(token, offsets, first + i, batch.strips[i]);
+              load_tile(token, offsets, first + i, batch.strips[i]);
               if constexpr (kNarrow) {
                 batch.v[i].high = narrow.load_transposed(0, first + i);
               }
@@ -526,14 +577,26 @@ struct AttendBackwardWarp {
     for (int i = 0; i < 4; ++i) {
       dv.c[i] = fmaf(factor, from_queries.c[i], dv.c[i]);
     }
+    // Strips side by side, v the last of them, are one left operand, for their high factors and for
+    // the low ones. One strip twice, for both of its own, would have to be copied.
+    const auto strip = [&](int i) -> const Strip& { return i < kQueryGroups ? strips[i] : v.high; };
+    const auto factor_of = [&](int i) -> const SplitPair& {
+      return i < kQueryGroups ? operands.prob[i] : operands.key;
+    };
 #pragma unroll
-    for (int g = 0; g < kQueryGroups; ++g) {
-      mma_columns(dv, strips[g], strips[g], operands.prob[g].high, operands.prob[g].low);
+    for (int i = 0; i <= kQueryGroups; i += 2) {
+      if (i < kQueryGroups) {
+        mma_columns(dv, strip(i), strip(i + 1), factor_of(i).high, factor_of(i + 1).high);
+        mma_columns(dv, strip(i), strip(i + 1), factor_of(i).low, factor_of(i + 1).low);
+      } else {
+        mma_columns(dv, v.high, operands.key.high);
+        mma_columns(dv, v.high, operands.key.low);
+      }
     }
-    mma_columns(dv, v.high, v.high, operands.key.high, operands.key.low);
 #pragma unroll
     for (int g = 0; g < kQueryGroups; ++g) {
-      mma_columns(du[j][g], v.high, v.high, operands.dquery[g].high, operands.dquery[g].low);
+      mma_columns(du[j][g], v.high, operands.dquery[g].high);
+      mma_columns(du[j][g], v.high, operands.dquery[g].low);
     }
     if constexpr (kSplit) {
       mma_columns(dv, v.low, operands.key.high);

@@ -16,8 +16,7 @@ namespace {
 
 using AheadKernel = void (*)(ReadAheadParams<ReadRowsParams>);
 
-/// The kernel of a policy. More than two terms with an update, as inference has them at a site
-/// without a phase 1, are faster a token a block.
+/// The kernel of a policy.
 template <class T>
 AheadKernel find_kernel(const ReadAheadPolicy& policy, const ReadVariant& variant) {
   AheadKernel found = nullptr;
@@ -27,7 +26,7 @@ AheadKernel find_kernel(const ReadAheadPolicy& policy, const ReadVariant& varian
         found = read_ahead_kernel<T, kTerms, kChunks, kMerge, UsualReadOfMany<false, false>>;
       } else if (!variant.update) {
         found = read_ahead_kernel<T, kTerms, kChunks, kMerge, UsualReadOfMany<true, false>>;
-      } else if constexpr (kTerms == 2) {
+      } else {
         found = read_ahead_kernel<T, kTerms, kChunks, kMerge, UsualReadOfMany<true, true>>;
       }
     };
@@ -51,7 +50,8 @@ bool run_read_ahead(Call& call, const ReadArgs& args, UniformType storage, Float
   const DeviceLimits& limits = call.limits();
   storage.add(value_view(args.x));
   const ReadVariant variant = variant_of(args, storage);
-  if (!is_many(T, variant.update, limits) || T != grid_blocks(T) || !variant.usual) {
+  if (!is_many(T, read_terms(args), variant.update, limits) || T != grid_blocks(T) ||
+      !variant.usual) {
     return false;
   }
   ReadRowsParams params = make_read_params<kReadRowsMaxTerms + kReadRowsMaxUpdates>(args);

@@ -93,7 +93,7 @@ bool run(Call& call, const ReadArgs& args, const ReadVariant& variant, FloatView
   params.lse = lse;
   const auto sums = [&](int terms) { return floats_of_sums(D, terms, /*quantized=*/false); };
   const DeviceLimits& limits = call.limits();
-  if (is_many(tokens, variant.update, limits)) {
+  if (is_many(tokens, K, variant.update, limits)) {
     // The bytes are those of rows of 16 bits: fewer do.
     const ReadAheadPolicy policy = choose_read_ahead(K, variant.update ? 1 : 0, D, limits, sums);
     using Kernel = void (*)(ReadAheadParams<StoredReadParams>);
