@@ -78,7 +78,7 @@ Plan choose_attend(int64_t num_sources, int64_t num_queries, int64_t dim, Source
   Plan plan = choose_plan(
       dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources), layout),
       sizes.extents(), num_sources * layout.bytes() + num_queries * 2,
-      /*most_slots=*/3, {.stages = 3, .slots = 1}, halved ? 2 : 1);
+      /*most_slots=*/3, {.stages = 3, .slots = 1}, halved ? 2 : 1, kStepBytes);
   plan.store_hint = CacheHint::kEvictLast;  // 0.3 % at N, S, D of 4, 8, 2048 and 8, 24, 7168
   return plan;
 }

@@ -137,7 +137,7 @@ Plan choose_attend_backward(int64_t num_sources, int64_t num_queries, int64_t di
   Plan plan =
       choose_plan(dim, tile_choices(groups_of_eight(num_queries), groups_of_eight(num_sources)),
                   extents, num_sources * (layout.bytes() + 4) + num_queries * 2,
-                  /*most_slots=*/2, {.stages = 3, .slots = 2}, halved ? 2 : 1);
+                  /*most_slots=*/2, {.stages = 3, .slots = 2}, halved ? 2 : 1, kBackwardStepBytes);
   if (plan.cluster == 1 && plan.columns > 1024 && num_sources <= 3) {
     plan.window = 0;  // 2 to 3 % faster without at D = 2048, N = 2 and 3; N = 4 is 1 to 2 % slower
   }

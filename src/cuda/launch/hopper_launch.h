@@ -72,12 +72,22 @@ inline bool choose_rings(Plan& plan, const Extents& extents, int most_slots, Rin
   return false;
 }
 
+/// Bytes of a step that are not too few. A multiprocessor's share of an H100's memory bandwidth is
+/// 23 bytes a ns: 32 KB take 1.4 us. The backward with more of them has 89 instead of 86 % at D =
+/// 1024 and 86 instead of 83 at N, S, D of 4, 6, 2304 (H200), the forward up to 4 less.
+inline constexpr int64_t kStepBytes = 32 * 1024;
+inline constexpr int64_t kBackwardStepBytes = 44 * 1024;
+/// A byte of float8 sources is twice the work; two tokens of 2048 columns with eight queries go
+/// together.
+inline constexpr int64_t kNarrowStepBytes = 52 * 1024;
+
 /// Columns of a CTA whose warps have eight tiles each.
 inline constexpr int64_t kColumnsOfEightTiles = kComputeWarps * 8 * 16;
 
 /// Chooses how a call is split. `tile_choices`: the kernels there are, by 16-column tiles of a
 /// warp; `column_bytes`: that a token moves a column; `wanted`: rings that run at full speed;
-/// `least_cluster`: CTAs of a cluster, at least.
+/// `least_cluster`: CTAs of a cluster, at least; `least_step`: bytes of a step over sources of 16
+/// bits, at least where its rings have room.
 ///
 /// Fewer CTAs a cluster come first, as long as the wanted rings fit: a step is then longer, and
 /// with it the time in which the exchange between CTAs can hide (about 1 us). Steps that would
@@ -86,10 +96,9 @@ inline constexpr int64_t kColumnsOfEightTiles = kComputeWarps * 8 * 16;
 /// one more the loads are late (86 against 90 %, backward at N, S, D of 4, 16, 2048), and a slot
 /// less costs the forward with 24 queries 4 %.
 inline Plan choose_plan(int64_t dim, std::span<const int> tile_choices, const Extents& extents,
-                        int64_t column_bytes, int most_slots, Rings wanted, int least_cluster = 1) {
-  // A multiprocessor's share of the memory bandwidth is 23 bytes a ns: 32 KB take 1.4 us. A byte of
-  // float8 sources is twice the work; two tokens of 2048 columns with eight queries go together.
-  const int64_t step_bytes = (extents.narrow_rows > 0 ? 52 : 32) * 1024;
+                        int64_t column_bytes, int most_slots, Rings wanted, int least_cluster,
+                        int64_t least_step) {
+  const int64_t step_bytes = extents.narrow_rows > 0 ? kNarrowStepBytes : least_step;
   // Slices of 8 or 16 tiles begin with a group of columns that share a scale.
   const int64_t columns_at_once = extents.scaled_rows > 0 && extents.scale_columns == kScaleGroup
                                       ? kScaleGroup
