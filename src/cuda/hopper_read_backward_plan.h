@@ -127,7 +127,7 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
   constexpr int64_t kWindowBytes = 3 << 20;
   // The counter takes some 200 operations a microsecond; tokens of 16 KB come 150 a microsecond.
   // And its answer takes about as long as such a token: of an H200 at D = 1024, 2048 and 2304 an
-  // advance has 86, 90 and 89 % with a look at every 16 KB, 94, 98 and 92 at every 32.
+  // advance has 85, 91 and 88 % with a look at every 16 KB, 93, 100 and 92 at every 32.
   const int64_t look_bytes = (extents.terms == 2 ? 32 : 16) * 1024;
   constexpr int64_t kLongToken = 24 * 1024;  // looks at each
 

@@ -203,7 +203,9 @@ struct AttendBackwardWarp {
     Strip query[2][kRowPairs][2];  // (s, d) of dout: top and bottom rows; see `is_alone`
     Strip v[2][kSourceGroups];     // (n, d)
   };
+  /// Whether a pair of eights of queries is the last eight of an odd number, by itself.
   static constexpr bool is_alone(int pair) { return 2 * pair + 1 == kQueryGroups; }
+
   struct GradientBatch {
     Strip strips[kAtOnce][kGradientStrips];  // (d, s) of dout, then (d, n)
     SplitStrip v[kAtOnce];                   // (d, n)
