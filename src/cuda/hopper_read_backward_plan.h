@@ -160,9 +160,12 @@ inline ReadBackwardPlan choose_read_backward(const ReadBackwardExtents& extents,
           read_resident_warps(extents.terms, plan.chunks) * 32 / plan.threads(), 1, kBlocksMax);
       // Of CTAs with two chunks a lane, two with deep rings are better than three with shallow ones
       // (advance at D = 2048 88 instead of 80 %), four than five (at D = 1024 86 instead of 82),
-      // and one than a cluster (merge at D = 4096 94 instead of 87), if it is not shallow.
+      // and one than a cluster (merge at D = 4096 94 instead of 87), if it is not shallow. Three
+      // with four tokens each are better than two: one-shot of two at D = 2048, with norm, 72
+      // for 66.
       const bool alone = plan.chunks == 2 && cluster == 1;
-      while (alone && plan.blocks > 2 && !fits(plan.blocks, kStagesDeep)) {
+      while (alone && plan.blocks > 2 &&
+             !fits(plan.blocks, plan.blocks > 3 ? kStagesDeep : kStagesWanted)) {
         --plan.blocks;
       }
       while (plan.blocks > least && !fits(plan.blocks, kStagesLeast)) {

@@ -142,7 +142,8 @@ Status attend(const AttendArgs& args, const Context& context, const Plan* other_
   const void* const kernel = find(room_for(S), params.plan.tiles, groups_of_eight(N));
   share_out(call, kernel, params.map.bytes, T, params.plan);
   const int64_t column_bytes = N * layout.bytes() + S * 2;
-  if (!window_pays(column_bytes * params.plan.columns * params.plan.batch, call.limits())) {
+  const int64_t step_bytes = column_bytes * params.plan.columns * params.plan.batch;
+  if (!window_pays(step_bytes, layout.kind == SourceKind::kFloat8, call.limits())) {
     params.plan.window = 0;
   }
   if (params.plan.window > 0) {
